@@ -1,0 +1,64 @@
+# Everything is installed into .venv, from the locks under requirements/; nothing else is touched.
+PYTHON := $(shell for p in python3 python3.12 python3.11 python3.10; do \
+  $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && command -v $$p && break; done)
+BIN := .venv/bin
+UV := $(BIN)/uv
+UV_VERSION := 0.13.9
+export TF_CPP_MIN_LOG_LEVEL := 3
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help run test test-corpus lint format book notebooks lab install install-dev locks clean
+
+help:
+	@echo "make run      the shipped detector through every stage, to a picture and report.html"
+	@echo "make test     all tests (those of the corpus are skipped where it is absent)"
+	@echo "make lint     ruff, mypy, codespell"
+	@echo "make book     run the notebooks on this CPU and build the site, strictly, into _build/html"
+	@echo "make lab      open the notebooks in JupyterLab"
+	@echo "make notebooks  record the notebooks' outputs anew"
+	@echo "make locks    resolve requirements/*.lock anew"
+
+run: install
+	$(BIN)/odtrt run models/parts --output out/parts
+
+test: install-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: install-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lab: install-dev
+	$(BIN)/jupyter lab notebooks
+
+install: .venv/.run
+install-dev: .venv/.dev
+
+$(UV):
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found (TensorFlow 2.20 needs one): install python3.11"; exit 1; }
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || ./scripts/install_venv_module.sh $(PYTHON)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+.venv/.run: $(UV) requirements/run.lock requirements/odapi.lock pyproject.toml
+	$(UV) pip install --quiet --python $(BIN)/python -r requirements/run.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps -r requirements/odapi.lock -e .
+	$(BIN)/python -m odtrt_lib.odapi
+	@touch $@
+
+.venv/.dev: .venv/.run requirements/dev.lock
+	$(UV) pip install --quiet --python $(BIN)/python -r requirements/dev.lock
+	@touch $@
+
+locks: $(UV)
+	cd requirements && for name in dev run; do ../$(UV) pip compile --quiet --universal --python-version 3.10 \
+	  --no-header --annotation-style line --upgrade $$name.in -o $$name.lock; done
+
+clean:
+	rm -rf .venv _build out
