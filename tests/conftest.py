@@ -1,0 +1,142 @@
+"""Fixtures that several rooms share: the corpus, and a tiny detector made with the OD API itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY_CONFIG = """
+model { ssd {
+  num_classes: 3
+  image_resizer { fixed_shape_resizer { height: 96 width: 128 } }
+  feature_extractor {
+    type: "ssd_mobilenet_v2_fpn_keras" depth_multiplier: 0.35 min_depth: 8 use_depthwise: true
+    conv_hyperparams {
+      regularizer { l2_regularizer { weight: 0.00004 } }
+      initializer { random_normal_initializer { stddev: 0.05 } }
+      activation: RELU_6
+      batch_norm { decay: 0.97 scale: true epsilon: 0.001 }
+    }
+    override_base_feature_extractor_hyperparams: true
+    fpn { min_level: 3 max_level: 6 additional_layer_depth: 16 }
+  }
+  box_coder { faster_rcnn_box_coder { y_scale: 10 x_scale: 10 height_scale: 5 width_scale: 5 } }
+  matcher { argmax_matcher { matched_threshold: 0.5 unmatched_threshold: 0.5 } }
+  similarity_calculator { iou_similarity { } }
+  box_predictor { weight_shared_convolutional_box_predictor {
+    depth: 16 num_layers_before_predictor: 1 kernel_size: 3 use_depthwise: true
+    class_prediction_bias_init: -2
+    conv_hyperparams {
+      regularizer { l2_regularizer { weight: 0.00004 } }
+      initializer { random_normal_initializer { stddev: 0.2 } }
+      activation: RELU_6
+      batch_norm { decay: 0.97 scale: true epsilon: 0.001 }
+    }
+  } }
+  anchor_generator { multiscale_anchor_generator {
+    min_level: 3 max_level: 6 anchor_scale: 4 aspect_ratios: 1 aspect_ratios: 2 aspect_ratios: 0.5
+    scales_per_octave: 2
+  } }
+  post_processing {
+    batch_non_max_suppression {
+      score_threshold: 0.01 iou_threshold: 0.6 max_detections_per_class: 20 max_total_detections: 40
+    }
+    score_converter: SIGMOID
+  }
+  loss {
+    localization_loss { weighted_smooth_l1 { } }
+    classification_loss { weighted_sigmoid_focal { gamma: 2 alpha: 0.25 } }
+    classification_weight: 1 localization_weight: 1
+  }
+  encode_background_as_zeros: true
+} }
+train_config { batch_size: 1 optimizer { adam_optimizer { } } }
+train_input_reader { label_map_path: "label_map.pbtxt" tf_record_input_reader { input_path: "none" } }
+eval_config { }
+eval_input_reader { label_map_path: "label_map.pbtxt" tf_record_input_reader { input_path: "none" } }
+"""
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """The folder of checkpoints and images that strangers made; skips where it is absent."""
+    folder = Path(os.environ.get("ODTRT_CORPUS", ROOT.parent / "shared" / "corpus"))
+    if not folder.is_dir():
+        pytest.skip(f"no corpus at {folder}; set ODTRT_CORPUS to run this test")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parts() -> Path:
+    """The shipped detector."""
+    return ROOT / "models" / "parts"
+
+
+def build_with_odapi(pipeline: Path, *, seed: int = 0, calibrate: bool = False):
+    """The OD API's own model of a config, with its variables made. Random weights.
+
+    calibrate: set the batch norm statistics by one pass in training mode. Without it the activations of
+    a random network vanish, and every comparison of its outputs would pass.
+    """
+    from odtrt_lib import odapi
+
+    odapi.prepare()
+    import tensorflow as tf
+    from google.protobuf import text_format
+    from object_detection.builders import model_builder
+    from object_detection.protos import pipeline_pb2
+
+    tf.keras.utils.set_random_seed(seed)
+    message = text_format.Parse(pipeline.read_text(), pipeline_pb2.TrainEvalPipelineConfig())
+    resizer = message.model.ssd.image_resizer
+    kind = resizer.WhichOneof("image_resizer_oneof")
+    size = (
+        (resizer.fixed_shape_resizer.height, resizer.fixed_shape_resizer.width)
+        if kind == "fixed_shape_resizer"
+        else (resizer.keep_aspect_ratio_resizer.max_dimension,) * 2
+    )
+    tf.keras.backend.set_learning_phase(calibrate)
+    model = model_builder.build(message.model, is_training=calibrate)
+    images = tf.random.stateless_uniform([4, *size, 3], [seed, 0], -1.0, 1.0)
+    smooth = tf.image.resize(images[:2, :8, :8], size)
+    model.predict(tf.concat([images, smooth, tf.zeros_like(smooth)], 0), None)
+    if calibrate:
+        for part in (model.feature_extractor, model._box_predictor):
+            for layer in tf.Module.submodules.fget(part):
+                if "BatchNorm" in type(layer).__name__:
+                    layer.momentum = 0.0
+        model.predict(tf.concat([images, smooth, tf.zeros_like(smooth)], 0), None)
+        tf.keras.backend.set_learning_phase(False)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """An exported model's folder (pipeline.config, label map, checkpoint/ckpt-0), 3 classes, 96x128."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    (folder / "pipeline.config").write_text(TINY_CONFIG)
+    (folder / "label_map.pbtxt").write_text(
+        "".join(f'item {{ id: {i} name: "{n}" }}\n' for i, n in enumerate(("bolt", "nut", "gear"), 1))
+    )
+    model = build_with_odapi(folder / "pipeline.config", calibrate=True)
+    import tensorflow as tf
+
+    checkpoint = tf.train.Checkpoint(model=model)
+    tf.train.CheckpointManager(checkpoint, str(folder / "checkpoint"), max_to_keep=1).save(
+        checkpoint_number=0
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model, tmp_path_factory) -> Path:
+    """A model folder after stage 1, made from the tiny model. Do not write into it; copy it."""
+    from odtrt_lib.export import export
+
+    folder = tmp_path_factory.mktemp("tiny_folder") / "tiny"
+    export(tiny_model, folder)
+    return folder
