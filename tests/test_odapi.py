@@ -1,0 +1,71 @@
+"""The OD API's old generated protobuf modules, made loadable."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from google.protobuf import descriptor_pb2
+
+from odtrt_lib import odapi
+from odtrt_lib.errors import MissingDependencyError
+
+
+def old_style_module(name: str, dependency: str | None = None) -> str:
+    """What protoc 3.8 wrote: a FileDescriptor with the serialized file inside."""
+    file = descriptor_pb2.FileDescriptorProto(
+        name=f"object_detection/protos/{name}.proto", package="oldstyle", syntax="proto2"
+    )
+    message = file.message_type.add(name=name.capitalize())
+    message.field.add(name="size", number=1, type=5, label=1)
+    if dependency:
+        file.dependency.append(f"object_detection/protos/{dependency}.proto")
+        message.field.add(
+            name="inner", number=2, type=11, label=1, type_name=f".oldstyle.{dependency.capitalize()}"
+        )
+    serialized = file.SerializeToString()
+    return f"DESCRIPTOR = _descriptor.FileDescriptor(name='x', serialized_pb={serialized!r})\n"
+
+
+@pytest.fixture
+def old_package(tmp_path, monkeypatch):
+    protos = tmp_path / "object_detection" / "protos"
+    protos.mkdir(parents=True)
+    (protos.parent / "__init__.py").touch()
+    (protos / "__init__.py").touch()
+    (protos / "inner_pb2.py").write_text(old_style_module("inner"))
+    (protos / "outer_pb2.py").write_text(old_style_module("outer", "inner"))
+    monkeypatch.setattr(odapi, "_proto_modules", lambda: sorted(protos.glob("*_pb2.py")))
+    return tmp_path
+
+
+def test_rewritten_modules_load_and_parse(old_package):
+    assert odapi.regenerate_protos() == 2
+    assert odapi.regenerate_protos() == 0
+    code = (
+        "from google.protobuf import text_format\n"
+        "from object_detection.protos import outer_pb2\n"
+        "message = text_format.Parse('size: 3 inner { size: 4 }', outer_pb2.Outer())\n"
+        "assert (message.size, message.inner.size) == (3, 4)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=old_package, check=True)
+
+
+def test_the_installed_odapi_is_current():
+    assert odapi.regenerate_protos() == 0
+
+
+def test_a_module_without_a_descriptor_is_named(old_package):
+    broken = old_package / "object_detection" / "protos" / "inner_pb2.py"
+    broken.write_text("x = _descriptor.FileDescriptor(name='x')\n")
+    with pytest.raises(MissingDependencyError, match="inner_pb2"):
+        odapi.regenerate_protos()
+
+
+def test_absent_packages_are_named_with_their_command(monkeypatch):
+    monkeypatch.setattr(odapi.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="make install"):
+        odapi.prepare()
+    with pytest.raises(MissingDependencyError, match="make install"):
+        odapi.regenerate_protos()
