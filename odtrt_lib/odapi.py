@@ -21,6 +21,7 @@ import os
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 from odtrt_lib.errors import MissingDependencyError
 
@@ -79,6 +80,51 @@ def prepare() -> None:
     ):
         if not hasattr(control_flow_ops, name):
             setattr(control_flow_ops, name, function)
+
+
+def write_random_checkpoint(pipeline: str | Path, folder: str | Path, *, seed: int = 0) -> Path:
+    """Writes ``folder/ckpt-0`` with random weights for a pipeline.config, and returns that prefix.
+
+    For trying a configuration before it is trained: how large is it, does it convert, how fast is it. The
+    batch norm statistics are set by one pass in training mode over noise, smooth and black images; without
+    that the activations of a random network vanish or explode, and no comparison of outputs means anything.
+    """
+    prepare()
+    import tensorflow as tf
+    from google.protobuf import text_format
+    from object_detection.builders import model_builder
+    from object_detection.protos import pipeline_pb2
+
+    tf.keras.utils.set_random_seed(seed)
+    text = Path(pipeline).read_text()
+    message = text_format.Parse(text, pipeline_pb2.TrainEvalPipelineConfig())
+    images = _calibration_images(message.model.ssd.image_resizer, seed)
+    learning_phase = tf.keras.backend.learning_phase()
+    tf.keras.backend.set_learning_phase(True)
+    try:
+        model = model_builder.build(message.model, is_training=True)
+        model.predict(images, None)
+        for part in (model.feature_extractor, model._box_predictor):
+            for layer in tf.Module.submodules.fget(part):
+                if "BatchNorm" in type(layer).__name__:
+                    layer.momentum = 0.0
+        model.predict(images, None)
+    finally:
+        tf.keras.backend.set_learning_phase(learning_phase)
+    checkpoint = tf.train.Checkpoint(model=model)
+    manager = tf.train.CheckpointManager(checkpoint, str(folder), max_to_keep=1)
+    return Path(manager.save(checkpoint_number=0))
+
+
+def _calibration_images(resizer: Any, seed: int) -> Any:
+    import tensorflow as tf
+
+    fixed, kept = resizer.fixed_shape_resizer, resizer.keep_aspect_ratio_resizer
+    is_fixed = resizer.HasField("fixed_shape_resizer")
+    size = (fixed.height, fixed.width) if is_fixed else (kept.max_dimension, kept.max_dimension)
+    noise = tf.random.stateless_uniform([2, *size, 3], [seed, 0], -1.0, 1.0)
+    smooth = tf.image.resize(noise[:1, :8, :8], size)
+    return tf.concat([noise, smooth, tf.zeros_like(smooth)], 0)
 
 
 def version() -> str:

@@ -76,12 +76,8 @@ def parts() -> Path:
     return ROOT / "models" / "parts"
 
 
-def build_with_odapi(pipeline: Path, *, seed: int = 0, calibrate: bool = False):
-    """The OD API's own model of a config, with its variables made. Random weights.
-
-    calibrate: set the batch norm statistics by one pass in training mode. Without it the activations of
-    a random network vanish, and every comparison of its outputs would pass.
-    """
+def build_with_odapi(pipeline: Path, *, seed: int = 0):
+    """The OD API's own model of a config, with its variables made. Random weights."""
     from odtrt_lib import odapi
 
     odapi.prepare()
@@ -92,25 +88,8 @@ def build_with_odapi(pipeline: Path, *, seed: int = 0, calibrate: bool = False):
 
     tf.keras.utils.set_random_seed(seed)
     message = text_format.Parse(pipeline.read_text(), pipeline_pb2.TrainEvalPipelineConfig())
-    resizer = message.model.ssd.image_resizer
-    kind = resizer.WhichOneof("image_resizer_oneof")
-    size = (
-        (resizer.fixed_shape_resizer.height, resizer.fixed_shape_resizer.width)
-        if kind == "fixed_shape_resizer"
-        else (resizer.keep_aspect_ratio_resizer.max_dimension,) * 2
-    )
-    tf.keras.backend.set_learning_phase(calibrate)
-    model = model_builder.build(message.model, is_training=calibrate)
-    images = tf.random.stateless_uniform([4, *size, 3], [seed, 0], -1.0, 1.0)
-    smooth = tf.image.resize(images[:2, :8, :8], size)
-    model.predict(tf.concat([images, smooth, tf.zeros_like(smooth)], 0), None)
-    if calibrate:
-        for part in (model.feature_extractor, model._box_predictor):
-            for layer in tf.Module.submodules.fget(part):
-                if "BatchNorm" in type(layer).__name__:
-                    layer.momentum = 0.0
-        model.predict(tf.concat([images, smooth, tf.zeros_like(smooth)], 0), None)
-        tf.keras.backend.set_learning_phase(False)
+    model = model_builder.build(message.model, is_training=False)
+    model.predict(odapi._calibration_images(message.model.ssd.image_resizer, seed), None)
     return model
 
 
@@ -122,13 +101,9 @@ def tiny_model(tmp_path_factory) -> Path:
     (folder / "label_map.pbtxt").write_text(
         "".join(f'item {{ id: {i} name: "{n}" }}\n' for i, n in enumerate(("bolt", "nut", "gear"), 1))
     )
-    model = build_with_odapi(folder / "pipeline.config", calibrate=True)
-    import tensorflow as tf
+    from odtrt_lib.odapi import write_random_checkpoint
 
-    checkpoint = tf.train.Checkpoint(model=model)
-    tf.train.CheckpointManager(checkpoint, str(folder / "checkpoint"), max_to_keep=1).save(
-        checkpoint_number=0
-    )
+    write_random_checkpoint(folder / "pipeline.config", folder / "checkpoint")
     return folder
 
 
