@@ -1,0 +1,364 @@
+"""Chapter 3 against NVIDIA's own parser and builder: TensorRT-RTX builds without a GPU."""
+
+import dataclasses
+import importlib
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from odtrt_lib import engine, spec
+from odtrt_lib.errors import (
+    BuildError,
+    CheckError,
+    InputError,
+    MissingDependencyError,
+    UnsupportedError,
+)
+from odtrt_lib.folder import read_log, sha256
+
+onnx = pytest.importorskip("onnx")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+needs_tensorrt = pytest.mark.skipif(
+    not engine.available_runtimes(), reason="no TensorRT: run `pip install -e '.[gpu]'`"
+)
+needs_tensorrt_rtx = pytest.mark.skipif(
+    not engine.available_runtimes() or engine.available_runtimes()[0][0] != "tensorrt_rtx",
+    reason="this is what TensorRT-RTX refuses",
+)
+
+SPEC = spec.DetectorSpec(
+    name="tiny",
+    source=spec.Source("0" * 64, "ckpt-0", "0" * 64, "ssd", "2.8.0", "2.20.0"),
+    input=spec.InputSpec(16, 16, spec.Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
+    heads=spec.HeadsSpec(num_anchors=16 * 16, num_classes=2, background_column=True),
+    box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
+    scores=spec.ScoreSpec("sigmoid", 1.0),
+    nms=spec.NmsSpec(0.5, 0.5, 10, 10, False, True),
+    labels=(spec.Label(1, "a"), spec.Label(2, "b")),
+)
+
+
+def heads_model(batch=1, resize=None, nonzero=False, output_type=TensorProto.FLOAT):
+    """Two convolutions and two heads over 16 x 16 anchors, as ONNX that TensorRT takes; or not."""
+    random = np.random.default_rng(0)
+    weights = {
+        "stem": random.normal(size=(64, 3, 3, 3)),
+        "middle": random.normal(size=(256, 64, 3, 3)),
+        "boxes": random.normal(size=(4, 256, 1, 1)),
+        "classes": random.normal(size=(3, 256, 1, 1)),
+    }
+    nodes = [
+        helper.make_node("Conv", ["image", "stem"], ["x0"], "stem_conv", pads=[1] * 4),
+        helper.make_node("Relu", ["x0"], ["x1"], "stem_relu"),
+        helper.make_node("Conv", ["x1", "middle"], ["x2"], "middle_conv", pads=[1] * 4),
+    ]
+    constants = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
+    features = "x2"
+    if resize:
+        constants.append(numpy_helper.from_array(np.array([1, 1, 1, 1], np.float32), "scales"))
+        nodes.append(
+            helper.make_node(
+                "Resize", ["x2", "", "scales"], ["resized"], "bad_resize", mode="nearest", **resize
+            )
+        )
+        features = "resized"
+    if nonzero:
+        nodes += [
+            helper.make_node("NonZero", [features], ["where"], "find_nonzero"),
+            helper.make_node("Cast", ["where"], ["where_float"], "cast", to=TensorProto.FLOAT),
+            helper.make_node("ReduceSum", ["where_float"], ["total"], "sum", keepdims=0),
+            helper.make_node("Add", [features, "total"], ["shifted"], "add"),
+        ]
+        features = "shifted"
+    outputs = []
+    for head, output, columns in (("boxes", "box_encodings", 4), ("classes", "class_logits", 3)):
+        constants.append(numpy_helper.from_array(np.array([0, -1, columns]), f"{head}_shape"))
+        nodes += [
+            helper.make_node("Conv", [features, head], [f"{head}_map"], f"{head}_conv"),
+            helper.make_node("Transpose", [f"{head}_map"], [f"{head}_last"], f"{head}_t", perm=[0, 2, 3, 1]),
+            helper.make_node("Reshape", [f"{head}_last", f"{head}_shape"], [f"{head}_flat"], f"{head}_r"),
+        ]
+        if output_type == TensorProto.FLOAT:
+            nodes[-1].output[0] = output
+        else:
+            nodes.append(helper.make_node("Cast", [f"{head}_flat"], [output], f"{head}_cast", to=output_type))
+        outputs.append(helper.make_tensor_value_info(output, output_type, [batch or "batch", 256, columns]))
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch or "batch", 3, 16, 16])
+    graph = helper.make_graph(nodes, "heads", [image], outputs, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def model_folder(path, detector=SPEC, **model):
+    path.mkdir(exist_ok=True)
+    (path / "spec.json").write_text(detector.to_json())
+    onnx.save(heads_model(**model), path / "heads.onnx")
+    return path
+
+
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    if not engine.available_runtimes():
+        pytest.skip("no TensorRT: run `pip install -e '.[gpu]'`")
+    folder = model_folder(tmp_path_factory.mktemp("built") / "tiny")
+    return folder, {precision: engine.build(folder, precision=precision) for precision in ("fp32", "fp16")}
+
+
+def plan_of(folder, result):
+    return folder / next(name for name in result.record["outputs"] if name.endswith(".plan"))
+
+
+def test_the_plan_and_its_description(built):
+    folder, results = built
+    flavour, version = engine.available_runtimes()[0]
+    for precision, result in results.items():
+        plan = plan_of(folder, result)
+        described = json.loads(plan.with_suffix(".json").read_text())
+        assert described["plan_sha256"] == sha256(plan)
+        assert described["onnx_sha256"] == sha256(folder / "heads.onnx")
+        assert described["bytes"] == plan.stat().st_size
+        assert (described["flavour"], described["version"], described["precision"]) == (
+            flavour,
+            version,
+            precision,
+        )
+        assert described["fingerprint"] == plan.stem
+        assert len(plan.stem) == 16
+    assert len(files_in(folder)) == 3 + 2 * 2, "spec.json, heads.onnx, log.jsonl and two files a plan"
+
+
+def test_half_precision_makes_a_smaller_plan(built):
+    folder, results = built
+    sizes = {precision: plan_of(folder, result).stat().st_size for precision, result in results.items()}
+    weights = sum(int(np.prod(t.dims)) for t in heads_model().graph.initializer if t.data_type == 1)
+    assert sizes["fp32"] - sizes["fp16"] > 0.9 * 2 * weights, "two bytes a weight less"
+    assert results["fp16"].record["checks"]["half_precision_weights"] == weights
+    assert results["fp32"].record["checks"]["half_precision_weights"] == 0
+
+
+def test_half_precision_keeps_float32_outside_and_half_weights_inside():
+    half = engine.half_precision(heads_model())
+    weights = [t for t in half.graph.initializer if t.data_type != TensorProto.INT64]
+    assert {tensor.data_type for tensor in weights} == {TensorProto.FLOAT16}
+    original = {tensor.name: numpy_helper.to_array(tensor) for tensor in heads_model().graph.initializer}
+    for tensor in weights:
+        np.testing.assert_array_equal(numpy_helper.to_array(tensor), original[tensor.name].astype(np.float16))
+    assert {v.type.tensor_type.elem_type for v in (*half.graph.input, *half.graph.output)} == {
+        TensorProto.FLOAT
+    }
+
+
+def test_half_precision_computes_what_single_precision_does():
+    runtime = pytest.importorskip("onnxruntime")
+    image = np.random.default_rng(1).normal(size=(1, 3, 16, 16)).astype(np.float32)
+    single, half = (
+        runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+            None, {"image": image}
+        )
+        for model in (heads_model(), engine.half_precision(heads_model()))
+    )
+    for expected, found in zip(single, half, strict=True):
+        assert found.dtype == np.float32
+        assert np.abs(found - expected).max() < 5e-3 * np.abs(expected).max()
+        assert np.abs(found - expected).max() > 0, "not half precision at all"
+
+
+def test_a_weight_too_large_for_half_precision_is_named():
+    model = heads_model()
+    stem = np.zeros((64, 3, 3, 3), np.float32)
+    stem[0, 0, 0, 0] = -70000
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(stem, "stem"))
+    with pytest.raises(UnsupportedError, match=r"weight `stem` reaches 70000.*65504; build with fp32"):
+        engine.half_precision(model)
+
+
+@needs_tensorrt
+def test_a_second_build_is_up_to_date_even_after_another_precision(built):
+    folder, results = built
+    for precision, first in results.items():
+        again = engine.build(folder, precision=precision)
+        assert again.is_up_to_date
+        assert again.record == first.record
+
+
+@needs_tensorrt
+def test_a_damaged_plan_is_built_again(tmp_path):
+    folder = model_folder(tmp_path / "tiny")
+    plan = plan_of(folder, engine.build(folder))
+    intact = plan.read_bytes()
+    plan.write_bytes(intact[:100])
+    assert not engine.build(folder).is_up_to_date
+    assert plan.read_bytes() == intact, "the build is deterministic"
+
+
+@needs_tensorrt
+def test_another_model_gets_another_plan(built, tmp_path):
+    folder = model_folder(tmp_path / "tiny", resize={"coordinate_transformation_mode": "asymmetric"})
+    names = {plan_of(*pair).name for pair in ((folder, engine.build(folder)), (built[0], built[1]["fp32"]))}
+    assert len(names) == 2
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("precision", engine.PRECISIONS)
+def test_dynamic_batch(tmp_path, precision):
+    detector = dataclasses.replace(SPEC, input=dataclasses.replace(SPEC.input, batch=None))
+    folder = model_folder(tmp_path / "tiny", detector, batch=None)
+    record = engine.build(folder, precision=precision).record
+    assert record["settings"]["batch_min_opt_max"] == [1, 1, 8]
+
+
+def parser_reason(model):
+    """What NVIDIA's parser itself says about ``model``."""
+    trt = importlib.import_module(engine.available_runtimes()[0][0])
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert not parser.parse(model.SerializeToString())
+    return " ".join(parser.get_error(0).desc().split())
+
+
+@needs_tensorrt_rtx
+def test_a_refused_operator_is_named_on_one_line(tmp_path):
+    folder = model_folder(tmp_path / "tiny", nonzero=True)
+    before = files_in(folder)
+    with pytest.raises(BuildError) as caught:
+        engine.build(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder / "heads.onnx") in message
+    assert "`find_nonzero` (op NonZero)" in message
+    assert message.endswith(parser_reason(heads_model(nonzero=True)))
+    assert files_in(folder) == before
+
+
+@needs_tensorrt_rtx
+def test_a_refused_attribute_is_named_with_nvidias_reason(tmp_path):
+    resize = {"coordinate_transformation_mode": "tf_half_pixel_for_nn", "nearest_mode": "floor"}
+    with pytest.raises(BuildError, match=r"`bad_resize` \(op Resize\).*round_prefer_floor"):
+        engine.build(model_folder(tmp_path / "tiny", resize=resize))
+
+
+@needs_tensorrt
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"heads": dataclasses.replace(SPEC.heads, num_anchors=257)}, "257"),
+        ({"heads": dataclasses.replace(SPEC.heads, background_column=False)}, "class_logits"),
+        ({"heads": dataclasses.replace(SPEC.heads, box_encodings="boxes")}, "boxes"),
+        ({"input": dataclasses.replace(SPEC.input, height=32)}, "32"),
+        ({"input": dataclasses.replace(SPEC.input, batch=2)}, "2"),
+    ],
+)
+def test_a_network_that_the_spec_does_not_describe_is_caught(tmp_path, wrong, named):
+    folder = model_folder(tmp_path / "tiny", dataclasses.replace(SPEC, **wrong))
+    with pytest.raises(CheckError, match=f"spec.json describes .*{named}"):
+        engine.build(folder)
+
+
+@needs_tensorrt
+def test_half_precision_outputs_are_caught(tmp_path):
+    folder = model_folder(tmp_path / "tiny", output_type=TensorProto.FLOAT16)
+    with pytest.raises(CheckError, match=r"`box_encodings` is .*expected float32"):
+        engine.build(folder)
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("content", [b"not an onnx model" * 100, b"version https://git-lfs", b"\x00" * 64])
+def test_a_file_that_is_not_onnx(tmp_path, content):
+    folder = model_folder(tmp_path / "tiny")
+    (folder / "heads.onnx").write_bytes(content)
+    with pytest.raises(InputError, match=r"heads\.onnx: not an ONNX model; run `odtrt convert` again"):
+        engine.build(folder)
+
+
+@needs_tensorrt
+def test_an_empty_model_is_caught(tmp_path):
+    folder = model_folder(tmp_path / "tiny")
+    (folder / "heads.onnx").write_bytes(b"")
+    with pytest.raises((InputError, CheckError), match=r"heads\.onnx"):
+        engine.build(folder)
+
+
+def test_heads_onnx_is_absent(tmp_path):
+    folder = model_folder(tmp_path / "tiny")
+    (folder / "heads.onnx").unlink()
+    with pytest.raises(InputError, match=r"heads\.onnx: not found; run `odtrt convert` first"):
+        engine.build(folder)
+
+
+def test_tensorrt_is_absent(tmp_path, monkeypatch):
+    folder = model_folder(tmp_path / "tiny")
+    for flavour in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, flavour, None)
+    assert engine.available_runtimes() == []
+    with pytest.raises(MissingDependencyError, match=r"no TensorRT .*pip install -e '\.\[gpu\]'"):
+        engine.build(folder)
+
+
+@needs_tensorrt
+@pytest.mark.parametrize(
+    ("module", "precision"),
+    [("polygraphy", "fp32"), ("onnx", "fp32"), ("onnxconverter_common.float16", "fp16")],
+)
+def test_another_package_is_absent(tmp_path, monkeypatch, module, precision):
+    folder = model_folder(tmp_path / "tiny")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependencyError, match="pip install"):
+        engine.build(folder, precision=precision)
+
+
+def test_unknown_precision(tmp_path):
+    with pytest.raises(InputError, match="precision 'int4': expected one of fp32, fp16"):
+        engine.build(model_folder(tmp_path / "tiny"), precision="int4")
+
+
+@needs_tensorrt
+def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
+    folder = model_folder(tmp_path / "tiny")
+    before = files_in(folder)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.hashlib, "sha256", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.build(folder)
+    assert files_in(folder) == before
+    assert read_log(folder) == []
+
+
+@needs_tensorrt_rtx
+def test_what_parses_but_does_not_build_comes_with_nvidias_reason(tmp_path):
+    """NonMaxSuppression, which a naive export leaves in the graph, is such an operator."""
+    model = heads_model()
+    limits = [
+        numpy_helper.from_array(np.array([10]), "most"),
+        numpy_helper.from_array(np.float32([0.5]), "iou"),
+    ]
+    model.graph.initializer.extend(limits)
+    scores = helper.make_node("Transpose", ["class_logits"], ["scores"], "t", perm=[0, 2, 1])
+    select = helper.make_node(
+        "NonMaxSuppression", ["box_encodings", "scores", "most", "iou", "iou"], ["chosen"], "select"
+    )
+    model.graph.node.extend([scores, select])
+    used = [
+        helper.make_node("Cast", ["chosen"], ["chosen_float"], "c", to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["chosen_float"], ["total"], "s", keepdims=0),
+        helper.make_node("Add", ["box_encodings", "total"], ["moved"], "a"),
+    ]
+    model.graph.node.extend(used)
+    model.graph.output[0].name = "moved"
+    heads = dataclasses.replace(SPEC.heads, box_encodings="moved")
+    folder = model_folder(tmp_path / "tiny", dataclasses.replace(SPEC, heads=heads))
+    onnx.save(model, folder / "heads.onnx")
+    with pytest.raises(BuildError, match=r"parsed the model but cannot build it: .*no runners") as caught:
+        engine.build(folder)
+    assert "\n" not in str(caught.value)
+    assert files_in(folder) == ["heads.onnx", "spec.json"]
