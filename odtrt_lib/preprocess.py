@@ -1,0 +1,414 @@
+"""From an image of any size to the network input, exactly as the OD API does it, and boxes back again.
+
+The OD API normalises the image, resizes it, and then pads it; ``preprocess`` does the same. Its resizer is
+TensorFlow 1's ``ResizeBilinear`` with ``align_corners=False`` and ``half_pixel_centers=False``: output pixel
+``i`` samples the source at ``i * in / out``. OpenCV, Pillow and ``tf.image.resize`` sample it at
+``(i + 0.5) * in / out - 0.5`` instead, so that an image resized by one of them shifts every box by
+:func:`half_pixel_shift` pixels. OpenCV also rounds an 8-bit image's result to whole grey levels.
+
+numpy is all that is needed. Where OpenCV is installed it picks and adds pixels, which is faster; the result
+is the same to within a few rounding errors of float32 (checked with OpenCV 4.5.5, 4.11 and 5.0).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple, Union
+
+import numpy as np
+
+from odtrt_lib.errors import InputError, MissingDependencyError
+from odtrt_lib.spec import InputSpec, NmsSpec, Resizer
+
+_BLOCK_ROWS = 96
+_BYTE_UNIT = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """How one image lies in the network input; all in pixels.
+
+    ``image_*`` is the original image's size, ``true_*`` that of the resized image at the input's top left
+    corner, ``input_*`` the network input's; what is not covered, at the bottom and at the right, is padding.
+    """
+
+    image_height: int
+    image_width: int
+    true_height: int
+    true_width: int
+    input_height: int
+    input_width: int
+
+    @property
+    def clip_window(self) -> Tuple[float, float, float, float]:
+        """``(ymin, xmin, ymax, xmax)`` of the resized image, normalised to the network input.
+
+        The OD API's ``SSDMetaArch._compute_clip_window``, from its ``true_image_shapes``.
+        """
+        return (0.0, 0.0, self.true_height / self.input_height, self.true_width / self.input_width)
+
+
+def load_image(path: Union[str, Path]) -> np.ndarray:
+    """Reads a JPEG, PNG or BMP file with 8 bits a channel: uint8 ``[height, width, 3]``, RGB.
+
+    As in the OD API, whose decoder is told ``channels=3``: a grey image is copied to all three channels,
+    and an orientation in the EXIF data is ignored. JPEG pixels are those of ``tf.io.decode_jpeg`` with
+    ``dct_method="INTEGER_ACCURATE"``; TensorFlow's default is a faster, coarser transform.
+
+    Raises InputError where the file is absent, empty, a Git LFS pointer, damaged or no such image, or has
+    an alpha channel, 16 bits or CMYK colours; MissingDependencyError without Pillow.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingDependencyError("Pillow is not installed: run `pip install pillow`") from error
+    path = Path(path)
+    header = _file_header(path)
+    try:
+        with Image.open(path, formats=("JPEG", "PNG", "BMP")) as image:
+            _check_file_mode(path, image, header)
+            return np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{path}: damaged, or not an image ({_one_line(error)}); expected a JPEG, PNG or BMP file"
+        ) from error
+
+
+def check_image(image: Any) -> None:
+    """Raises InputError, saying what to do, unless ``image`` is a uint8 array ``[height, width, 3]``.
+
+    That it is RGB, not OpenCV's BGR, cannot be seen from the array.
+    """
+    if not isinstance(image, np.ndarray):
+        raise InputError(
+            f"image: found {type(image).__name__}, expected a numpy array, uint8 [height, width, 3], RGB; "
+            "read a file with odtrt_lib.preprocess.load_image, or use numpy.asarray(image)"
+        )
+    found = f"image: found {image.dtype} {list(image.shape)}, expected uint8 [height, width, 3], RGB; "
+    if image.size == 0:
+        raise InputError(found + "the image is empty: check the camera or the crop that it comes from")
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(found + _shape_advice(image.shape))
+    if image.dtype != np.uint8:
+        raise InputError(found + _dtype_advice(image.dtype))
+
+
+def network_size(input_spec: InputSpec, height: int, width: int) -> Tuple[int, int]:
+    """``(height, width)`` that an image of ``height`` x ``width`` pixels has after resizing, before padding.
+
+    ``fixed_shape``: always the network input's. ``keep_aspect_ratio``: by the rule of TensorFlow 1's
+    ``resize_images(preserve_aspect_ratio=True)``, in float32: one scale for both sides, the largest at
+    which the image fits in ``min_dimension`` x ``max_dimension`` (the longer side along the image's longer
+    side), each new side rounded half to even.
+
+    Raises InputError where a side would become 0, as in TensorFlow.
+    """
+    resizer = input_spec.resizer
+    if resizer.kind == "fixed_shape":
+        return input_spec.height, input_spec.width
+    one = np.float32
+    short, long = one(resizer.min_dimension or 0), one(resizer.max_dimension or 0)
+    largest = (short, long) if height < width else (long, short)
+    scale = min(largest[0] / one(height), largest[1] / one(width))
+    size = int(np.rint(scale * one(height))), int(np.rint(scale * one(width)))
+    if min(size) < 1:
+        raise InputError(
+            f"image: {height}x{width} becomes {size[0]}x{size[1]} in {_resizer_name(resizer)}; "
+            "it is too long and narrow: crop it"
+        )
+    return size
+
+
+def preprocess(
+    image: np.ndarray, input_spec: InputSpec, out: Optional[np.ndarray] = None
+) -> Tuple[np.ndarray, Frame]:
+    """The network input for one image, and where the image lies in it.
+
+    image: uint8 ``[height, width, 3]``, RGB, of any size; fastest where it is C-contiguous.
+    out: where to write, e.g. one image of a batch; float32 ``[3, height, width]``, C-contiguous.
+
+    Returns float32 ``[3, input_spec.height, input_spec.width]``, normalised and C-contiguous (``out``, if
+    given), and the Frame. The values differ from TensorFlow's by less than 1e-4 of the value range
+    (``255 * scale``).
+
+    Raises InputError where ``image`` is not such an array (see :func:`check_image`), and where its size after
+    resizing is not the network input's, as happens with ``keep_aspect_ratio`` without padding.
+    """
+    check_image(image)
+    frame = _frame(image, input_spec)
+    shape = (3, input_spec.height, input_spec.width)
+    if out is None:
+        out = np.empty(shape, np.float32)
+    elif out.shape != shape or out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise InputError(
+            f"out: found {out.dtype} {list(out.shape)}, expected C-contiguous float32 {list(shape)}"
+        )
+    out[:, frame.true_height :, :] = _per_channel(input_spec.resizer.pad_value)
+    out[:, : frame.true_height, frame.true_width :] = _per_channel(input_spec.resizer.pad_value)
+    _resize_and_normalise(
+        np.ascontiguousarray(image),
+        _per_channel(input_spec.scale),
+        _per_channel(input_spec.offset),
+        out[:, : frame.true_height, : frame.true_width],
+    )
+    return out, frame
+
+
+def boxes_to_pixels(boxes: np.ndarray, frame: Frame, nms: NmsSpec) -> np.ndarray:
+    """Boxes as the post-processing returns them, in pixels of the original image.
+
+    boxes: ``[count, 4]``, ``(ymin, xmin, ymax, xmax)``. With ``nms.change_coordinate_frame`` they are
+    normalised to the resized image (``frame.clip_window`` is their unit square), otherwise to the whole
+    network input, its padding included.
+
+    Returns float32 ``[count, 4]``; the image's bottom right corner is ``(image_height, image_width)``.
+    """
+    height, width = float(frame.image_height), float(frame.image_width)
+    if not nms.change_coordinate_frame:
+        height *= frame.input_height / frame.true_height
+        width *= frame.input_width / frame.true_width
+    pixels = np.asarray(boxes, np.float64).reshape(-1, 4) * [height, width, height, width]
+    return pixels.astype(np.float32)
+
+
+def half_pixel_shift(in_size: int, out_size: int) -> float:
+    """By how many pixels of the original a half-pixel resizer moves every box up, or to the left.
+
+    The OD API samples the source at ``i * s`` with ``s = in_size / out_size``, OpenCV, Pillow and
+    ``tf.image.resize`` at ``(i + 0.5) * s - 0.5``: the difference is ``0.5 * (s - 1)``, the same
+    everywhere in the image. It is negative, that is down or to the right, where the image is enlarged.
+    """
+    return 0.5 * (in_size / out_size - 1)
+
+
+def _file_header(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            header = file.read(64)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); expected a JPEG, PNG or BMP file"
+        ) from error
+    if not header:
+        raise InputError(f"{path}: the file is empty; expected a JPEG, PNG or BMP file")
+    if header.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: a Git LFS pointer instead of the image; run `git lfs pull` to fetch it")
+    return header
+
+
+def _check_file_mode(path: Path, image: Any, header: bytes) -> None:
+    is_16_bit = image.mode[:1] in ("I", "F") or (image.format == "PNG" and header[24] == 16)
+    if is_16_bit:
+        raise InputError(
+            f"{path}: 16 bits a channel, expected 8; choose how to reduce it, e.g. "
+            "`magick in.png -depth 8 out.png` (keeps the upper 8 bits)"
+        )
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        raise InputError(
+            f"{path}: has transparency ({image.mode}), expected RGB or grey; put it on a background, e.g. "
+            "`magick in.png -background black -alpha remove -alpha off out.png`"
+        )
+    if image.mode == "CMYK":
+        raise InputError(
+            f"{path}: CMYK colours, expected RGB or grey; convert it with "
+            "`magick in.jpg -colorspace sRGB out.jpg`"
+        )
+    if image.mode not in ("RGB", "L", "P", "1"):
+        raise InputError(
+            f"{path}: colour mode {image.mode}, expected RGB or grey; convert it with Pillow: "
+            "Image.open(path).convert('RGB').save('out.png')"
+        )
+
+
+def _shape_advice(shape: Tuple[int, ...]) -> str:
+    if len(shape) == 2 or (len(shape) == 3 and shape[2] == 1):
+        return "a grey image: copy it to three channels with numpy.repeat(image.reshape(h, w, 1), 3, axis=2)"
+    if len(shape) == 3 and shape[2] == 4:
+        return "drop the fourth channel with image[:, :, :3] (and reverse a BGRA image's first three)"
+    if len(shape) == 3 and shape[0] == 3:
+        return "channels come last: numpy.moveaxis(image, 0, 2)"
+    if len(shape) == 4:
+        return "pass one image at a time, or a list to detect_batch"
+    return "pass one RGB image"
+
+
+def _dtype_advice(dtype: np.dtype) -> str:
+    if dtype.kind == "f":
+        return "pass the raw pixels 0..255 as uint8: they are normalised here, and only here"
+    if dtype.kind in "iu" and dtype.itemsize == 2:
+        return "reduce it to 8 bits, e.g. (image >> 8).astype(numpy.uint8) if all 16 bits are used"
+    return "convert it with image.astype(numpy.uint8) if its values are 0..255"
+
+
+def _frame(image: np.ndarray, input_spec: InputSpec) -> Frame:
+    height, width = image.shape[:2]
+    true_height, true_width = network_size(input_spec, height, width)
+    resizer = input_spec.resizer
+    is_padded = resizer.kind == "keep_aspect_ratio" and resizer.pad_to_max_dimension
+    fits = true_height <= input_spec.height and true_width <= input_spec.width
+    fills = (true_height, true_width) == (input_spec.height, input_spec.width)
+    if not (fits if is_padded else fills):
+        raise InputError(
+            f"image: {height}x{width} becomes {true_height}x{true_width} in {_resizer_name(resizer)}, but "
+            f"the network input is fixed at {input_spec.height}x{input_spec.width}; pass images of one "
+            "aspect ratio, or set pad_to_max_dimension: true in pipeline.config and export again"
+        )
+    return Frame(height, width, true_height, true_width, input_spec.height, input_spec.width)
+
+
+def _resizer_name(resizer: Resizer) -> str:
+    return f"{resizer.kind}_resizer (min {resizer.min_dimension}, max {resizer.max_dimension})"
+
+
+def _per_channel(values: Tuple[float, float, float]) -> np.ndarray:
+    return np.array(values, np.float32).reshape(3, 1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampling:
+    """Output pixel i of one axis is ``source[lower[i]] * (1 - weight[i]) + source[upper[i]] * weight[i]``."""
+
+    lower: np.ndarray
+    upper: np.ndarray
+    weight: np.ndarray
+
+    @property
+    def interpolates(self) -> bool:
+        return bool(self.weight.any())
+
+
+@functools.lru_cache(maxsize=64)
+def _sampling(in_size: int, out_size: int) -> _Sampling:
+    """TensorFlow's ``compute_interpolation_weights`` with ``LegacyScaler``, in float32 as there.
+
+    Near the end of a long axis the rounding of float32 moves a sample by 1e-4 of a pixel, which can be
+    more than 1e-4 of the value range: the exact fraction ``i * in / out`` would not be close enough.
+    """
+    position = np.arange(out_size, dtype=np.float32) * (np.float32(in_size) / np.float32(out_size))
+    lower = np.minimum(np.floor(position).astype(np.intp), in_size - 1)
+    upper = np.minimum(lower + 1, in_size - 1)
+    weight = np.where(upper > lower, position - lower.astype(np.float32), np.float32(0))
+    return _Sampling(lower, upper, weight)
+
+
+def _resize_and_normalise(image: np.ndarray, scale: np.ndarray, offset: np.ndarray, out: np.ndarray) -> None:
+    """Fills ``out`` [3, height, width] from ``image`` [any height, any width, 3].
+
+    Works on a few output rows at a time, so that what lies between stays in the processor's cache.
+    """
+    _, height, width = out.shape
+    rows = _sampling(image.shape[0], height)
+    for start in range(0, height, _BLOCK_ROWS):
+        block = slice(start, min(start + _BLOCK_ROWS, height))
+        count = block.stop - block.start
+        needed = (rows.lower[block], rows.upper[block]) if rows.interpolates else (rows.lower[block],)
+        lines, unit = _resized_lines(image, np.concatenate(needed), width)
+        if rows.interpolates:
+            top, bottom = lines[:count], lines[count:]
+            bottom -= top
+            bottom *= rows.weight[block, None]
+            bottom += top
+            lines = bottom
+        planes = out[:, block]
+        np.multiply(lines.reshape(count, width, 3).transpose(2, 0, 1), scale / np.float32(unit), out=planes)
+        planes += offset
+
+
+def _resized_lines(image: np.ndarray, rows: np.ndarray, width: int) -> Tuple[np.ndarray, float]:
+    """The named rows of ``image``, resized to ``width`` pixels and multiplied by a unit: both are returned.
+
+    The lines, float32 ``[len(rows), width * 3]``, are scratch memory: valid until this thread's next call.
+    """
+    count, in_width = len(rows), image.shape[1]
+    flat = _scratch("source", (count * in_width + 1) * 3, np.uint8)
+    source = flat[:-3].reshape(count, in_width, 3)
+    np.take(image, rows, axis=0, out=source, mode="clip")
+    lines = _scratch("lines", count * width * 3, np.float32).reshape(count, width * 3)
+    columns = _sampling(in_width, width)
+    left = source.reshape(lines.shape) if in_width == width else _pick_columns(source, width, "left")
+    if not columns.interpolates:
+        np.copyto(lines, left)
+        return lines, 1
+    one_pixel_on = flat[3:].reshape(source.shape)  # what follows a row's last pixel has weight 0
+    right = _pick_columns(one_pixel_on, width, "right")
+    byte_weights = _byte_weights(in_width, width)
+    if byte_weights is None or _opencv_strays(in_width, width) is None:
+        difference = _scratch("difference", lines.size, np.int16).reshape(lines.shape)
+        np.subtract(right, left, out=difference, dtype=np.int16)
+        np.multiply(difference, np.repeat(columns.weight, 3), out=lines)
+        lines += left
+        return lines, 1
+    import cv2
+
+    lines.fill(0)
+    cv2.accumulateProduct(left, byte_weights[0][:count], lines)
+    cv2.accumulateProduct(right, byte_weights[1][:count], lines)
+    return lines, _BYTE_UNIT
+
+
+def _pick_columns(source: np.ndarray, width: int, name: str) -> np.ndarray:
+    """``source[:, lower]`` as ``[rows, width * 3]``: the left neighbour of every output column."""
+    count, in_width = source.shape[:2]
+    lower = _sampling(in_width, width).lower
+    strays = _opencv_strays(in_width, width)
+    picked = _scratch(name, count * width * 3, np.uint8).reshape(count, width, 3)
+    if strays is None:
+        np.take(source, lower, axis=1, out=picked, mode="clip")
+    else:
+        import cv2
+
+        cv2.resize(source, (width, count), dst=picked, interpolation=cv2.INTER_NEAREST)
+        if len(strays):
+            picked[:, strays] = source[:, lower[strays]]
+    return picked.reshape(count, width * 3)
+
+
+@functools.lru_cache(maxsize=64)
+def _opencv_strays(in_width: int, width: int) -> Optional[np.ndarray]:
+    """The output columns for which OpenCV's nearest-neighbour resize does not pick the left neighbour.
+
+    It does for most, but rounds some positions differently than TensorFlow; which, is not documented and
+    may differ between versions: look. None without OpenCV, or where it picks others throughout.
+    """
+    try:
+        import cv2
+    except ImportError:
+        return None
+    column = np.arange(in_width)
+    ruler = np.stack([column & 255, column >> 8 & 255, column >> 16], axis=1).astype(np.uint8)
+    rulers = np.ascontiguousarray(np.broadcast_to(ruler, (2 * _BLOCK_ROWS, in_width, 3)))
+    found = cv2.resize(rulers, (width, 2 * _BLOCK_ROWS), interpolation=cv2.INTER_NEAREST).astype(np.intp)
+    picked = found[:, :, 0] | found[:, :, 1] << 8 | found[:, :, 2] << 16
+    strays = np.flatnonzero((picked != _sampling(in_width, width).lower).any(axis=0))
+    return strays if len(strays) <= width // 4 else None
+
+
+@functools.lru_cache(maxsize=8)
+def _byte_weights(in_width: int, width: int) -> Optional[Tuple[np.ndarray, np.ndarray]]:
+    """The weights of the left and the right neighbours in 128ths, uint8 ``[2 * _BLOCK_ROWS, width * 3]``.
+
+    None where they are not whole. OpenCV multiplies and adds bytes much faster than numpy does.
+    """
+    parts = np.repeat(_sampling(in_width, width).weight * np.float32(_BYTE_UNIT), 3)
+    if not np.array_equal(parts, np.rint(parts)):
+        return None
+    right_weight = np.tile(parts.astype(np.uint8), (2 * _BLOCK_ROWS, 1))
+    return np.uint8(_BYTE_UNIT) - right_weight, right_weight
+
+
+_scratch_of_thread = threading.local()
+
+
+def _scratch(name: str, size: int, dtype: Any) -> np.ndarray:
+    """An array of ``size`` elements with any content, the same memory at every call of one thread."""
+    buffers: Dict[str, np.ndarray] = _scratch_of_thread.__dict__
+    if name not in buffers or buffers[name].size < size:
+        buffers[name] = np.empty(size, dtype)
+    return buffers[name][:size]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

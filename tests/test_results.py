@@ -1,0 +1,77 @@
+"""results.py: a measurement is written whole, flat and finite, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from importlib import metadata
+
+import pytest
+
+from odtrt_lib.errors import InputError
+from odtrt_lib.results import device_info, versions, write_results
+
+
+def test_writes_the_form_that_pages_read(tmp_path):
+    rows = [{"stage": "convert", "seconds": 1.5, "nodes": 3, "ok": True, "note": None}]
+    write_results(tmp_path / "results" / "topic.json", "topic", "make topic", rows)
+    record = json.loads((tmp_path / "results" / "topic.json").read_text())
+    assert list(record) == ["schema", "topic", "command", "date", "device", "versions", "rows"]
+    assert (record["schema"], record["topic"], record["command"]) == (1, "topic", "make topic")
+    assert record["rows"] == rows
+    assert record["versions"]["numpy"] == metadata.version("numpy")
+    assert all(not isinstance(value, (dict, list)) for value in record["device"].values())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"map": float("nan")}, {"p50_us": float("inf")}, {"sizes": [1, 2]}, {"a": {}}]
+)
+def test_refuses_rows_that_are_not_flat_and_finite(tmp_path, wrong):
+    path = tmp_path / "topic.json"
+    write_results(path, "topic", "make topic", [{"seconds": 1.0}])
+    before = path.read_text()
+    with pytest.raises(ValueError, match=f"row 1: {next(iter(wrong))}"):
+        write_results(path, "topic", "make topic", [{"seconds": 1.0}, wrong])
+    assert path.read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["topic.json"]
+
+
+def test_refuses_numpy_figures_before_writing(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(ValueError, match="seconds is a float32"):
+        write_results(tmp_path / "topic.json", "topic", "make topic", [{"seconds": numpy.float32(1)}])
+    assert not list(tmp_path.iterdir())
+
+
+def test_path_that_cannot_be_written(tmp_path):
+    (tmp_path / "results").write_text("a file where the folder should be")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_results(tmp_path / "results" / "topic.json", "topic", "make topic", [])
+
+
+def test_versions_leaves_out_what_is_not_installed():
+    found = versions("numpy", "no-such-distribution")
+    assert set(found) == {"python", "odtrt", "numpy"}
+    assert found["python"] == "{}.{}.{}".format(*sys.version_info[:3])
+
+
+def test_device_info_names_the_gpu(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\necho 'NVIDIA H200, 143771, 575.57.08'\necho 'NVIDIA H200, 143771, 575.57.08'\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    info = device_info()
+    assert (info["gpu"], info["gpu_count"], info["gpu_memory_mb"]) == ("NVIDIA H200", 2, 143771)
+    assert info["cores"] >= 1 and info["cpu"]
+
+
+def test_device_info_without_a_working_driver(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert "gpu" not in device_info()
