@@ -15,6 +15,7 @@ TensorFlow 2.8 and protobuf 3. Three things stand in its way today, and this roo
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -22,6 +23,8 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from odtrt_lib.errors import MissingDependencyError
 
@@ -82,6 +85,50 @@ def prepare() -> None:
             setattr(control_flow_ops, name, function)
 
 
+def tensorflow() -> Any:
+    """The TensorFlow module, prepared; MissingDependencyError where it is absent."""
+    prepare()
+    return importlib.import_module("tensorflow")
+
+
+def load_model(pipeline: str | Path, checkpoint: str | Path) -> Any:
+    """The OD API's own model, restored: what everything that odtrt makes is compared with.
+
+    pipeline: a pipeline.config. checkpoint: a prefix such as ``model/checkpoint/ckpt-0``. Does none of
+    the checks of :func:`odtrt_lib.export.export`.
+    """
+    model, images = _build(Path(pipeline), is_training=False)
+    model.predict(images, None)
+    import tensorflow as tf
+
+    tf.train.Checkpoint(model=model).read(str(checkpoint)).expect_partial()
+    return model
+
+
+def detect(model: Any, image: np.ndarray, image_id: int = 0) -> list[dict[str, Any]]:
+    """What the OD API finds in an RGB image, uint8 ``[height, width, 3]``, in COCO's results form.
+
+    All four steps are the OD API's own: preprocess, predict, postprocess, and label map ids from 1.
+    ``bbox`` is ``[xmin, ymin, width, height]`` in pixels of the image.
+    """
+    import tensorflow as tf
+
+    inputs, shapes = model.preprocess(tf.constant(image[np.newaxis], tf.float32))
+    found = {k: v.numpy()[0] for k, v in model.postprocess(model.predict(inputs, shapes), shapes).items()}
+    height, width = image.shape[:2]
+    count = int(found["num_detections"])
+    boxes = found["detection_boxes"][:count].astype(np.float64) * [height, width, height, width]
+    return [
+        {
+            "image_id": image_id,
+            "category_id": int(found["detection_classes"][i]) + 1,
+            "bbox": [xmin, ymin, xmax - xmin, ymax - ymin],
+            "score": float(found["detection_scores"][i]),
+        }
+        for i, (ymin, xmin, ymax, xmax) in enumerate(boxes.tolist())
+    ]
+
+
 def write_random_checkpoint(pipeline: str | Path, folder: str | Path, *, seed: int = 0) -> Path:
     """Writes ``folder/ckpt-0`` with random weights for a pipeline.config, and returns that prefix.
 
@@ -91,18 +138,12 @@ def write_random_checkpoint(pipeline: str | Path, folder: str | Path, *, seed: i
     """
     prepare()
     import tensorflow as tf
-    from google.protobuf import text_format
-    from object_detection.builders import model_builder
-    from object_detection.protos import pipeline_pb2
 
     tf.keras.utils.set_random_seed(seed)
-    text = Path(pipeline).read_text()
-    message = text_format.Parse(text, pipeline_pb2.TrainEvalPipelineConfig())
-    images = _calibration_images(message.model.ssd.image_resizer, seed)
     learning_phase = tf.keras.backend.learning_phase()
     tf.keras.backend.set_learning_phase(True)
     try:
-        model = model_builder.build(message.model, is_training=True)
+        model, images = _build(Path(pipeline), is_training=True)
         model.predict(images, None)
         for part in (model.feature_extractor, model._box_predictor):
             for layer in tf.Module.submodules.fget(part):
@@ -111,20 +152,27 @@ def write_random_checkpoint(pipeline: str | Path, folder: str | Path, *, seed: i
         model.predict(images, None)
     finally:
         tf.keras.backend.set_learning_phase(learning_phase)
-    checkpoint = tf.train.Checkpoint(model=model)
-    manager = tf.train.CheckpointManager(checkpoint, str(folder), max_to_keep=1)
+    manager = tf.train.CheckpointManager(tf.train.Checkpoint(model=model), str(folder), max_to_keep=1)
     return Path(manager.save(checkpoint_number=0))
 
 
-def _calibration_images(resizer: Any, seed: int) -> Any:
+def _build(pipeline: Path, is_training: bool) -> tuple[Any, Any]:
+    """The model of a config, and four network inputs, float32: two of noise, one smooth, one black."""
+    prepare()
     import tensorflow as tf
+    from google.protobuf import text_format
+    from object_detection.builders import model_builder
+    from object_detection.protos import pipeline_pb2
 
-    fixed, kept = resizer.fixed_shape_resizer, resizer.keep_aspect_ratio_resizer
+    message = text_format.Parse(pipeline.read_text(), pipeline_pb2.TrainEvalPipelineConfig())
+    resizer = message.model.ssd.image_resizer
+    fixed, side = resizer.fixed_shape_resizer, resizer.keep_aspect_ratio_resizer.max_dimension
     is_fixed = resizer.HasField("fixed_shape_resizer")
-    size = (fixed.height, fixed.width) if is_fixed else (kept.max_dimension, kept.max_dimension)
-    noise = tf.random.stateless_uniform([2, *size, 3], [seed, 0], -1.0, 1.0)
+    size = (fixed.height, fixed.width) if is_fixed else (side, side)
+    noise = tf.random.stateless_uniform([2, *size, 3], [0, 0], -1.0, 1.0)
     smooth = tf.image.resize(noise[:1, :8, :8], size)
-    return tf.concat([noise, smooth, tf.zeros_like(smooth)], 0)
+    images = tf.concat([noise, smooth, tf.zeros_like(smooth)], 0)
+    return model_builder.build(message.model, is_training=is_training), images
 
 
 def version() -> str:

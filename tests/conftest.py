@@ -76,23 +76,6 @@ def parts() -> Path:
     return ROOT / "models" / "parts"
 
 
-def build_with_odapi(pipeline: Path, *, seed: int = 0):
-    """The OD API's own model of a config, with its variables made. Random weights."""
-    from odtrt_lib import odapi
-
-    odapi.prepare()
-    import tensorflow as tf
-    from google.protobuf import text_format
-    from object_detection.builders import model_builder
-    from object_detection.protos import pipeline_pb2
-
-    tf.keras.utils.set_random_seed(seed)
-    message = text_format.Parse(pipeline.read_text(), pipeline_pb2.TrainEvalPipelineConfig())
-    model = model_builder.build(message.model, is_training=False)
-    model.predict(odapi._calibration_images(message.model.ssd.image_resizer, seed), None)
-    return model
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """An exported model's folder (pipeline.config, label map, checkpoint/ckpt-0), 3 classes, 96x128."""

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG, build_with_odapi
+from conftest import TINY_CONFIG
 
 from odtrt_lib import export as export_room
+from odtrt_lib import odapi
 from odtrt_lib.errors import CheckError, InputError, OdtrtError, UnsupportedError
 from odtrt_lib.export import export, find_model, run_frozen
 from odtrt_lib.folder import last_record, read_log
@@ -30,8 +31,7 @@ def odapi_heads(model_folder: Path, image: np.ndarray) -> tuple[np.ndarray, np.n
     """What the OD API computes, restored by TensorFlow alone."""
     import tensorflow as tf
 
-    model = build_with_odapi(model_folder / "pipeline.config", seed=1)
-    tf.train.Checkpoint(model=model).restore(str(model_folder / "checkpoint" / "ckpt-0")).expect_partial()
+    model = odapi.load_model(model_folder / "pipeline.config", model_folder / "checkpoint" / "ckpt-0")
     predictions = model.predict(tf.constant(image), None)
     return (
         predictions["box_encodings"].numpy(),
@@ -102,7 +102,7 @@ def test_a_frozen_graph_that_differs_from_the_model_is_caught(tiny_model, tmp_pa
 def test_anchors_are_those_of_the_model_and_of_the_config(tiny_model, tiny_folder):
     import tensorflow as tf
 
-    model = build_with_odapi(tiny_model / "pipeline.config")
+    model = odapi.load_model(tiny_model / "pipeline.config", tiny_model / "checkpoint" / "ckpt-0")
     corners = np.asarray(model.predict(tf.zeros([1, 96, 128, 3]), None)["anchors"], np.float64)
     anchors = np.load(tiny_folder / "anchors.npy")
     assert anchors.dtype == np.float32
@@ -175,7 +175,7 @@ def test_training_directory_with_optimizer_slots_and_many_checkpoints(tiny_model
     import tensorflow as tf
 
     training = tmp_path / "training"
-    model = build_with_odapi(tiny_model / "pipeline.config", seed=5)
+    model = odapi.load_model(tiny_model / "pipeline.config", tiny_model / "checkpoint" / "ckpt-0")
     optimizer = tf.keras.optimizers.legacy.Adam()
     variables = model.feature_extractor.trainable_variables
     optimizer.apply_gradients([(tf.zeros_like(v), v) for v in variables])

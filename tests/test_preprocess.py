@@ -208,10 +208,11 @@ def test_network_size_rounds_as_tensorflow_does():
 
 def test_whole_model_preprocess(tiny_model, tiny_folder):
     """``model.preprocess`` of the OD API's own model, with the spec.json that stage 1 wrote."""
-    from tests.conftest import build_with_odapi
+
+    from odtrt_lib import odapi
 
     tf, *_ = odapi_modules()
-    model = build_with_odapi(tiny_model / "pipeline.config")
+    model = odapi.load_model(tiny_model / "pipeline.config", tiny_model / "checkpoint" / "ckpt-0")
     spec = load_spec(tiny_folder / "spec.json").input
     image = pictures(123, 217)["noise"]
     expected, shapes = model.preprocess(tf.constant(image[None], tf.float32))

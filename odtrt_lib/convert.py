@@ -1,0 +1,331 @@
+"""Chapter 2: ``frozen.pb`` -> ``heads.onnx``, with proof that the two compute the same.
+
+tf2onnx translates the operations, :mod:`odtrt_lib.rewrite` makes of its output a graph that TensorRT runs
+well. Neither is trusted: :func:`convert` compares every Resize of the two graphs
+(:func:`odtrt_lib.resizes.audit_resizes`), runs both graphs on the same images (:func:`check_parity`) and
+leaves no ``heads.onnx`` behind unless both agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import resource
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from odtrt_lib import folder as folders
+from odtrt_lib import odapi
+from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, UnsupportedError
+from odtrt_lib.resizes import audit_resizes, refuse_unconvertible, require_agreement
+from odtrt_lib.rewrite import INPUT, OUTPUTS, serialize, to_onnx
+from odtrt_lib.spec import DetectorSpec, load_spec
+
+if TYPE_CHECKING:
+    pass
+
+OPSETS = (15, 16, 17, 18)
+"""The ONNX opsets offered: what tf2onnx 1.17 writes and TensorRT 8.5 to 11 and TensorRT-RTX read."""
+
+TOLERANCE_MAX, TOLERANCE_RMS = 2e-2, 1e-3
+"""Largest and root-mean-square difference allowed, in units of a head's scale; see :func:`check_parity`."""
+
+_VERSIONED = ("tensorflow", "tf2onnx", "onnx", "onnxruntime")
+_DISTRIBUTIONS = {
+    "tensorflow": ("tensorflow-cpu", "tensorflow"),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadParity:
+    """TensorFlow against ONNX Runtime for one output: the worst of all images.
+
+    The relative figures are in units of the output's scale for that image: its standard deviation, or a
+    thousandth of its largest magnitude if that is more (a head that is constant but for its bias).
+    ``std`` is TensorFlow's standard deviation over all images.
+    """
+
+    max_abs_err: float
+    max_relative_err: float
+    rms_relative_err: float
+    std: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """What :func:`check_parity` measured, and the limits that it allowed."""
+
+    box_encodings: HeadParity
+    class_logits: HeadParity
+    images: int
+    tolerance_max: float = TOLERANCE_MAX
+    tolerance_rms: float = TOLERANCE_RMS
+
+
+def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> folders.StageResult:
+    """Writes ``folder/heads.onnx`` from ``folder/frozen.pb`` and proves that they agree.
+
+    The input of ``heads.onnx`` is ``image``, float32 ``[batch, 3, height, width]``; its outputs are
+    ``box_encodings`` and ``class_logits`` as in ``spec.HeadsSpec``. A batch that is dynamic in
+    ``frozen.pb`` stays dynamic. The same ``frozen.pb``, opset and versions give the same bytes.
+
+    opset: one of :data:`OPSETS`. force: convert even if ``heads.onnx`` is up to date.
+
+    Raises UnsupportedError for another opset and for operations that cannot be converted faithfully,
+    InputError for a missing or damaged input or one that does not match ``spec.json``, CheckError where
+    the Resize audit, the ONNX checker or the parity gate fails; nothing is written then.
+    """
+    if opset not in OPSETS:
+        raise UnsupportedError(
+            f"opset {opset} is not offered; choose one of {', '.join(map(str, OPSETS))} "
+            "(17 is read by TensorRT 8.5 and later)"
+        )
+    folder = Path(folder)
+    started = time.monotonic()
+    frozen_path = folders.require(folder, "frozen.pb", "export")
+    spec = load_spec(folders.require(folder, "spec.json", "export"))
+    inputs = {path.name: folders.sha256(path) for path in (frozen_path, folder / "spec.json")}
+    settings = {"opset": opset}
+    record = None if force else folders.up_to_date(folder, "convert", inputs, settings)
+    if record is not None:
+        return folders.StageResult(record, is_up_to_date=True)
+
+    frozen = load_frozen(frozen_path)
+    refuse_unconvertible(frozen_path, frozen)
+    with folders.staging(folder) as staged:
+        model = to_onnx(frozen, opset)
+        findings = audit_resizes(frozen, model)
+        require_agreement(folder / "heads.onnx", findings)
+        path = staged / "heads.onnx"
+        path.write_bytes(serialize(model))
+        _require_valid(folder / "heads.onnx", path)
+        parity = _compare(frozen, path, spec, images=4)
+        _require_parity(folder / "heads.onnx", parity, frozen, spec)
+    operations = Counter(node.op_type for node in model.graph.node)
+    record = folders.write_record(
+        folder,
+        "convert",
+        inputs=inputs,
+        settings=settings,
+        outputs=["heads.onnx"],
+        versions={name: _version(name) for name in _VERSIONED},
+        seconds=time.monotonic() - started,
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        checks={
+            "opset": model.opset_import[0].version,
+            "ir_version": model.ir_version,
+            "nodes": sum(operations.values()),
+            "transposes": operations["Transpose"],
+            "batch_norms": operations["BatchNormalization"],
+            "resizes": [dataclasses.asdict(finding) for finding in findings],
+            "resizes_agree": all(finding.agrees for finding in findings),
+            "onnx_checker": "full check passed",
+            "parity": dataclasses.asdict(parity),
+        },
+    )
+    return folders.StageResult(record, is_up_to_date=False)
+
+
+def check_parity(folder: str | Path, *, images: int = 4) -> Parity:
+    """Runs ``frozen.pb`` (TensorFlow) and ``heads.onnx`` (ONNX Runtime, CPU) on the same images.
+
+    images: how many; they are, in turn, noise and a checkerboard of a photograph's contrast (mid-grey +- 64),
+        crossed gradients with an edge over the full range, and black, all in the network's units
+        (``InputSpec.scale`` and ``offset``). A network with a dynamic batch gets one image, then the rest
+        as one batch.
+
+    For no image may a head differ by more than :data:`TOLERANCE_MAX` = 2e-2 of its scale anywhere, nor by
+    more than :data:`TOLERANCE_RMS` = 1e-3 over all anchors. Why not zero: float32 has a unit roundoff
+    u = 2^-24 = 6e-8; two correct programs that add the n products of a convolution in another order differ
+    by about u * sqrt(n), and every layer behind it multiplies that by its own gain. How much a network
+    amplifies shows when its input moves by one unit in the last place: measured on TensorFlow alone, its
+    output then moves by 1e-5 (SSD MobileNetV1, trained), 3e-4 (EfficientDet-D0 and FPNLite, synthetic
+    weights) and 1e-3 (ResNet-50 FPN, random) of the scale. TensorFlow and ONNX Runtime differ by 3e-5, 3e-3,
+    4e-4 and 1e-3 (rms 3e-6 to 2e-4). At twice that contrast D0's swish layers run away and its output is 15
+    times as noisy, hence the mid-grey. A wrong Resize rule costs 0.1 to 3 (rms 4e-3 to 0.4). An untrained
+    EfficientDet can be chaotic, moving by 0.2 for that one unit: nothing can be proved with such weights,
+    and the error says so.
+
+    Raises CheckError where a head differs by more, InputError where a file is missing, damaged or does
+    not match ``spec.json``.
+    """
+    folder = Path(folder)
+    spec = load_spec(folders.require(folder, "spec.json", "export"))
+    frozen = load_frozen(folders.require(folder, "frozen.pb", "export"))
+    path = folders.require(folder, "heads.onnx", "convert")
+    parity = _compare(frozen, path, spec, images)
+    _require_parity(path, parity, frozen, spec)
+    return parity
+
+
+def load_frozen(path: str | Path) -> Any:
+    """The ``GraphDef`` in ``path``; InputError if it is damaged or lacks the nodes that export writes."""
+    tf = odapi.tensorflow()
+    from google.protobuf.message import DecodeError
+
+    graph_def = tf.compat.v1.GraphDef()
+    try:
+        graph_def.ParseFromString(Path(path).read_bytes())
+    except DecodeError as error:
+        raise InputError(f"{path}: not a TensorFlow GraphDef ({error}); run `odtrt export` again") from error
+    missing = {INPUT, *OUTPUTS} - {node.name for node in graph_def.node}
+    if missing:
+        raise InputError(
+            f"{path}: has no node {', '.join(sorted(missing))}; expected the graph that `odtrt export` writes"
+        )
+    return graph_def
+
+
+def _require_valid(name: Path, path: Path) -> None:
+    onnx = _require("onnx")
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise CheckError(
+            f"{name}: not a valid ONNX model: {_one_line(error)}; nothing was written"
+        ) from error
+
+
+def _compare(frozen: Any, onnx_path: Path, spec: DetectorSpec, images: int) -> Parity:
+    if images < 1:
+        raise InputError(f"images is {images}, expected at least 1")
+    pictures = _test_images(spec, images)
+    reference = _run_tensorflow(frozen, _batches(pictures, spec.input.batch))
+    candidate = _run_onnx(onnx_path, _batches(pictures.transpose(0, 3, 1, 2), spec.input.batch))
+    heads = []
+    for name, columns in zip(OUTPUTS, (4, spec.heads.num_columns), strict=True):
+        expected = (spec.heads.num_anchors, columns)
+        for side, outputs in (("frozen.pb", reference), ("heads.onnx", candidate)):
+            if outputs[name].shape[1:] != expected:
+                raise InputError(
+                    f"{onnx_path.name}: {name} in {side} is {list(outputs[name].shape)}, spec.json says "
+                    f"[batch, {expected[0]}, {expected[1]}]; run `odtrt export` again"
+                )
+        heads.append(_measure(reference[name], candidate[name]))
+    return Parity(heads[0], heads[1], images)
+
+
+def _measure(reference: np.ndarray, candidate: np.ndarray) -> HeadParity:
+    reference, candidate = reference.astype(np.float64), candidate.astype(np.float64)
+    within_image = tuple(range(1, reference.ndim))
+    error = np.abs(reference - candidate)
+    scale = np.maximum(reference.std(axis=within_image), np.abs(reference).max(axis=within_image) / 1000)
+    scale = np.maximum(scale, np.finfo(np.float32).tiny)
+    rms = np.sqrt(np.mean(error**2, axis=within_image))
+    return HeadParity(
+        max_abs_err=float(error.max()),
+        max_relative_err=float(np.max(error.max(axis=within_image) / scale)),
+        rms_relative_err=float(np.max(rms / scale)),
+        std=float(reference.std()),
+    )
+
+
+def _require_parity(path: Path, parity: Parity, frozen: Any, spec: DetectorSpec) -> None:
+    for name in OUTPUTS:
+        head: HeadParity = getattr(parity, name)
+        is_close = (
+            head.max_relative_err <= parity.tolerance_max and head.rms_relative_err <= parity.tolerance_rms
+        )
+        if is_close:
+            continue
+        own = _own_noise(frozen, spec, parity.images)[name].max_relative_err
+        is_chaotic = not own <= parity.tolerance_max
+        raise CheckError(
+            f"{path}: {name} differs from frozen.pb's by up to {head.max_relative_err:.3g} of its scale "
+            f"and {head.rms_relative_err:.3g} rms; expected at most {parity.tolerance_max:g} and "
+            f"{parity.tolerance_rms:g}; TensorFlow's own output moves by {own:.3g} when the input moves by "
+            f"one unit in the last place: {'use trained weights' if is_chaotic else 'the two graphs differ'}"
+        )
+
+
+def _own_noise(frozen: Any, spec: DetectorSpec, images: int) -> dict[str, HeadParity]:
+    """How far TensorFlow's output moves when every input value moves up or down by one float32 step."""
+    pictures = _test_images(spec, images)
+    direction = np.random.default_rng(1).choice(np.array([-np.inf, np.inf], np.float32), pictures.shape)
+    outputs = [
+        _run_tensorflow(frozen, _batches(version, spec.input.batch))
+        for version in (pictures, np.nextafter(pictures, direction))
+    ]
+    return {name: _measure(outputs[0][name], outputs[1][name]) for name in OUTPUTS}
+
+
+def _test_images(spec: DetectorSpec, count: int) -> np.ndarray:
+    """``[count, height, width, 3]`` float32 network inputs; see :func:`check_parity`."""
+    height, width = spec.input.height, spec.input.width
+    generator = np.random.default_rng(20)
+    row, column = np.mgrid[:height, :width].astype(np.float64)
+    edge = column > width * 0.6
+    gradients = np.stack([255 * row / height, 255 * column / width, 255.0 * edge], axis=-1)
+    pictures = []
+    for i in range(count):
+        square = max(2, 32 >> (i // 4))
+        board = 63.5 + 128 * ((row // square + column // square) % 2)
+        picture = (
+            generator.uniform(63.5, 191.5, (height, width, 3)),
+            np.roll(gradients, i // 4, axis=-1),
+            np.repeat(board[..., None], 3, axis=-1),
+            np.zeros((height, width, 3)),
+        )[i % 4]
+        pictures.append(picture)
+    return (np.stack(pictures) * spec.input.scale + spec.input.offset).astype(np.float32)
+
+
+def _batches(pictures: np.ndarray, batch: int | None) -> list[np.ndarray]:
+    """Pieces of a fixed batch size (the last filled up with its first picture), or one and the rest."""
+    if batch is None:
+        return [piece for piece in (pictures[:1], pictures[1:]) if len(piece)]
+    filled = np.concatenate([pictures, np.repeat(pictures[:1], -len(pictures) % batch, axis=0)])
+    return list(filled.reshape(-1, batch, *pictures.shape[1:]))
+
+
+def _run_tensorflow(frozen: Any, batches: list[np.ndarray]) -> dict[str, np.ndarray]:
+    tf = odapi.tensorflow()
+    graph = tf.Graph()
+    with graph.as_default():
+        tf.import_graph_def(frozen, name="")
+    with tf.compat.v1.Session(graph=graph) as session:
+        fetches = [f"{name}:0" for name in OUTPUTS]
+        results = [session.run(fetches, {f"{INPUT}:0": batch}) for batch in batches]
+    return {
+        name: np.concatenate(parts) for name, parts in zip(OUTPUTS, zip(*results, strict=True), strict=True)
+    }
+
+
+def _run_onnx(path: Path, batches: list[np.ndarray]) -> dict[str, np.ndarray]:
+    runtime = _require("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    results = [session.run(list(OUTPUTS), {INPUT: np.ascontiguousarray(batch)}) for batch in batches]
+    return {
+        name: np.concatenate(parts) for name, parts in zip(OUTPUTS, zip(*results, strict=True), strict=True)
+    }
+
+
+@functools.cache
+def _require(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{name} cannot be imported ({_one_line(error)}): run `make install`"
+        ) from error
+
+
+def _version(package: str) -> str:
+    for distribution in _DISTRIBUTIONS.get(package, (package,)):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return "unknown"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
