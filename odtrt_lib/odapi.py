@@ -18,6 +18,7 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import sys
 import types
@@ -132,9 +133,11 @@ def detect(model: Any, image: np.ndarray, image_id: int = 0) -> list[dict[str, A
 def write_random_checkpoint(pipeline: str | Path, folder: str | Path, *, seed: int = 0) -> Path:
     """Writes ``folder/ckpt-0`` with random weights for a pipeline.config, and returns that prefix.
 
-    For trying a configuration before it is trained: how large is it, does it convert, how fast is it. The
-    batch norm statistics are set by one pass in training mode over noise, smooth and black images; without
-    that the activations of a random network vanish or explode, and no comparison of outputs means anything.
+    For trying a configuration before it is trained: how large is it, does it convert, how fast is it.
+    The initial weights of the OD API would not do: their signal vanishes below batch norm's epsilon, and
+    no comparison of outputs would mean anything. Here kernels are normal with variance 1 / fan-in, batch
+    norm statistics are set by one pass in training mode over four kinds of images, and batch
+    norm's gain is 0.5, so that one rounding error does not change the outputs wholly.
     """
     prepare()
     import tensorflow as tf
@@ -149,6 +152,11 @@ def write_random_checkpoint(pipeline: str | Path, folder: str | Path, *, seed: i
             for layer in tf.Module.submodules.fget(part):
                 if "BatchNorm" in type(layer).__name__:
                     layer.momentum = 0.0
+                    layer.gamma.assign(tf.fill(layer.gamma.shape, 0.5))
+            for kernel in tf.Module.variables.fget(part):
+                if kernel.shape.rank == 4:
+                    fan_in = math.prod(kernel.shape[:2] if "depthwise" in kernel.name else kernel.shape[:3])
+                    kernel.assign(tf.random.normal(kernel.shape, stddev=fan_in**-0.5))
         model.predict(images, None)
     finally:
         tf.keras.backend.set_learning_phase(learning_phase)
@@ -157,7 +165,7 @@ def write_random_checkpoint(pipeline: str | Path, folder: str | Path, *, seed: i
 
 
 def _build(pipeline: Path, is_training: bool) -> tuple[Any, Any]:
-    """The model of a config, and four network inputs, float32: two of noise, one smooth, one black."""
+    """The model of a config, and four network inputs, float32: noise, a smooth one, patches, black."""
     prepare()
     import tensorflow as tf
     from google.protobuf import text_format
@@ -169,10 +177,12 @@ def _build(pipeline: Path, is_training: bool) -> tuple[Any, Any]:
     fixed, side = resizer.fixed_shape_resizer, resizer.keep_aspect_ratio_resizer.max_dimension
     is_fixed = resizer.HasField("fixed_shape_resizer")
     size = (fixed.height, fixed.width) if is_fixed else (side, side)
-    noise = tf.random.stateless_uniform([2, *size, 3], [0, 0], -1.0, 1.0)
-    smooth = tf.image.resize(noise[:1, :8, :8], size)
-    images = tf.concat([noise, smooth, tf.zeros_like(smooth)], 0)
-    return model_builder.build(message.model, is_training=is_training), images
+    noise = tf.random.stateless_uniform([1, *size, 3], [0, 0], 0.0, 255.0)
+    smooth = tf.image.resize(noise[:, :8, :8], size)
+    board = tf.image.resize(noise[:, :16, :16], size, "nearest")
+    model = model_builder.build(message.model, is_training=is_training)
+    inputs, _ = model.preprocess(tf.concat([noise, smooth, board, tf.zeros_like(noise)], 0))
+    return model, inputs
 
 
 def version() -> str:

@@ -1,0 +1,317 @@
+"""How good a detector is (COCO mAP) and whether two of them say the same (agreement, box by box).
+
+Detections are in COCO's results form, one ``dict`` each: ``image_id``, ``category_id``, ``bbox`` =
+``[x, y, width, height]`` in pixels of the original image, and ``score``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+
+from odtrt_lib.errors import InputError, MissingDependencyError
+from odtrt_lib.preprocess import load_image
+
+if TYPE_CHECKING:
+    from odtrt_lib.datasets import CocoFolder
+    from odtrt_lib.detector import Detections, Detector
+
+_ANNOTATIONS = "a COCO instances file with images, annotations and categories"
+# The fields of CocoMetrics in the order of pycocotools' summary.
+_SUMMARY = (
+    *("map", "map50", "map75", "map_small", "map_medium", "map_large"),
+    *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CocoMetrics:
+    """COCO's twelve figures for boxes, in 0..1; -1 where there is nothing to find, as in pycocotools.
+
+    map: mean average precision at IoU 0.50:0.05:0.95; map50, map75: at that IoU; map_small, ...: of objects
+    below 32² pixels, between, above 96². ar1, ar10, ar100: average recall with so many detections an image.
+    ap_per_class: category id -> its share of ``map``. images: how many were evaluated.
+    """
+
+    map: float
+    map50: float
+    map75: float
+    map_small: float
+    map_medium: float
+    map_large: float
+    ar1: float
+    ar10: float
+    ar100: float
+    ar_small: float
+    ar_medium: float
+    ar_large: float
+    ap_per_class: Dict[int, float]
+    images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How two lists of detections of the same images compare; see :func:`agreement`.
+
+    references: reference detections that count; matched: those found again. missing: those that were not.
+    extra: candidate detections that no reference explains. at_threshold: unmatched ones on either side that
+    are excused, because their score lies within the tolerance of the point where its list was cut.
+    max_score_difference, min_iou: over all matches; 0 and 1 where there is none.
+    """
+
+    images: int
+    references: int
+    matched: int
+    missing: Tuple[Dict[str, Any], ...]
+    extra: Tuple[Dict[str, Any], ...]
+    at_threshold: int
+    max_score_difference: float
+    min_iou: float
+    score_tolerance: float
+
+    @property
+    def agrees(self) -> bool:
+        """Nothing is missing, nothing is extra, and no score differs by more than the tolerance."""
+        return not self.missing and not self.extra and self.max_score_difference <= self.score_tolerance
+
+
+def load_detections(path: Union[str, Path]) -> List[Dict[str, Any]]:
+    """Reads a COCO results file. Raises InputError where it is absent, damaged or of another form."""
+    detections = _read_json(path, "a COCO results file, a list of detections")
+    if not isinstance(detections, list):
+        raise InputError(f"{path}: {type(detections).__name__}, expected a list of detections")
+    _check_detections(detections, str(path))
+    return detections
+
+
+def detect_folder(detector: Detector, coco: CocoFolder) -> List[Dict[str, Any]]:
+    """The detections of ``detector`` in every image of ``coco``, in COCO's results form."""
+    found: List[Dict[str, Any]] = []
+    for image_id, path in zip(coco.image_ids, coco.paths):
+        found += coco_results(image_id, detector.detect(load_image(path)))
+    return found
+
+
+def coco_results(image_id: int, detections: Detections) -> List[Dict[str, Any]]:
+    """The detections of one image in COCO's results form."""
+    ymin, xmin, ymax, xmax = detections.boxes.astype(np.float64).T
+    boxes = np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=1)
+    return [
+        {"image_id": image_id, "category_id": int(class_id), "bbox": box.tolist(), "score": float(score)}
+        for class_id, box, score in zip(detections.class_ids, boxes, detections.scores)
+    ]
+
+
+def coco_metrics(
+    annotations: Union[str, Path, Dict[str, Any]],
+    detections: Sequence[Dict[str, Any]],
+    image_ids: Optional[Iterable[int]] = None,
+) -> CocoMetrics:
+    """COCO's box metrics, computed by pycocotools.
+
+    annotations: a COCO instances file, or its content. Where an annotation has no ``area`` its box's is
+        taken, where it has no ``iscrowd`` it is no crowd.
+    image_ids: the images to evaluate; by default all of ``annotations``.
+
+    Raises InputError where ``annotations`` cannot be read, or a detection is malformed or of an image that
+    is not in it; MissingDependencyError without pycocotools.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"pycocotools cannot be imported ({error}): run `pip install pycocotools`"
+        ) from error
+    where = "annotations" if isinstance(annotations, dict) else str(annotations)
+    truth = _complete_annotations(annotations, where)
+    _check_detections(detections, "detections")
+    known = {image["id"] for image in truth["images"]}
+    ids = sorted(known if image_ids is None else set(image_ids))
+    unknown = sorted({*ids, *(detection["image_id"] for detection in detections)} - known)
+    if unknown:
+        raise InputError(
+            f"image {unknown[0]} is not among the {len(known)} images of {where}; "
+            "evaluate detections with the annotations of the same images"
+        )
+    with contextlib.redirect_stdout(io.StringIO()):
+        of_truth = _indexed(COCO(), truth)
+        of_detections = (
+            of_truth.loadRes(copy.deepcopy(list(detections)))
+            if detections
+            else _indexed(COCO(), {**truth, "annotations": []})
+        )
+        evaluation = COCOeval(of_truth, of_detections, "bbox")
+        evaluation.params.imgIds = ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    # precision: [IoU thresholds, recall thresholds, classes, areas, caps]; area 0 is all, cap -1 is 100.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]
+    per_class = {
+        int(class_id): float(own[own > -1].mean())
+        for class_id, own in zip(evaluation.params.catIds, np.moveaxis(precision, 2, 0))
+        if (own > -1).any()
+    }
+    figures = {name: float(figure) for name, figure in zip(_SUMMARY, evaluation.stats)}
+    return CocoMetrics(ap_per_class=per_class, images=len(ids), **figures)
+
+
+def agreement(
+    reference: Sequence[Dict[str, Any]],
+    candidate: Sequence[Dict[str, Any]],
+    score_threshold: float = 0.05,
+    iou: float = 0.99,
+    score_tolerance: float = 1e-3,
+    max_detections: Optional[int] = None,
+) -> Agreement:
+    """Compares two lists of detections of the same images, each box with its counterpart.
+
+    Within an image and a class, boxes with an IoU of at least ``iou`` are paired one to one, best IoU
+    first. A detection of either list with a score of at least ``score_threshold`` must have a counterpart
+    with a score of at least ``score_threshold - score_tolerance``, unless its own score is within
+    ``score_tolerance`` of where the other list was cut: at ``score_threshold``, or, in an image where
+    the other list has ``max_detections`` entries, at the lowest of their scores.
+
+    Raises InputError where a detection is malformed.
+    """
+    _check_detections(reference, "reference")
+    _check_detections(candidate, "candidate")
+    references, candidates = _by_image(reference), _by_image(candidate)
+    count = matched = at_threshold = 0
+    unmatched: Tuple[List[Dict[str, Any]], List[Dict[str, Any]]] = ([], [])
+    score_differences, overlaps = [0.0], [1.0]
+    for image_id in sorted({*references, *candidates}):
+        sides = (references.get(image_id, []), candidates.get(image_id, []))
+        cuts = [_cut(side, score_threshold, max_detections) for side in sides]
+        near = tuple([d for d in side if d["score"] >= score_threshold - score_tolerance] for side in sides)
+        pairs = _pairs(near[0], near[1], iou)
+        for one, other, overlap in pairs:
+            scores = near[0][one]["score"], near[1][other]["score"]
+            if max(scores) >= score_threshold:
+                score_differences.append(abs(scores[0] - scores[1]))
+                overlaps.append(overlap)
+                matched += scores[0] >= score_threshold
+        count += sum(d["score"] >= score_threshold for d in near[0])
+        for side in (0, 1):
+            paired = {pair[side] for pair in pairs}
+            for i, detection in enumerate(near[side]):
+                if i in paired or detection["score"] < score_threshold:
+                    continue
+                if detection["score"] <= cuts[1 - side] + score_tolerance:
+                    at_threshold += 1
+                else:
+                    unmatched[side].append(detection)
+    return Agreement(
+        images=len({*references, *candidates}),
+        references=count,
+        matched=matched,
+        missing=tuple(unmatched[0]),
+        extra=tuple(unmatched[1]),
+        at_threshold=at_threshold,
+        max_score_difference=max(score_differences),
+        min_iou=min(overlaps),
+        score_tolerance=score_tolerance,
+    )
+
+
+def _by_image(detections: Sequence[Dict[str, Any]]) -> Dict[int, List[Dict[str, Any]]]:
+    images: Dict[int, List[Dict[str, Any]]] = {}
+    for detection in detections:
+        images.setdefault(detection["image_id"], []).append(detection)
+    return images
+
+
+def _cut(detections: List[Dict[str, Any]], threshold: float, max_detections: Optional[int]) -> float:
+    if max_detections is None or len(detections) < max_detections:
+        return threshold
+    return max(threshold, min(detection["score"] for detection in detections))
+
+
+def _pairs(
+    ones: List[Dict[str, Any]], others: List[Dict[str, Any]], iou: float
+) -> List[Tuple[int, int, float]]:
+    """Pairs (index, index, IoU) of the same class, best IoU first, none used twice."""
+    if not ones or not others:
+        return []
+    overlaps = _iou_matrix([d["bbox"] for d in ones], [d["bbox"] for d in others])
+    classes = [np.array([d["category_id"] for d in side]) for side in (ones, others)]
+    overlaps[classes[0][:, np.newaxis] != classes[1]] = -1.0
+    rows, columns = np.nonzero(overlaps >= iou)
+    order = np.argsort(-overlaps[rows, columns], kind="stable")
+    pairs: List[Tuple[int, int, float]] = []
+    used: Tuple[set, set] = (set(), set())
+    for row, column in zip(rows[order].tolist(), columns[order].tolist()):
+        if row not in used[0] and column not in used[1]:
+            used[0].add(row)
+            used[1].add(column)
+            pairs.append((row, column, float(overlaps[row, column])))
+    return pairs
+
+
+def _iou_matrix(boxes: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> np.ndarray:
+    one, other = np.array(boxes, np.float64)[:, np.newaxis], np.array(others, np.float64)
+    upper = np.minimum(one[..., :2] + one[..., 2:], other[..., :2] + other[..., 2:])
+    sides = np.maximum(upper - np.maximum(one[..., :2], other[..., :2]), 0.0)
+    intersection = sides.prod(axis=-1)
+    union = one[..., 2:].prod(axis=-1) + other[..., 2:].prod(axis=-1) - intersection
+    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+
+
+def _read_json(path: Union[str, Path], expected: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); expected {expected}") from error
+
+
+def _complete_annotations(annotations: Union[str, Path, Dict[str, Any]], where: str) -> Dict[str, Any]:
+    """A copy that pycocotools may write into, with the fields that it needs."""
+    data = annotations if isinstance(annotations, dict) else _read_json(annotations, _ANNOTATIONS)
+    for part in ("images", "annotations", "categories"):
+        if not isinstance(data, dict) or not isinstance(data.get(part), list):
+            raise InputError(f"{where}: has no list `{part}`; expected {_ANNOTATIONS}")
+    truth = copy.deepcopy(data)
+    for i, annotation in enumerate(truth["annotations"]):
+        try:
+            _, _, width, height = annotation["bbox"]
+            annotation.setdefault("area", width * height)
+            annotation.setdefault("iscrowd", 0)
+            annotation.setdefault("id", i + 1)
+            annotation["image_id"], annotation["category_id"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{where}: annotations[{i}] lacks image_id, category_id or a bbox of 4 numbers; "
+                f"expected {_ANNOTATIONS}"
+            ) from error
+    return truth
+
+
+def _check_detections(detections: Sequence[Dict[str, Any]], where: str) -> None:
+    for i, detection in enumerate(detections):
+        try:
+            numbers = [detection["score"], *detection["bbox"]]
+            is_right = len(numbers) == 5 and np.isfinite(numbers).all()
+            detection["image_id"], detection["category_id"]
+        except (KeyError, TypeError):
+            is_right = False
+        if not is_right:
+            raise InputError(
+                f"{where}[{i}]: {json.dumps(detection, default=str)[:120]}; expected image_id, category_id, "
+                "bbox = [x, y, width, height] and score, as in COCO's results format"
+            )
+
+
+def _indexed(coco: Any, dataset: Dict[str, Any]) -> Any:
+    coco.dataset = dataset
+    coco.createIndex()
+    return coco

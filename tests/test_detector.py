@@ -1,0 +1,412 @@
+"""The whole path, image in and detections out, against the OD API's own, and what a user can do wrong."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from odtrt_lib import detector as detector_room
+from odtrt_lib import odapi
+from odtrt_lib import preprocess as preprocess_room
+from odtrt_lib.detector import Backend, Detections, Detector
+from odtrt_lib.errors import InputError, MissingDependencyError
+from odtrt_lib.evaluate import agreement, coco_results, load_detections
+from odtrt_lib.spec import load_spec
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model, tiny_folder, tmp_path_factory) -> Path:
+    """The tiny model's folder after stages 1 and 2. Do not write into it; copy it."""
+    return converted(tiny_folder, tmp_path_factory.mktemp("detector") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny_with_any_batch(tiny_model, tmp_path_factory) -> Path:
+    from odtrt_lib.export import export
+
+    folder = tmp_path_factory.mktemp("detector") / "any_batch"
+    export(tiny_model, folder, batch=None)
+    return converted(folder, folder)
+
+
+def converted(source: Path, folder: Path) -> Path:
+    pytest.importorskip("tf2onnx")
+    pytest.importorskip("onnxruntime")
+    from odtrt_lib.convert import convert
+
+    if folder != source:
+        shutil.copytree(source, folder)
+    convert(folder)
+    return folder
+
+
+def pictures(count: int) -> list[np.ndarray]:
+    """Smooth random pictures of different sizes: uint8 [height, width, 3]."""
+    from PIL import Image
+
+    rng = np.random.default_rng(5)
+    sizes = [(int(w), int(h)) for w, h in rng.integers(90, 260, (count, 2))]
+    coarse = rng.integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
+    return [
+        np.asarray(Image.fromarray(c).resize(size, Image.Resampling.BICUBIC))
+        for c, size in zip(coarse, sizes, strict=True)
+    ]
+
+
+def odapi_results(pipeline: Path, checkpoint: Path, images: dict[int, np.ndarray]) -> list[dict]:
+    """What the OD API finds, from pixels to boxes, in COCO's results form."""
+    model = odapi.load_model(pipeline, checkpoint)
+    return [row for image_id, image in images.items() for row in odapi.detect(model, image, image_id)]
+
+
+def own_results(detector: Detector, images: dict[int, np.ndarray]) -> list[dict]:
+    found = detector.detect_batch(list(images.values()))
+    return [r for image_id, d in zip(images, found, strict=True) for r in coco_results(image_id, d)]
+
+
+def assert_agrees(detector: Detector, reference: list[dict], candidate: list[dict]) -> None:
+    compared = compare(detector, reference, candidate)
+    assert compared.agrees, compared
+    assert compared.references > 20
+    assert compared.at_threshold <= 0.01 * compared.references
+
+
+def compare(detector: Detector, reference: list[dict], candidate: list[dict]):
+    return agreement(reference, candidate, max_detections=detector.spec.nms.max_total_detections)
+
+
+def test_detections_are_the_odapis(tiny_model, tiny):
+    images = dict(enumerate(pictures(6)))
+    reference = odapi_results(tiny_model / "pipeline.config", tiny_model / "checkpoint" / "ckpt-0", images)
+    detector = Detector.open(tiny)
+    assert_agrees(detector, reference, own_results(detector, images))
+
+
+def test_what_a_detection_holds(tiny):
+    image = pictures(1)[0]
+    found = Detector.open(tiny).detect(image)
+    assert len(found.scores) > 3
+    assert found.boxes.dtype == np.float32 and found.boxes.shape == (len(found.scores), 4)
+    assert found.scores.dtype == np.float32 and np.all(np.diff(found.scores) <= 0)
+    assert found.class_ids.dtype == np.int64 and set(found.class_ids) <= {1, 2, 3}
+    assert list(found.names) == [("bolt", "nut", "gear")[i - 1] for i in found.class_ids]
+    height, width = image.shape[:2]
+    assert np.all(found.boxes >= 0) and np.all(found.boxes <= [height, width, height, width])
+
+
+def assert_same(one: Detections, other: Detections, tolerance: float) -> None:
+    assert one.names == other.names
+    np.testing.assert_array_equal(one.class_ids, other.class_ids)
+    np.testing.assert_allclose(one.scores, other.scores, atol=tolerance)
+    np.testing.assert_allclose(one.boxes, other.boxes, atol=300 * tolerance)
+
+
+def test_a_batch_is_its_images(tiny, tiny_with_any_batch):
+    images = pictures(5)
+    alone = [Detector.open(tiny).detect(image) for image in images]
+    for folder, tolerance in ((tiny, 0.0), (tiny_with_any_batch, 1e-5)):
+        together = Detector.open(folder).detect_batch(images)
+        for one, other in zip(alone, together, strict=True):
+            assert_same(one, other, tolerance)
+    assert Detector.open(tiny).detect_batch([]) == []
+    assert Detector.open(tiny_with_any_batch).detect_batch([]) == []
+
+
+@pytest.mark.parametrize("batch, expected", [(2, [2, 2, 2]), (None, [5]), (8, [8])])
+def test_the_network_sees_the_batch_it_was_made_for(tiny, batch, expected):
+    single = Detector.open(tiny)
+    sizes = []
+
+    def infer(images: np.ndarray):
+        sizes.append(len(images))
+        heads = [single.backend.infer(images[i : i + 1]) for i in range(len(images))]
+        return np.concatenate([h[0] for h in heads]), np.concatenate([h[1] for h in heads])
+
+    network = dataclasses.replace(single.spec.input, batch=batch)
+    batched = Detector(
+        dataclasses.replace(single.spec, input=network), single.anchors, Backend("recorder", infer)
+    )
+    images = pictures(5)
+    for one, other in zip(batched.detect_batch(images), single.detect_batch(images), strict=True):
+        assert_same(one, other, 0.0)
+    assert sizes == expected
+
+
+def open_error(folder: Path, kind: type = InputError, **options) -> str:
+    with pytest.raises(kind) as caught:
+        Detector.open(folder, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_an_unknown_backend_is_named_with_the_choice(tiny):
+    assert open_error(tiny, backend="tensorrtt").startswith("backend 'tensorrtt' is unknown")
+    assert "onnxruntime" in open_error(tiny, backend="tensorrtt")
+
+
+def test_onnxruntime_absent(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "pip install onnxruntime" in open_error(tiny, MissingDependencyError)
+
+
+@pytest.mark.parametrize(
+    "name, command", [("spec.json", "export"), ("anchors.npy", "export"), ("heads.onnx", "convert")]
+)
+def test_a_missing_file_names_the_command_that_writes_it(tiny, tmp_path, name, command):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    (folder / name).unlink()
+    message = open_error(folder)
+    assert str(folder / name) in message and f"odtrt {command}" in message
+
+
+@pytest.mark.parametrize("name", ["anchors.npy", "heads.onnx"])
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_damaged_file_is_named(tiny, tmp_path, name, content):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    (folder / name).write_bytes(content)
+    assert str(folder / name) in open_error(folder)
+
+
+def test_a_truncated_network_is_named(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    path = folder / "heads.onnx"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert str(path) in open_error(folder)
+
+
+def with_spec(tiny: Path, tmp_path: Path, part: str, **changes) -> Path:
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    document = json.loads((folder / "spec.json").read_text())
+    document[part].update(changes)
+    (folder / "spec.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "part, changes, found, expected",
+    [
+        ("input", {"width": 160}, "[1, 3, 96, 128]", "[1, 3, 96, 160]"),
+        ("input", {"batch": 4}, "[1, 3, 96, 128]", "[4, 3, 96, 128]"),
+        ("input", {"batch": None}, "[1, 3, 96, 128]", "[any, 3, 96, 128]"),
+        ("input", {"name": "pixels"}, "inputs image", "expected pixels"),
+        ("heads", {"class_logits": "scores"}, "class_logits", "expected box_encodings, scores"),
+        ("heads", {"num_classes": 7}, "class_logits is tensor(float)", "8]"),
+        ("heads", {"num_anchors": 5}, "anchors.npy: float32", "float32 [5, 4]"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_spec(tiny, tmp_path, part, changes, found, expected):
+    message = open_error(with_spec(tiny, tmp_path, part, **changes))
+    assert found in message and expected in message and "spec.json" in message
+
+
+# --- the checkpoints of strangers
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(corpus, tmp_path_factory):
+    """name of a checkpoint in the corpus -> its model folder after stages 1 and 2."""
+    from odtrt_lib.export import export
+
+    made: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("corpus") / name
+            export(corpus / name, folder)
+            made[name] = converted(folder, folder)
+        return made[name]
+
+    return folder_of
+
+
+def photographs(corpus: Path, count: int | None = None) -> dict[int, np.ndarray]:
+    """image id -> RGB pixels of the validation images, read by Pillow."""
+    from PIL import Image
+
+    entries = json.loads((corpus / "coco128" / "instances_val128.json").read_text())["images"][:count]
+    files = {path.name: path for path in (corpus / "coco128").rglob("*.jpg")}
+    return {e["id"]: np.asarray(Image.open(files[e["file_name"]]).convert("RGB")) for e in entries}
+
+
+@pytest.mark.corpus
+def test_a_trained_coco_detector_finds_what_the_odapi_found(corpus, corpus_folder):
+    detector = Detector.open(corpus_folder("coco_ssd_mnv1"))
+    reference = load_detections(corpus / "coco_ssd_mnv1" / "ref_detections_odapi.json")
+    candidate = own_results(detector, photographs(corpus))
+    compared = compare(detector, reference, candidate)
+    assert (compared.images, compared.references) == (128, 12800)
+    assert_agrees(detector, reference, candidate)
+
+
+def half_pixel_preprocess(image, input_spec, out):
+    """What one gets from OpenCV or Pillow: the same network input, sampled at pixel centres."""
+    import cv2
+
+    shape = (input_spec.width, input_spec.height)
+    resized = cv2.resize(image.astype(np.float32), shape, interpolation=cv2.INTER_LINEAR)
+    out[:] = (resized * input_spec.scale + input_spec.offset).transpose(2, 0, 1)
+    return out, preprocess_room.preprocess(image, input_spec)[1]
+
+
+@pytest.mark.corpus
+@pytest.mark.parametrize("defect", ["half-pixel resizing", "BGR", "one more class", "multiplied scales"])
+def test_a_wrong_stage_is_caught(corpus, corpus_folder, monkeypatch, defect):
+    detector = Detector.open(corpus_folder("coco_ssd_mnv1"))
+    images = photographs(corpus, 4)
+    everything = load_detections(corpus / "coco_ssd_mnv1" / "ref_detections_odapi.json")
+    reference = [r for r in everything if r["image_id"] in images]
+    spec = detector.spec
+    if defect == "half-pixel resizing":
+        monkeypatch.setattr(detector_room, "preprocess", half_pixel_preprocess)
+    elif defect == "BGR":
+        images = {i: np.ascontiguousarray(image[:, :, ::-1]) for i, image in images.items()}
+    elif defect == "one more class":
+        spec = dataclasses.replace(
+            spec, labels=tuple(dataclasses.replace(label, id=label.id + 1) for label in spec.labels)
+        )
+    else:
+        spec = dataclasses.replace(
+            spec, box_coder=dataclasses.replace(spec.box_coder, y_scale=0.1, x_scale=0.1)
+        )
+    wrong = dataclasses.replace(detector, spec=spec)
+    compared = compare(wrong, reference, own_results(wrong, images))
+    assert not compared.agrees
+    assert len(compared.missing) > 20, compared
+
+
+@pytest.mark.corpus
+@pytest.mark.parametrize(
+    "name", ["zoo_ssd_mobilenet_v2_fpnlite_320", "zoo_efficientdet_d0", "ft_fpnlite320_tfjs1"]
+)
+def test_a_checkpoint_from_elsewhere_finds_what_the_odapi_finds(corpus, corpus_folder, name):
+    images = photographs(corpus, 8)
+    files = corpus / name / "pipeline.config", corpus / name / "ckpt-0"
+    detector = Detector.open(corpus_folder(name))
+    assert detector.spec.nms.change_coordinate_frame, "else the OD API's boxes are not of the image"
+    assert_agrees(detector, odapi_results(*files, images), own_results(detector, images))
+
+
+# --- the rooms that run on a Jetson
+
+
+def device_rooms() -> list[Path]:
+    """Those that pyproject.toml says are Python 3.8's."""
+    text = (ROOT / "pyproject.toml").read_text()
+    names = re.search(r'"odtrt_lib/\{(.+)\}\.py" = "py38"', text).group(1).split(",")
+    rooms = [ROOT / "odtrt_lib" / f"{name}.py" for name in names]
+    assert {"spec", "nms", "preprocess", "detector", "engine", "evaluate", "folder"} <= set(names)
+    return [room for room in rooms if room.exists()]
+
+
+@pytest.mark.parametrize("room", device_rooms(), ids=lambda room: room.stem)
+def test_a_device_room_is_python_38(room):
+    ast.parse(room.read_text(encoding="utf-8"), str(room), feature_version=(3, 8))
+
+
+def test_newer_syntax_is_caught():
+    with pytest.raises(SyntaxError):
+        ast.parse("match x:\n    case 1: pass\n", feature_version=(3, 8))
+
+
+def import_all_rooms() -> str:
+    """Those that need numpy alone: all but the command line, which is made with typer and rich."""
+    names = [room.stem for room in device_rooms() if room.stem not in ("__init__", "cli")]
+    return "import " + ", ".join(f"odtrt_lib.{name}" for name in names)
+
+
+def test_the_device_rooms_load_nothing_heavy():
+    heavy = ["tensorflow", "tf_keras", "onnx", "onnxruntime", "cv2", "PIL", "pycocotools", "tensorrt"]
+    script = f"{import_all_rooms()}; import sys; print([m for m in {heavy} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.fixture(scope="session")
+def python38(pytestconfig) -> Path:
+    """A Python 3.8 that has numpy and nothing else; made once, kept in pytest's cache folder."""
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [shutil.which("python3.8"), *sorted(versions.glob("3.8.*/bin/python3.8"))]
+    environment = pytestconfig.cache.mkdir("python38")
+    python = environment / "bin" / "python"
+    for interpreter in filter(None, found):
+        make = [[interpreter, "-m", "venv", environment], [python, "-m", "pip", "install", "-q", "numpy"]]
+        if has_numpy(python) or (
+            all(subprocess.run(step, capture_output=True).returncode == 0 for step in make)
+            and has_numpy(python)
+        ):
+            return python
+    pytest.skip(
+        "no python3.8 here" if not any(found) else "python3.8 is not usable, or numpy not installable"
+    )
+
+
+def has_numpy(python: Path) -> bool:
+    check = "import sys, numpy; assert sys.version_info[:2] == (3, 8)"
+    return python.exists() and subprocess.run([python, "-c", check], capture_output=True).returncode == 0
+
+
+DETECT_ON_38 = """
+import dataclasses, pathlib, sys
+import numpy as np
+{imports}
+from odtrt_lib.detector import Backend, Detector
+from odtrt_lib.spec import load_spec
+
+spec_path, arrays_path, found_path = sys.argv[1:]
+arrays = np.load(arrays_path)
+seen = []
+
+def infer(images):
+    seen.append(images)
+    return arrays["box_encodings"], arrays["class_logits"]
+
+detector = Detector(load_spec(spec_path), arrays["anchors"], Backend("recorded", infer))
+found = detector.detect(arrays["image"])
+np.savez(found_path, input=seen[0], names=found.names,
+         boxes=found.boxes, scores=found.scores, class_ids=found.class_ids)
+absent = ("tensorflow", "onnx", "onnxruntime", "cv2", "PIL", "pycocotools")
+assert not any(name in sys.modules for name in absent)
+"""
+
+
+def test_python_38_with_numpy_alone_detects_the_same(python38, tiny, tmp_path):
+    detector = Detector.open(tiny)
+    image = pictures(1)[0]
+    recorded = []
+
+    def infer(images: np.ndarray):
+        recorded.extend([images, *detector.backend.infer(images)])
+        return recorded[1], recorded[2]
+
+    expected = dataclasses.replace(detector, backend=Backend("recorder", infer)).detect(image)
+    np.savez(
+        tmp_path / "in.npz",
+        image=image,
+        anchors=detector.anchors,
+        box_encodings=recorded[1],
+        class_logits=recorded[2],
+    )
+    script = DETECT_ON_38.format(imports=import_all_rooms())
+    paths = [tiny / "spec.json", tmp_path / "in.npz", tmp_path / "out.npz"]
+    run = subprocess.run([python38, "-c", script, *paths], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = np.load(tmp_path / "out.npz")
+    spec = load_spec(tiny / "spec.json")
+    assert len(expected.scores) > 3
+    np.testing.assert_allclose(found["input"], recorded[0], atol=255e-4 * max(map(abs, spec.input.scale)))
+    np.testing.assert_array_equal(found["class_ids"], expected.class_ids)
+    np.testing.assert_allclose(found["scores"], expected.scores, atol=1e-6)
+    np.testing.assert_allclose(found["boxes"], expected.boxes, atol=1e-3)
+    assert tuple(found["names"]) == expected.names

@@ -1,0 +1,383 @@
+"""mAP against hand arithmetic and the OD API's evaluator; agreement against seeded differences."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from odtrt_lib.detector import Detections
+from odtrt_lib.errors import InputError, MissingDependencyError
+from odtrt_lib.evaluate import agreement, coco_metrics, coco_results, detect_folder, load_detections
+
+
+def detection(image_id: int, category_id: int, bbox: list[float], score: float) -> dict:
+    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
+
+
+# --- COCO metrics
+
+
+def truth_of_two_squares() -> dict:
+    return {
+        "images": [{"id": 7, "width": 200, "height": 200}],
+        "categories": [{"id": 3, "name": "bolt"}, {"id": 5, "name": "nut"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 3, "bbox": [10, 10, 50, 50]},
+            {"image_id": 7, "category_id": 3, "bbox": [100, 100, 50, 50]},
+        ],
+    }
+
+
+HIT, MISS, HALF_HIT = (
+    detection(7, 3, [10, 10, 50, 50], 0.9),
+    detection(7, 3, [150, 10, 40, 40], 0.8),
+    detection(7, 3, [100, 100, 50, 32], 0.7),  # IoU 0.64: a hit at 0.50, 0.55 and 0.60 only
+)
+
+
+def test_metrics_are_those_computed_by_hand():
+    found = coco_metrics(truth_of_two_squares(), [HIT, MISS, HALF_HIT])
+    # 101 recall points. Precision is 1 up to recall 0.5, then 2/3 where the third detection is a hit.
+    with_half, without = (51 + 50 * 2 / 3) / 101, 51 / 101
+    expected = (3 * with_half + 7 * without) / 10
+    assert found.map == pytest.approx(expected, abs=1e-12)
+    assert found.map50 == pytest.approx(with_half, abs=1e-12)
+    assert found.map75 == pytest.approx(without, abs=1e-12)
+    assert found.map_medium == pytest.approx(expected, abs=1e-12)  # 50 x 50 is a medium object
+    assert found.map_small == found.map_large == -1
+    assert found.ar1 == pytest.approx(0.5)
+    assert found.ar100 == pytest.approx((3 * 1.0 + 7 * 0.5) / 10)
+    assert found.ap_per_class == {3: pytest.approx(expected)}
+    assert found.images == 1
+
+
+def test_nothing_found_is_zero():
+    found = coco_metrics(truth_of_two_squares(), [])
+    assert (found.map, found.map50, found.ar100) == (0, 0, 0)
+    assert found.ap_per_class == {3: 0}
+
+
+def test_only_the_images_asked_for_count():
+    truth = truth_of_two_squares()
+    truth["images"].append({"id": 8, "width": 200, "height": 200})
+    truth["annotations"].append({"image_id": 8, "category_id": 3, "bbox": [10, 10, 50, 50]})
+    both = [HIT, detection(7, 3, [100, 100, 50, 50], 0.6)]
+    assert coco_metrics(truth, both).map == pytest.approx(67 / 101)
+    only = coco_metrics(truth, both, image_ids=[7])
+    assert (only.map, only.images) == (pytest.approx(1), 1)
+
+
+def test_neither_input_is_changed_and_nothing_is_printed(capsys):
+    truth, found = truth_of_two_squares(), [dict(HIT)]
+    before = copy.deepcopy((truth, found))
+    coco_metrics(truth, found)
+    assert (truth, found) == before
+    assert capsys.readouterr() == ("", "")
+
+
+def random_truth_and_detections(images: int) -> tuple[dict, list[dict]]:
+    """Objects of three classes and all sizes, a tenth of them crowds; found, missed, moved, invented."""
+    rng = np.random.default_rng(17)
+    truth = {
+        "images": [{"id": i, "width": 400, "height": 300} for i in range(images)],
+        "categories": [{"id": c, "name": str(c)} for c in (1, 2, 4)],
+        "annotations": [],
+    }
+    found = []
+    for image_id in range(images):
+        for _ in range(rng.integers(0, 7)):
+            sides = np.exp(rng.uniform(np.log(8), np.log(150), 2))
+            corner = rng.uniform(0, [400, 300] - sides)
+            box = np.concatenate([corner, sides])
+            category = int(rng.choice([1, 2, 4]))
+            truth["annotations"].append(
+                {
+                    "id": len(truth["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": box.tolist(),
+                    "area": float(sides.prod()),
+                    "iscrowd": int(rng.random() < 0.1),
+                }
+            )
+            for _ in range(rng.integers(0, 3)):
+                moved = box + rng.normal(0, 0.12, 4) * np.tile(sides, 2)
+                moved[2:] = np.maximum(moved[2:], 1)
+                seen = category if rng.random() < 0.85 else 2
+                found.append(detection(image_id, seen, moved.tolist(), float(rng.random())))
+    return truth, found
+
+
+def test_metrics_are_those_of_the_odapis_evaluator():
+    pytest.importorskip("tensorflow")
+    from odtrt_lib import odapi
+
+    odapi.prepare()
+    from object_detection.metrics.coco_evaluation import CocoDetectionEvaluator
+
+    truth, found = random_truth_and_detections(images=60)
+    evaluator = CocoDetectionEvaluator(truth["categories"])
+    for image in truth["images"]:
+        own = [a for a in truth["annotations"] if a["image_id"] == image["id"]]
+        evaluator.add_single_ground_truth_image_info(
+            image["id"],
+            {
+                "groundtruth_boxes": corners([a["bbox"] for a in own]),
+                "groundtruth_classes": np.array([a["category_id"] for a in own], np.int64),
+                "groundtruth_is_crowd": np.array([a["iscrowd"] for a in own], np.int64),
+            },
+        )
+        seen = [d for d in found if d["image_id"] == image["id"]]
+        evaluator.add_single_detected_image_info(
+            image["id"],
+            {
+                "detection_boxes": corners([d["bbox"] for d in seen]),
+                "detection_scores": np.array([d["score"] for d in seen]),
+                "detection_classes": np.array([d["category_id"] for d in seen], np.int64),
+            },
+        )
+    expected = evaluator.evaluate()
+    ours = dataclasses.asdict(coco_metrics(truth, found))
+    names = {
+        "map": "Precision/mAP",
+        "map50": "Precision/mAP@.50IOU",
+        "map75": "Precision/mAP@.75IOU",
+        "map_small": "Precision/mAP (small)",
+        "map_medium": "Precision/mAP (medium)",
+        "map_large": "Precision/mAP (large)",
+        "ar1": "Recall/AR@1",
+        "ar10": "Recall/AR@10",
+        "ar100": "Recall/AR@100",
+        "ar_small": "Recall/AR@100 (small)",
+        "ar_medium": "Recall/AR@100 (medium)",
+        "ar_large": "Recall/AR@100 (large)",
+    }
+    assert 0.1 < ours["map"] < 0.9
+    for own, theirs in names.items():
+        assert ours[own] == pytest.approx(expected[f"DetectionBoxes_{theirs}"], abs=1e-9), own
+
+
+def corners(boxes: list[list[float]]) -> np.ndarray:
+    x, y, width, height = np.array(boxes, np.float64).reshape(-1, 4).T
+    return np.stack([y, x, y + height, x + width], axis=1)
+
+
+@pytest.mark.corpus
+def test_the_odapis_detections_have_the_odapis_map(corpus):
+    """The corpus states the mAP that the OD API itself gave for these detections."""
+    found = coco_metrics(
+        corpus / "coco128" / "instances_val128.json",
+        load_detections(corpus / "coco_ssd_mnv1" / "ref_detections_odapi.json"),
+    )
+    assert (round(found.map, 3), round(found.map50, 3), found.images) == (0.255, 0.400, 128)
+
+
+def one_line(call, kind: type = InputError) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"images": [], "annotations": []}'])
+def test_unusable_annotations_are_named(tmp_path, content):
+    path = tmp_path / "instances.json"
+    if content is not None:
+        path.write_text(content)
+    message = one_line(lambda: coco_metrics(path, [HIT]))
+    assert message.startswith(str(path)) and "expected" in message
+
+
+@pytest.mark.parametrize("bbox", [None, [1, 2, 3], "abcd"])
+def test_a_malformed_annotation_is_named(bbox):
+    truth = truth_of_two_squares()
+    truth["annotations"][1]["bbox"] = bbox
+    assert "annotations[1]" in one_line(lambda: coco_metrics(truth, [HIT]))
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "{}", '[{"image_id": 1}]', "[[1, 2]]"])
+def test_unusable_detections_are_named(tmp_path, content):
+    path = tmp_path / "found.json"
+    if content is not None:
+        path.write_text(content)
+    assert one_line(lambda: load_detections(path)).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"score": float("nan")}, {"bbox": [1, 2, 3]}, {"bbox": 4}, {"score": "high"}, {"score": None}]
+)
+def test_a_malformed_detection_is_named(wrong):
+    found = [HIT, {**MISS, **wrong}]
+    for call in (
+        lambda: coco_metrics(truth_of_two_squares(), found),
+        lambda: agreement([HIT], found),
+        lambda: agreement(found, [HIT]),
+    ):
+        assert "[1]" in one_line(call)
+
+
+def test_detections_of_other_images_are_refused():
+    stray = {**HIT, "image_id": 12}
+    assert "image 12 is not among the 1 images" in one_line(
+        lambda: coco_metrics(truth_of_two_squares(), [HIT, stray])
+    )
+    assert "image 4 " in one_line(lambda: coco_metrics(truth_of_two_squares(), [HIT], image_ids=[4]))
+
+
+def test_pycocotools_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    message = one_line(lambda: coco_metrics(truth_of_two_squares(), [HIT]), MissingDependencyError)
+    assert "pip install pycocotools" in message
+
+
+# --- from a folder of images
+
+
+def test_a_folder_of_images_gives_coco_results(tmp_path):
+    from PIL import Image
+
+    from odtrt_lib.datasets import load_coco
+
+    for name, grey in (("a.png", 10), ("b.png", 20)):
+        Image.new("RGB", (30, 20), (grey, grey, grey)).save(tmp_path / name)
+    (tmp_path / "instances.json").write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": 4, "file_name": "a.png", "width": 30, "height": 20},
+                    {"id": 9, "file_name": "b.png", "width": 30, "height": 20},
+                ],
+                "annotations": [],
+                "categories": [{"id": 1, "name": "bolt"}],
+            }
+        )
+    )
+
+    class Grey:
+        def detect(self, image: np.ndarray) -> Detections:
+            """One box whose left edge is the image's grey level."""
+            assert image.shape == (20, 30, 3)
+            left = float(image[0, 0, 0])
+            return Detections(
+                boxes=np.array([[1, left, 6, left + 7]], np.float32),
+                scores=np.array([0.5], np.float32),
+                class_ids=np.array([1]),
+                names=("bolt",),
+            )
+
+    found = detect_folder(Grey(), load_coco(tmp_path / "instances.json", tmp_path))
+    assert found == [detection(4, 1, [10, 1, 7, 5], 0.5), detection(9, 1, [20, 1, 7, 5], 0.5)]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_no_detections_is_an_empty_list():
+    none = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), ())
+    assert coco_results(1, none) == []
+
+
+# --- agreement
+
+
+def scene() -> list[dict]:
+    rng = np.random.default_rng(1)
+    found = []
+    for image_id in range(3):
+        for k in range(8):
+            box = [40.0 * k, 10.0 + k, *rng.uniform(20, 60, 2)]
+            found.append(detection(image_id, 1 + k % 2, box, round(float(rng.uniform(0.1, 0.99)), 6)))
+    return found
+
+
+def test_a_list_agrees_with_itself_in_any_order_and_with_rounding():
+    reference = scene()
+    candidate = [
+        {**d, "score": d["score"] + 4e-4, "bbox": [v + 0.01 for v in d["bbox"]]} for d in reference[::-1]
+    ]
+    compared = agreement(reference, candidate)
+    assert compared.agrees
+    assert (compared.images, compared.references, compared.matched) == (3, 24, 24)
+    assert compared.max_score_difference == pytest.approx(4e-4)
+    assert 0.99 < compared.min_iou < 1
+
+
+@pytest.mark.parametrize(
+    "change, missing, extra",
+    [
+        (lambda found: found.pop(5), 1, 0),
+        (lambda found: found.append(detection(1, 1, [300, 200, 30, 30], 0.4)), 0, 1),
+        (lambda found: found.append(dict(found[5])), 0, 1),
+        (lambda found: found[5].update(bbox=[v + 1 for v in found[5]["bbox"]]), 1, 1),
+        (lambda found: found[5].update(category_id=9), 1, 1),
+        (lambda found: found[5].update(image_id=2), 1, 1),
+        (lambda found: found[5].update(score=0.01), 1, 0),
+        (lambda found: found.clear(), 24, 0),
+    ],
+    ids=["dropped", "extra", "twice", "shifted", "other class", "other image", "sunk", "nothing"],
+)
+def test_a_difference_is_caught_from_both_sides(change, missing, extra):
+    reference, candidate = scene(), scene()
+    change(candidate)
+    compared = agreement(reference, candidate)
+    assert not compared.agrees
+    assert (len(compared.missing), len(compared.extra)) == (missing, extra)
+    mirrored = agreement(candidate, reference)
+    assert not mirrored.agrees
+    assert (len(mirrored.missing), len(mirrored.extra)) == (extra, missing)
+
+
+def test_a_changed_score_is_caught():
+    reference, candidate = scene(), scene()
+    candidate[5]["score"] += 2e-3
+    compared = agreement(reference, candidate)
+    assert compared.matched == 24 and not compared.missing and not compared.extra
+    assert compared.max_score_difference == pytest.approx(2e-3)
+    assert not compared.agrees
+    assert agreement(reference, candidate, score_tolerance=3e-3).agrees
+
+
+def test_the_missing_detection_is_shown():
+    reference, candidate = scene(), scene()
+    dropped = candidate.pop(11)
+    assert agreement(reference, candidate).missing == (dropped,)
+
+
+def test_pairing_is_one_to_one_and_best_first():
+    """Two boxes of a class, a pixel apart: each must find its own, whatever the order."""
+    near = [detection(0, 1, [0, 0, 200, 200], 0.9), detection(0, 1, [1, 0, 200, 200], 0.8)]
+    compared = agreement(near, near[::-1])
+    assert compared.agrees and compared.min_iou == 1 and compared.max_score_difference == 0
+
+
+def test_a_score_at_the_threshold_is_excused_and_counted():
+    reference = [*scene(), detection(0, 1, [300, 200, 30, 30], 0.0504)]
+    compared = agreement(reference, scene())
+    assert compared.agrees and compared.at_threshold == 1 and compared.references == 25
+    mirrored = agreement(scene(), reference)
+    assert mirrored.agrees and mirrored.at_threshold == 1 and mirrored.references == 24
+    lowered = [*scene(), detection(0, 1, [300, 200, 30, 30], 0.0499)]
+    assert agreement(reference, lowered).matched == 25
+    assert agreement(scene(), lowered).at_threshold == 0
+    above = [*scene(), detection(0, 1, [300, 200, 30, 30], 0.06)]
+    assert not agreement(above, scene()).agrees
+
+
+def test_a_score_at_the_end_of_a_full_list_is_excused_only_there():
+    full = [detection(0, 1, [50 * k, 0, 40, 40], 0.9 - 0.1 * k) for k in range(5)]
+    swapped = [*full[:4], detection(0, 1, [0, 100, 40, 40], 0.5002)]
+    compared = agreement(full, swapped, max_detections=5)
+    assert compared.agrees and compared.at_threshold == 2
+    assert not agreement(full, swapped).agrees
+    assert not agreement(full, swapped, max_detections=6).agrees
+    other = [full[0], *full[2:], detection(0, 1, [0, 100, 40, 40], 0.5002)]
+    assert agreement(full, other, max_detections=5).missing == (full[1],)
+
+
+def test_two_empty_lists_agree():
+    compared = agreement([], [])
+    assert compared.agrees and (compared.images, compared.min_iou) == (0, 1)
