@@ -1,0 +1,831 @@
+"""The command line: ``odtrt run``, its stages one by one, and what surrounds them.
+
+Exit status: 0 all well, 1 an error that odtrt explains, 2 a check that failed or a wrong command line,
+130 interrupted, 70 a defect in odtrt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import traceback
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import typer
+import typer.core
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from odtrt_lib import __version__
+from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, OdtrtError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from odtrt_lib.detector import Detections
+    from odtrt_lib.folder import StageResult
+
+_OUT = Path("out")
+_DEMONSTRATION_SCENES = 4
+_MIN_SCORE = 0.3
+_JPEG_QUALITY = 92
+_PYTHON_OF_TENSORFLOW = (3, 10)
+_TENSORFLOW_LOG = (
+    r"^(WARNING: All log messages before absl::InitializeLog|[IW][0-9]{4} [0-9:. ]+[0-9]+ [a-z_]+\.cc:)"
+)
+# The figures of a stage that the terminal shows; report.html and log.jsonl have them all.
+_SHOWN_CHECKS = {
+    "export": ("variables restored", "anchors from config", "frozen vs eager"),
+    "convert": ("resizes agree", "ONNX checker", "max relative error"),
+    "engine": ("inputs and outputs", "layers", "half precision"),
+}
+
+
+class Precision(str, Enum):
+    """The arithmetic of an engine."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+
+
+class _Commands(typer.core.TyperGroup):
+    """Typer's own answer to Ctrl-C says nothing about files."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say_error("interrupted; nothing half-written is left")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="odtrt",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Each command explains itself: `odtrt run --help`. See also `odtrt doctor`.",
+)
+zoo_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(zoo_app, name="zoo", help="Download models of the TensorFlow 2 detection zoo.")
+
+ModelArgument = typer.Argument(
+    ...,
+    metavar="MODEL",
+    help="An exported model's folder, a training folder, or a checkpoint such as `train/ckpt-7`.",
+    show_default=False,
+)
+FolderArgument = typer.Argument(
+    ..., metavar="FOLDER", help="A model folder that `odtrt export` or `odtrt run` wrote.", show_default=False
+)
+OutputOption = typer.Option(
+    None,
+    "-o",
+    "--output",
+    metavar="FOLDER",
+    help="The model folder to write. Default: `out/<name of MODEL>`.",
+)
+PipelineOption = typer.Option(
+    None,
+    "--pipeline",
+    metavar="FILE",
+    help="The pipeline.config, where it does not lie beside the checkpoint.",
+)
+LabelMapOption = typer.Option(
+    None, "--label-map", metavar="FILE", help="The label map (.pbtxt, or a text file with one name a line)."
+)
+InputSizeOption = typer.Option(
+    None,
+    "--input-size",
+    metavar="HxW",
+    help="The network input, e.g. `512x640`; only for a resizer that keeps the aspect ratio without padding.",
+)
+PrecisionOption = typer.Option(Precision.fp32, "--precision", help="The engine's weights and arithmetic.")
+ForceOption = typer.Option(False, "--force", help="Do it again even if nothing changed.")
+MinScoreOption = typer.Option(
+    _MIN_SCORE, "--min-score", min=0.0, max=1.0, help="Show detections with at least this score."
+)
+ImageOption = typer.Option(
+    [],
+    "--image",
+    metavar="FILE",
+    help="A picture to detect on; can be given several times. Default: for a model of the shipped parts, "
+    f"{_DEMONSTRATION_SCENES} scenes that it was not trained on.",
+    show_default=False,
+)
+BatchOption = typer.Option(
+    "1", "--batch", metavar="N|dynamic", help="The batch size: a number, or `dynamic` for any."
+)
+OpsetOption = typer.Option(17, "--opset", help="The ONNX opset to write.")
+ImagesArgument = typer.Argument(..., metavar="IMAGE...", help="JPEG, PNG or BMP files.", show_default=False)
+PicturesOption = typer.Option(
+    None, "-o", "--output", metavar="DIR", help="Where the pictures go. Default: `FOLDER/detections`."
+)
+JsonOption = typer.Option(None, "--json", metavar="FILE", help="Write what was found to this file as well.")
+AnnotationsOption = typer.Option(
+    ..., "--annotations", metavar="JSON", help="A COCO instances file.", show_default=False
+)
+ImagesRootOption = typer.Option(
+    None, "--images", metavar="DIR", help="Where its images lie. Default: beside the JSON file."
+)
+LimitOption = typer.Option(
+    None, "--limit", min=1, metavar="N", help="Only the first N images, for a quick look."
+)
+ZooNameArgument = typer.Argument(
+    ..., metavar="NAME", help="A name from `odtrt zoo list`.", show_default=False
+)
+ZooFolderOption = typer.Option(_OUT / "zoo", "-o", "--output", metavar="DIR", help="Where models are kept.")
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Runs ``odtrt``; every error becomes one line on stderr and an exit status, see the module's text.
+
+    With ``ODTRT_TRACEBACK=1`` in the environment the Python traceback is printed as well.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="odtrt")
+    except OdtrtError as error:
+        _print_traceback_if_asked()
+        _say_error(f"error: {error}")
+        sys.exit(2 if isinstance(error, CheckError) else 1)
+    except Exception as error:
+        _print_traceback_if_asked()
+        _say_error(
+            f"error: unexpected {type(error).__name__}: {error or 'no message'}: this is a defect in odtrt; "
+            "set ODTRT_TRACEBACK=1 and run again to see where"
+        )
+        sys.exit(70)
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"odtrt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def odtrt(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """From a TensorFlow 2 Object Detection API checkpoint to a TensorRT engine, one checked stage at a time.
+
+    A **model folder** travels through the stages; each leaves in it what the next one needs, and in its
+    log.jsonl the proof that it did its job. A stage whose inputs did not change does nothing.
+    """
+
+
+@app.command()
+def run(
+    model: Path = ModelArgument,
+    output: Optional[Path] = OutputOption,
+    image: List[Path] = ImageOption,
+    precision: Precision = PrecisionOption,
+    pipeline: Optional[Path] = PipelineOption,
+    label_map: Optional[Path] = LabelMapOption,
+    input_size: Optional[str] = InputSizeOption,
+    force: bool = ForceOption,
+) -> None:
+    """The whole path: export, convert, build, detect, and a report of it all.
+
+    **Reads** a model as the Object Detection API leaves it.
+
+    **Writes** a model folder: spec.json, frozen.pb, heads.onnx, plans/, detections.json and report.html.
+    Without TensorRT the build is left out, and the rest goes on.
+
+    **Example:** `odtrt run models/parts`, or `odtrt run my_model --image street.jpg --precision fp16`
+    """
+    _require_python_of_tensorflow()
+    from odtrt_lib import convert as convert_stage
+    from odtrt_lib import engine
+    from odtrt_lib import export as export_stage
+    from odtrt_lib.report import write_report
+
+    for path in image:
+        _require_file(path)
+    folder = output or _OUT / _model_name(model)
+    size = _parse_size(input_size)
+    results: Dict[str, StageResult] = {}
+    skipped: Dict[str, str] = {}
+    results["export"] = _work_on(
+        "export",
+        lambda: export_stage.export(
+            model, folder, pipeline=pipeline, label_map=label_map, input_size=size, force=force
+        ),
+    )
+    results["convert"] = _work_on("convert", lambda: convert_stage.convert(folder, force=force))
+    try:
+        results["engine"] = _work_on(
+            "engine", lambda: engine.build(folder, precision=precision.value, force=force)
+        )
+    except MissingDependencyError as error:
+        skipped["engine"] = str(error)
+        _say_skipped("engine", skipped["engine"])
+    pictures: List[Tuple[str, np.ndarray]] = []
+    detections: List[Detections] = []
+    scenes = _pictures_to_look_at(folder, image)
+    if scenes:
+        with _progress("detect"):
+            results["detect"], pictures, detections = _look_at(folder, scenes)
+        _say_done("detect", results["detect"])
+    else:
+        skipped["detect"] = "no picture to look at; name one: `--image FILE`"
+        _say_skipped("detect", skipped["detect"])
+    page = write_report(folder, pictures, detections=detections, skipped=skipped)
+    _print_stages(folder, results)
+    _out().print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def export(
+    model: Path = ModelArgument,
+    output: Optional[Path] = OutputOption,
+    pipeline: Optional[Path] = PipelineOption,
+    label_map: Optional[Path] = LabelMapOption,
+    batch: str = BatchOption,
+    input_size: Optional[str] = InputSizeOption,
+    force: bool = ForceOption,
+) -> None:
+    """Chapter 1: checkpoint to frozen graph of the raw heads.
+
+    **Reads** pipeline.config and checkpoint. **Writes** frozen.pb, anchors.npy and spec.json.
+
+    **Example:** `odtrt export my_model -o out/my_model --label-map labels.pbtxt`
+    """
+    _require_python_of_tensorflow()
+    from odtrt_lib import export as export_stage
+
+    folder = output or _OUT / _model_name(model)
+    size, batch_size = _parse_size(input_size), _parse_batch(batch)
+    result = _work_on(
+        "export",
+        lambda: export_stage.export(
+            model,
+            folder,
+            pipeline=pipeline,
+            label_map=label_map,
+            batch=batch_size,
+            input_size=size,
+            force=force,
+        ),
+    )
+    _print_stages(folder, {"export": result})
+    _say_next(f"odtrt convert {folder}")
+
+
+@app.command()
+def convert(
+    folder: Path = FolderArgument,
+    opset: int = OpsetOption,
+    force: bool = ForceOption,
+) -> None:
+    """Chapter 2: frozen graph to ONNX, compared with TensorFlow.
+
+    **Reads** frozen.pb and spec.json of the model folder. **Writes** heads.onnx.
+
+    **Example:** `odtrt convert out/my_model`
+    """
+    _require_python_of_tensorflow()
+    from odtrt_lib import convert as convert_stage
+
+    result = _work_on("convert", lambda: convert_stage.convert(folder, opset=opset, force=force))
+    _print_stages(folder, {"convert": result})
+    _say_next(f"odtrt build {folder}")
+
+
+@app.command()
+def build(
+    folder: Path = FolderArgument, precision: Precision = PrecisionOption, force: bool = ForceOption
+) -> None:
+    """Chapter 3: ONNX to a TensorRT plan.
+
+    **Reads** heads.onnx and spec.json of the model folder. **Writes** plans/<fingerprint>.plan and .json;
+    plans for other versions and precisions stay beside it. With TensorRT-RTX it needs no GPU.
+
+    **Example:** `odtrt build out/my_model --precision fp16`
+    """
+    from odtrt_lib import engine
+
+    result = _work_on("engine", lambda: engine.build(folder, precision=precision.value, force=force))
+    _print_stages(folder, {"engine": result})
+
+
+@app.command()
+def detect(
+    folder: Path = FolderArgument,
+    images: List[Path] = ImagesArgument,
+    output: Optional[Path] = PicturesOption,
+    min_score: float = MinScoreOption,
+    json_file: Optional[Path] = JsonOption,
+) -> None:
+    """Detect on pictures: a table, and the pictures with boxes drawn in.
+
+    **Reads** spec.json, anchors.npy and heads.onnx of the model folder, and the pictures.
+
+    **Writes** one JPEG a picture. Boxes are [ymin, xmin, ymax, xmax] in pixels of the picture.
+
+    **Example:** `odtrt detect out/parts scene.jpg --min-score 0.5 --json found.json`
+    """
+    from odtrt_lib.detector import Detector
+    from odtrt_lib.plots import draw_detections
+    from odtrt_lib.preprocess import load_image
+
+    for path in images:
+        _require_file(path)
+    output = output or folder / "detections"
+    table = Table("picture", "object", "score", "box", title_justify="left", highlight=False)
+    found: List[Dict[str, Any]] = []
+    with _progress("detect", len(images)) as advance:
+        detector = Detector.open(folder)
+        for path, target in _targets(images, output):
+            image = load_image(path)
+            detections = _confident(detector.detect(image), min_score)
+            _write_jpeg(target, draw_detections(image, detections, min_score))
+            found += _rows(str(path), detections)
+            _add_to_table(table, path.name, detections)
+            advance()
+    if json_file is not None:
+        _write_json(json_file, found)
+    _out().print(table)
+    _out().print(
+        f"{len(found)} detection{'s' * (len(found) != 1)} with a score of at least {min_score:g} in "
+        f"{len(images)} picture{'s' * (len(images) != 1)}, drawn in {output}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Path = FolderArgument,
+    annotations: Path = AnnotationsOption,
+    images: Optional[Path] = ImagesRootOption,
+    limit: Optional[int] = LimitOption,
+    json_file: Optional[Path] = JsonOption,
+) -> None:
+    """Accuracy on a COCO data set: mAP and its relatives, by pycocotools.
+
+    **Reads** the model folder, a COCO instances file and its images. **Writes** nothing unless asked.
+
+    **Example:** `odtrt eval out/my_model --annotations instances_val2017.json --images val2017 --limit 500`
+    """
+    from odtrt_lib.datasets import load_coco
+    from odtrt_lib.detector import Detector
+    from odtrt_lib.evaluate import coco_metrics, coco_results
+    from odtrt_lib.preprocess import load_image
+
+    coco = load_coco(annotations, images)
+    chosen = [(image_id, coco.paths[i]) for i, image_id in enumerate(coco.image_ids)][:limit]
+    if not chosen:
+        raise InputError(f"{annotations}: lists no images; expected at least one to evaluate")
+    found: List[Dict[str, Any]] = []
+    with _progress("eval", len(chosen)) as advance:
+        detector = Detector.open(folder)
+        for image_id, path in chosen:
+            found += coco_results(image_id, detector.detect(load_image(path)))
+            advance()
+    metrics = coco_metrics(annotations, found, [image_id for image_id, _ in chosen])
+    figures = dataclasses.asdict(metrics)
+    per_class = figures.pop("ap_per_class")
+    table = Table("figure", "value", highlight=False)
+    for name, value in figures.items():
+        table.add_row(_METRICS.get(name, name), f"{value:.4f}" if isinstance(value, float) else f"{value:,}")
+    _out().print(table)
+    if json_file is not None:
+        names = {str(label.id): label.name for label in detector.spec.labels}
+        of_class = {names.get(str(i), str(i)): value for i, value in per_class.items()}
+        _write_json(json_file, {**figures, "ap_per_class": of_class})
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed here, what works, and the command that installs what is missing.
+
+    **Reads** the installed packages (each is really imported, in a process of its own), GPU, disk, memory.
+    **Writes** nothing.
+
+    **Example:** `odtrt doctor`
+    """
+    from odtrt_lib import doctor as examination
+
+    with _progress("looking at what is installed"):
+        machine = examination.machine()
+        findings = examination.packages()
+        chapters = examination.chapters(findings)
+    of_machine = Table(show_header=False, title="This machine", title_justify="left", highlight=False)
+    for name, text in machine.items():
+        of_machine.add_row(name, escape(text))
+    of_packages = Table(
+        "package", "version", "install", title="Packages", title_justify="left", highlight=False
+    )
+    for finding in findings:
+        is_fine = finding.version is not None
+        version = (
+            f"[green]{escape(finding.version or '')}[/]" if is_fine else f"[red]{escape(finding.problem)}[/]"
+        )
+        of_packages.add_row(finding.package.name, version, "" if is_fine else escape(finding.package.install))
+    of_chapters = Table("part", "works", "what to do", title="odtrt", title_justify="left", highlight=False)
+    for chapter in chapters:
+        verdict = (
+            f"[red]no: needs {escape(', '.join(chapter.missing))}[/]" if chapter.missing else "[green]yes[/]"
+        )
+        of_chapters.add_row(chapter.title, verdict, escape("; ".join(chapter.install) or chapter.note))
+    for table in (of_machine, of_packages, of_chapters):
+        _out().print(table)
+
+
+@zoo_app.command(name="list")
+def zoo_list() -> None:
+    """The models that can be had, with the accuracy that the zoo publishes for them.
+
+    **Example:** `odtrt zoo list`
+    """
+    from odtrt_lib import zoo
+
+    table = Table("name", "COCO mAP", highlight=False)
+    for model in zoo.MODELS:
+        table.add_row(model.name, f"{model.coco_map:.1f}")
+    _out().print(table)
+
+
+@zoo_app.command(name="get")
+def zoo_get(
+    name: str = ZooNameArgument,
+    output: Path = ZooFolderOption,
+) -> None:
+    """Download one model and check it.
+
+    **Reads** download.tensorflow.org. **Writes** DIR/NAME, and its archive's SHA-256 to DIR/zoo.json: the
+    zoo publishes no checksums, so a first download is taken on trust and later ones must equal it.
+
+    **Example:** `odtrt zoo get ssd_mobilenet_v2_fpnlite_320x320_coco17_tpu-8`
+    """
+    from odtrt_lib import zoo
+
+    model = zoo.find(name)
+    with _bytes_progress(name) as progress:
+        download = zoo.get(model, output, progress=progress)
+    if download.is_up_to_date:
+        message = "is there already; delete it to download it again"
+    elif download.is_first:
+        message = f"SHA-256 {download.sha256}, taken on trust and recorded in {output / zoo.CHECKSUMS}"
+    else:
+        message = f"SHA-256 {download.sha256}, as expected"
+    _out().print(f"{download.path}: {message}", soft_wrap=True, markup=False, highlight=False)
+    _say_next(f"odtrt run {download.path}")
+
+
+_METRICS = {
+    "map": "mAP (IoU 0.50:0.95)",
+    "map50": "mAP at IoU 0.50",
+    "map75": "mAP at IoU 0.75",
+    "map_small": "mAP, small objects",
+    "map_medium": "mAP, medium objects",
+    "map_large": "mAP, large objects",
+    "ar1": "recall, 1 detection an image",
+    "ar10": "recall, 10 detections an image",
+    "ar100": "recall, 100 detections an image",
+    "ar_small": "recall, small objects",
+    "ar_medium": "recall, medium objects",
+    "ar_large": "recall, large objects",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scene:
+    """A picture to look at. sha256: of its file or, if it was rendered, of its pixels.
+
+    truth: what is in it, in COCO's results form, where that is known.
+    """
+
+    title: str
+    image: np.ndarray
+    sha256: str
+    truth: Optional[List[Dict[str, Any]]]
+
+
+def _pictures_to_look_at(folder: Path, images: Sequence[Path]) -> List[_Scene]:
+    """The images named or, for a model of the shipped parts, scenes that it was not trained on."""
+    from odtrt_lib import folder as folders
+    from odtrt_lib.preprocess import load_image
+    from odtrt_lib.spec import load_spec
+
+    if images:
+        return [_Scene(path.name, load_image(path), folders.sha256(path), None) for path in images]
+    from odtrt_lib import datasets
+
+    if tuple(label.name for label in load_spec(folder / "spec.json").labels) != datasets.PARTS_CLASSES:
+        return []
+    import hashlib
+
+    scenes = []
+    for seed in datasets.TEST_SEEDS[:_DEMONSTRATION_SCENES]:
+        scene = datasets.render_scene(seed)
+        truth = [
+            {
+                "image_id": seed,
+                "category_id": int(scene.class_ids[i]),
+                "bbox": [xmin, ymin, xmax - xmin, ymax - ymin],
+                "score": 1.0,
+            }
+            for i, (ymin, xmin, ymax, xmax) in enumerate(scene.boxes.tolist())
+        ]
+        scenes.append(
+            _Scene(f"scene {seed}", scene.image, hashlib.sha256(scene.image.tobytes()).hexdigest(), truth)
+        )
+    return scenes
+
+
+def _look_at(
+    folder: Path, scenes: Sequence[_Scene]
+) -> Tuple[StageResult, List[Tuple[str, np.ndarray]], List[Detections]]:
+    """Detects on the scenes, writes detections.json and the record; returns what the report shows."""
+    import resource
+
+    from odtrt_lib import folder as folders
+    from odtrt_lib.detector import Detector
+    from odtrt_lib.evaluate import agreement, coco_results
+    from odtrt_lib.plots import draw_detections
+    from odtrt_lib.results import versions
+
+    started = time.perf_counter()
+    detector = Detector.open(folder)
+    detections = [_confident(detector.detect(scene.image), _MIN_SCORE) for scene in scenes]
+    rows = [row for i, scene in enumerate(scenes) for row in _rows(scene.title, detections[i])]
+    checks: Dict[str, Any] = {"pictures": len(scenes), "detections": len(rows)}
+    if all(scene.truth is not None for scene in scenes):
+        truth = [{**row, "image_id": i} for i, scene in enumerate(scenes) for row in scene.truth or ()]
+        found = [row for i, each in enumerate(detections) for row in coco_results(i, each)]
+        matches = agreement(truth, found, score_threshold=_MIN_SCORE, iou=0.5, score_tolerance=1.0)
+        checks["objects_in_the_pictures"] = len(truth)
+        checks["objects_found_with_iou_above_0.5"] = matches.matched
+    _write_json(folder / "detections.json", rows)
+    record = folders.write_record(
+        folder,
+        "detect",
+        inputs={
+            **{name: folders.sha256(folder / name) for name in ("heads.onnx", "anchors.npy", "spec.json")},
+            **{scene.title: scene.sha256 for scene in scenes},
+        },
+        settings={"backend": detector.backend.name, "min_score": _MIN_SCORE},
+        outputs=["detections.json"],
+        versions=versions("numpy", "onnxruntime"),
+        seconds=time.perf_counter() - started,
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        checks=checks,
+    )
+    pictures = [(s.title, draw_detections(s.image, detections[i], _MIN_SCORE)) for i, s in enumerate(scenes)]
+    return folders.StageResult(record, False), pictures, detections
+
+
+def _confident(detections: Detections, min_score: float) -> Detections:
+    """The detections with at least ``min_score``; they come best first."""
+    count = int((detections.scores >= min_score).sum())
+    return dataclasses.replace(
+        detections,
+        boxes=detections.boxes[:count],
+        scores=detections.scores[:count],
+        class_ids=detections.class_ids[:count],
+        names=detections.names[:count],
+    )
+
+
+def _rows(picture: str, detections: Detections) -> List[Dict[str, Any]]:
+    return [
+        {
+            "image": picture,
+            "class_id": int(detections.class_ids[i]),
+            "name": name,
+            "score": round(float(detections.scores[i]), 6),
+            "box": [round(float(side), 3) for side in detections.boxes[i]],
+        }
+        for i, name in enumerate(detections.names)
+    ]
+
+
+def _add_to_table(table: Table, picture: str, detections: Detections) -> None:
+    if not detections.names:
+        table.add_row(escape(picture), "nothing found", "", "")
+    for i, name in enumerate(detections.names):
+        box = ", ".join(f"{side:.0f}" for side in detections.boxes[i])
+        first = escape(picture) if i == 0 else ""
+        table.add_row(first, escape(name), f"{detections.scores[i]:.3f}", f"{escape('[')}{box}]")
+
+
+def _targets(images: Sequence[Path], folder: Path) -> Iterator[Tuple[Path, Path]]:
+    """Each image with its own file in ``folder``, numbered where two images have the same name."""
+    taken: Dict[str, int] = {}
+    for path in images:
+        taken[path.stem] = taken.get(path.stem, 0) + 1
+        suffix = f"-{taken[path.stem]}" if taken[path.stem] > 1 else ""
+        yield path, folder / f"{path.stem}{suffix}.jpg"
+
+
+def _write_jpeg(path: Path, image: np.ndarray) -> None:
+    from PIL import Image
+
+    from odtrt_lib.folder import atomic_write
+
+    with atomic_write(path) as temporary:
+        Image.fromarray(image).save(temporary, "JPEG", quality=_JPEG_QUALITY)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    from odtrt_lib.folder import atomic_write
+
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _require_python_of_tensorflow() -> None:
+    if sys.version_info < _PYTHON_OF_TENSORFLOW:
+        raise MissingDependencyError(
+            f"this is Python {sys.version_info[0]}.{sys.version_info[1]}, export and convert need "
+            f"{'.'.join(map(str, _PYTHON_OF_TENSORFLOW))} or newer: run them on another machine and copy the "
+            "model folder here; build, detect and eval work here"
+        )
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: not found; expected a picture")
+
+
+def _model_name(model: Path) -> str:
+    """A folder's own name; for a checkpoint, or a part of an exported model, that of the model's folder."""
+    path = model.resolve()
+    if path.is_file() or Path(f"{path}.index").is_file():
+        path = path.parent
+    while path.name in ("checkpoint", "saved_model", "variables"):
+        path = path.parent
+    return path.name or "model"
+
+
+def _parse_size(text: Optional[str]) -> Optional[Tuple[int, int]]:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)[xX×](\d+)", text)
+    if not match:
+        raise InputError(f"--input-size {text}: expected height x width, such as 512x640")
+    return int(match.group(1)), int(match.group(2))
+
+
+def _parse_batch(text: str) -> Optional[int]:
+    if text == "dynamic":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"--batch {text}: expected a number of at least 1, or `dynamic`")
+    return int(text)
+
+
+def _out() -> Console:
+    is_wide_enough = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if is_wide_enough else 110)
+
+
+def _say_error(message: str) -> None:
+    console = Console(stderr=True)
+    console.print(" ".join(message.split()), style="red", soft_wrap=True, markup=False, highlight=False)
+
+
+def _say_next(command: str) -> None:
+    _out().print(f"next: {command}", style="dim", soft_wrap=True, markup=False, highlight=False)
+
+
+def _print_traceback_if_asked() -> None:
+    if os.environ.get("ODTRT_TRACEBACK", "") not in ("", "0"):
+        traceback.print_exc()
+
+
+def _work_on(name: str, work: Callable[[], StageResult]) -> StageResult:
+    with _progress(name), _without_tensorflow_log():
+        result = work()
+    _say_done(name, result)
+    return result
+
+
+def _say_done(name: str, result: StageResult) -> None:
+    how = "up to date" if result.is_up_to_date else f"{result.record['seconds']:.1f} s"
+    _out().print(f"[green]✓[/] {name}: {how}", soft_wrap=True, highlight=False)
+
+
+def _say_skipped(name: str, reason: str) -> None:
+    _out().print(f"[yellow]–[/] {name}: skipped: {escape(reason)}", soft_wrap=True, highlight=False)
+
+
+@contextlib.contextmanager
+def _without_tensorflow_log() -> Iterator[None]:
+    """Keeps TensorFlow's INFO and WARNING lines, which heed no log level, from the terminal.
+
+    A process filters them, not a thread: what a crash says last must still get through.
+    """
+    sys.stderr.flush()
+    command = ["grep", "--line-buffered", "-vE", _TENSORFLOW_LOG]
+    try:
+        stderr = os.dup(2)
+        grep = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stderr, start_new_session=True)
+    except OSError:
+        yield
+        return
+    assert grep.stdin is not None
+    os.dup2(grep.stdin.fileno(), 2)
+    grep.stdin.close()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            grep.wait(timeout=10)
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: Optional[int] = None) -> Iterator[Callable[[], None]]:
+    """A spinner with the time that passed or, with a total, a bar; a plain line where nobody watches.
+
+    Yields a function that moves the bar by one.
+    """
+    console = _out()
+    if not console.is_terminal:
+        console.print(f"{title} ...", markup=False, highlight=False)
+        yield lambda: None
+        return
+    columns = (BarColumn(), MofNCompleteColumn()) if total else ()
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        *columns,
+        TimeElapsedColumn(),
+        transient=True,
+        console=console,
+    )
+    with progress:
+        task = progress.add_task(title, total=total)
+        yield lambda: progress.advance(task)
+
+
+@contextlib.contextmanager
+def _bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    console = _out()
+    if not console.is_terminal:
+        console.print(f"{title} ...", markup=False, highlight=False)
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, transient=True, console=console) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total or None)
+
+
+def _print_stages(folder: Path, results: Dict[str, StageResult]) -> None:
+    from odtrt_lib.report import figures
+
+    table = Table("stage", "came out", "checked", "time", title=escape(str(folder)), title_justify="left")
+    for name, result in results.items():
+        record = result.record
+        outputs = "\n".join(f"{output} {_size(folder / output)}" for output in record["outputs"])
+        shown = _SHOWN_CHECKS.get(name, ("",))
+        checks = "\n".join(
+            f"{check}: {figure}"
+            for check, figure in figures(record["checks"])
+            if any(words in check for words in shown)
+        )
+        duration = "up to date" if result.is_up_to_date else f"{record['seconds']:.1f} s"
+        table.add_row(name, escape(outputs), escape(checks), duration)
+        table.add_section()
+    _out().print(table)
+
+
+def _size(path: Path) -> str:
+    from rich.filesize import decimal
+
+    return decimal(path.stat().st_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""What is installed here, what therefore works, and the command that installs the rest.
+
+Every package is imported in a process of its own: one that is broken, or that crashes, is then a line
+in the findings and not the end of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+from odtrt_lib.results import device_info
+
+_INSTALL = "pip install -e '.[{}]'"
+_SECONDS_PER_IMPORT = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A Python package that a chapter needs.
+
+    module: what must be there. statement: what is run to see whether it works, if that is more than to
+    import the module. distribution: the name under which pip knows it, for its version. install: the
+    command that installs it.
+    """
+
+    name: str
+    module: str
+    distribution: str
+    install: str
+    statement: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One package: its version if it works, else None and the problem."""
+
+    package: Package
+    version: Optional[str]
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chapter:
+    """Whether a part of odtrt works here; ``missing`` names what it lacks, ``install`` how to get it."""
+
+    title: str
+    missing: Tuple[str, ...]
+    install: Tuple[str, ...]
+    note: str = ""
+
+
+def _package(name: str, module: str, distribution: str, extra: str) -> Package:
+    return Package(name, module, distribution, _INSTALL.format(extra))
+
+
+PACKAGES = (
+    Package("NumPy", "numpy", "numpy", "pip install -e ."),
+    Package("Pillow", "PIL.Image", "pillow", "pip install -e ."),
+    _package("TensorFlow", "tensorflow", "tensorflow", "convert"),
+    Package(
+        "OD API",
+        "object_detection",
+        "tf-models-research-object-detection",
+        "make install",
+        # All that the OD API's models need, without prepare()'s repair: to look is not to change.
+        "from odtrt_lib import odapi; odapi.regenerate_protos = lambda: 0; odapi.prepare(); "
+        "import object_detection.builders.model_builder",
+    ),
+    Package(
+        "OD API protobuf modules",
+        "object_detection.protos.pipeline_pb2",
+        "tf-models-research-object-detection",
+        f"{sys.executable} -m odtrt_lib.odapi",
+    ),
+    Package("onnx", "onnx", "onnx", "pip install onnx"),
+    _package("tf2onnx", "tf2onnx", "tf2onnx", "convert"),
+    _package("onnx-graphsurgeon", "onnx_graphsurgeon", "onnx-graphsurgeon", "convert"),
+    Package("ONNX Runtime", "onnxruntime", "onnxruntime", "pip install onnxruntime"),
+    Package("OpenCV", "cv2", "opencv-python-headless", "pip install opencv-python-headless"),
+    Package("pycocotools", "pycocotools.mask", "pycocotools", "pip install pycocotools"),
+    Package("TensorRT", "tensorrt", "tensorrt", "on a Jetson: sudo apt install nvidia-jetpack"),
+    _package("TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx-cu13", "gpu"),
+    _package("Polygraphy", "polygraphy", "polygraphy", "gpu"),
+    _package("onnxconverter-common", "onnxconverter_common", "onnxconverter-common", "gpu"),
+)
+
+# Importing tf2onnx imports TensorFlow a second time; that it is there must do.
+_FOUND_NOT_IMPORTED = ("tf2onnx",)
+
+_RUN_A_PLAN = "3 engine (run a plan)"
+# TensorRT itself is handled apart: chapter 3 needs either flavour.
+_NEEDS = {
+    "1 export": ("NumPy", "TensorFlow", "OD API", "OD API protobuf modules"),
+    "2 convert": ("NumPy", "TensorFlow", "onnx", "tf2onnx", "onnx-graphsurgeon", "ONNX Runtime"),
+    "3 engine (build)": ("NumPy", "onnx", "Polygraphy"),
+    "3 engine (fp16)": ("NumPy", "onnx", "Polygraphy", "onnxconverter-common"),
+    _RUN_A_PLAN: ("NumPy",),
+    "detect": ("NumPy", "Pillow", "ONNX Runtime"),
+    "eval": ("NumPy", "Pillow", "ONNX Runtime", "pycocotools"),
+}
+
+
+def packages() -> List[Finding]:
+    """What :data:`PACKAGES` are here; takes seconds, because each is really imported."""
+    with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_examine, PACKAGES))
+
+
+def chapters(findings: List[Finding]) -> List[Chapter]:
+    """What works with these findings."""
+    works = {finding.package.name: finding.version is not None for finding in findings}
+    install = {finding.package.name: finding.package.install for finding in findings}
+    info = device_info()
+    has_gpu = "gpu" in info or "l4t" in info
+    result = []
+    for title, needs in _NEEDS.items():
+        missing = [name for name in needs if not works[name]]
+        if title.startswith("3") and not (works["TensorRT"] or works["TensorRT-RTX"]):
+            missing.append("TensorRT-RTX")
+        commands = tuple(dict.fromkeys(install[name] for name in missing))
+        note = ""
+        if title == _RUN_A_PLAN and not has_gpu:
+            missing.append("an NVIDIA GPU with its driver")
+            note = "building a plan needs no GPU with TensorRT-RTX"
+        result.append(Chapter(title, tuple(missing), commands, note))
+    return result
+
+
+def machine() -> Dict[str, str]:
+    """Name -> what this machine has, in words."""
+    info = device_info()
+    found = {
+        "Python": f"{platform.python_version()} ({sys.executable})",
+        "System": f"{_os_name()}, {info['machine']}",
+        "Processor": f"{info['cpu'] or 'unknown'}, {info['cores']} cores",
+        "Memory": _memory(),
+        "Disk": _disk(),
+    }
+    if "gpu" in info:
+        count = f"{info['gpu_count']} × " if info["gpu_count"] > 1 else ""
+        found["GPU"] = f"{count}{info['gpu']}, {info.get('gpu_memory_mb', '?')} MB, driver {info['driver']}"
+    elif "l4t" in info:
+        found["GPU"] = "the Jetson's own"
+    else:
+        found["GPU"] = "none (nvidia-smi finds no NVIDIA GPU)"
+    if "l4t" in info:
+        found["Jetson"] = f"{info.get('board', 'board unknown')}, L4T {info['l4t']}"
+    return found
+
+
+def _examine(package: Package) -> Finding:
+    try:
+        if importlib.util.find_spec(package.module.split(".")[0]) is None:
+            return Finding(package, None, "not installed")
+    except (ImportError, ValueError):
+        return Finding(package, None, "not installed")
+    if package.module not in _FOUND_NOT_IMPORTED:
+        problem = _problem(package.statement or f"import {package.module}")
+        if problem:
+            return Finding(package, None, problem)
+    return Finding(package, _version(package))
+
+
+def _problem(statement: str) -> str:
+    """Why ``statement`` fails in a Python of its own, on one line; empty if it does not."""
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    command = [sys.executable, "-c", statement]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SECONDS_PER_IMPORT, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return f"installed, but importing it took more than {_SECONDS_PER_IMPORT} s"
+    except OSError as error:
+        return f"Python cannot be started ({error})"
+    if done.returncode == 0:
+        return ""
+    if done.returncode < 0:
+        return f"installed, but importing it crashes (signal {-done.returncode})"
+    lines = done.stderr.strip().splitlines()
+    return f"installed, but not importable: {lines[-1] if lines else f'exit status {done.returncode}'}"
+
+
+def _version(package: Package) -> str:
+    for distribution in (package.distribution, f"{package.distribution}-cpu", package.module):
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return "installed"
+
+
+def _os_name() -> str:
+    for line in _lines(Path("/etc/os-release")):
+        if line.startswith("PRETTY_NAME="):
+            return line.split("=", 1)[1].strip('"')
+    return platform.system()
+
+
+def _memory() -> str:
+    kilobytes = {}
+    for line in _lines(Path("/proc/meminfo")):
+        name, _, value = line.partition(":")
+        if value.split():
+            kilobytes[name] = int(value.split()[0])
+    if "MemTotal" not in kilobytes:
+        return "unknown"
+    free = kilobytes.get("MemAvailable", kilobytes.get("MemFree", 0))
+    return f"{kilobytes['MemTotal'] / 2**20:.1f} GB, {free / 2**20:.1f} GB of it available"
+
+
+def _disk() -> str:
+    try:
+        usage = shutil.disk_usage(".")
+    except OSError as error:
+        return f"unknown ({error.strerror})"
+    return f"{usage.free / 1e9:.0f} GB free of {usage.total / 1e9:.0f} GB in this folder"
+
+
+def _lines(path: Path) -> List[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,562 @@
+"""The command line as a user meets it: what is printed, where, and the exit status.
+
+The stages themselves are replaced here by small functions that write what the real ones write; each has
+its own tests, and the whole path is run for real in the end-to-end test.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from odtrt_lib import cli, convert, datasets, detector, doctor, engine, export, spec, zoo
+from odtrt_lib.detector import Detections
+from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependencyError, UnsupportedError
+from odtrt_lib.folder import StageResult, last_record, write_record
+
+SPEC = spec.DetectorSpec(
+    name="parts",
+    source=spec.Source("0" * 64, "ckpt-0", "0" * 64, "ssd", "2.8.0", "2.20.0"),
+    input=spec.InputSpec(16, 16, spec.Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
+    heads=spec.HeadsSpec(num_anchors=256, num_classes=2, background_column=True),
+    box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
+    scores=spec.ScoreSpec("sigmoid", 1.0),
+    nms=spec.NmsSpec(0.5, 0.5, 10, 10, False, True),
+    labels=(spec.Label(1, "cat"), spec.Label(2, "dog")),
+)
+PARTS = dataclasses.replace(
+    SPEC, labels=tuple(spec.Label(i, name) for i, name in enumerate(datasets.PARTS_CLASSES, 1))
+)
+
+
+def odtrt(capsys, *arguments):
+    """Runs the command line in this process: (exit status, stdout, stderr)."""
+    try:
+        cli.main([str(argument) for argument in arguments])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def finish(folder, stage, outputs, up_to_date=False, **checks):
+    record = last_record(folder, stage) if up_to_date else None
+    if record is None:
+        record = write_record(
+            folder,
+            stage,
+            inputs={},
+            settings={},
+            outputs=outputs,
+            versions={},
+            seconds=1.25,
+            peak_rss_mb=10.0,
+            checks=checks,
+        )
+    return StageResult(record, up_to_date)
+
+
+class Stages:
+    """Stand-ins for the stages. ``calls`` says with what each was called."""
+
+    def __init__(self):
+        self.calls, self.detector_spec, self.up_to_date = {}, SPEC, False
+
+    def export(self, source, folder, **options):
+        self.calls["export"] = {"source": source, "folder": folder, **options}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "frozen.pb").write_bytes(b"graph" * 1000)
+        (folder / "anchors.npy").write_bytes(b"anchors")
+        (folder / "spec.json").write_text(self.detector_spec.to_json())
+        return finish(folder, "export", ["frozen.pb", "spec.json"], self.up_to_date, variables_restored=412)
+
+    def convert(self, folder, **options):
+        self.calls["convert"] = options
+        (folder / "heads.onnx").write_bytes(b"onnx" * 1000)
+        return finish(folder, "convert", ["heads.onnx"], self.up_to_date, resizes_agree=True)
+
+    def build(self, folder, **options):
+        self.calls["build"] = options
+        (folder / "plans").mkdir(exist_ok=True)
+        (folder / "plans" / "abc.plan").write_bytes(b"plan" * 1000)
+        return finish(folder, "engine", ["plans/abc.plan"], self.up_to_date, layers=9)
+
+    def open(self, folder):
+        def detect(image):
+            height, width = image.shape[:2]
+            return Detections(
+                boxes=np.array([[1, 2, height - 1, width - 2], [3, 3, 9, 9], [0, 0, 5, 5]], np.float32),
+                scores=np.array([0.9, 0.45, 0.1], np.float32),
+                class_ids=np.array([1, 2, 2]),
+                names=("cat", "dog", "dog"),
+            )
+
+        return SimpleNamespace(
+            spec=self.detector_spec, backend=SimpleNamespace(name="onnxruntime"), detect=detect
+        )
+
+
+@pytest.fixture
+def stages(monkeypatch, tmp_path):
+    stages = Stages()
+    monkeypatch.setattr(export, "export", stages.export)
+    monkeypatch.setattr(convert, "convert", stages.convert)
+    monkeypatch.setattr(engine, "build", stages.build)
+    monkeypatch.setattr(detector.Detector, "open", stages.open)
+    monkeypatch.chdir(tmp_path)
+    return stages
+
+
+def picture(path, height=40, width=60):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((height, width, 3), 90, np.uint8)).save(path)
+    return path
+
+
+class TestRun:
+    def test_all_stages_and_the_report(self, capsys, stages, tmp_path):
+        image = picture(tmp_path / "street.png")
+        status, out, err = odtrt(capsys, "run", "my_model", "--image", image, "--precision", "fp16")
+        assert (status, err) == (0, "")
+        folder = Path("out/my_model")
+        assert stages.calls["export"]["folder"] == folder
+        assert stages.calls["build"] == {"precision": "fp16", "force": False}
+        for stage in ("export", "convert", "engine", "detect"):
+            assert f"✓ {stage}: " in out
+        assert "frozen.pb 5.0 kB" in out
+        assert "variables restored: 412" in out
+        assert out.splitlines()[-1] == "report: out/my_model/report.html"
+        page = (folder / "report.html").read_text()
+        assert "street.png: cat 0.90, dog 0.45" in page
+        found = json.loads((folder / "detections.json").read_text())
+        assert [(row["name"], row["box"]) for row in found] == [
+            ("cat", [1, 2, 39, 58]),
+            ("dog", [3, 3, 9, 9]),
+        ]
+
+    def test_options_reach_the_stages(self, capsys, stages, tmp_path):
+        arguments = ["--pipeline", "p.config", "--label-map", "l.txt", "--input-size", "512x640", "--force"]
+        assert odtrt(capsys, "run", "ckpt/ckpt-7", "-o", tmp_path / "there", *arguments)[0] == 0
+        assert stages.calls["export"] == {
+            "source": Path("ckpt/ckpt-7"),
+            "folder": tmp_path / "there",
+            "pipeline": Path("p.config"),
+            "label_map": Path("l.txt"),
+            "input_size": (512, 640),
+            "force": True,
+        }
+        assert stages.calls["convert"] == {"force": True}
+        assert stages.calls["build"]["force"]
+
+    def test_a_second_run_says_that_everything_is_up_to_date(self, capsys, stages):
+        odtrt(capsys, "run", "my_model")
+        stages.up_to_date = True
+        status, out, _ = odtrt(capsys, "run", "my_model")
+        assert status == 0
+        for stage in ("export", "convert", "engine"):
+            assert f"✓ {stage}: up to date" in out
+
+    def test_without_tensorrt_the_rest_goes_on(self, capsys, stages, monkeypatch, tmp_path):
+        for flavour in ("tensorrt", "tensorrt_rtx"):
+            monkeypatch.setitem(sys.modules, flavour, None)
+        monkeypatch.setattr(engine, "build", real_build)
+        status, out, _ = odtrt(capsys, "run", "my_model", "--image", picture(tmp_path / "a.png"))
+        assert status == 0
+        assert "– engine: skipped: no TensorRT can be imported" in out
+        assert "✓ detect" in out
+        assert "no TensorRT can be imported" in Path("out/my_model/report.html").read_text()
+
+    def test_without_a_picture_detection_is_left_out(self, capsys, stages):
+        status, out, _ = odtrt(capsys, "run", "my_model")
+        assert status == 0
+        assert "– detect: skipped: no picture to look at; name one: `--image FILE`" in out
+        assert not Path("out/my_model/detections.json").exists()
+
+    def test_a_model_of_the_shipped_parts_looks_at_unseen_scenes(self, capsys, stages, monkeypatch):
+        stages.detector_spec = PARTS
+        rendered = []
+        scene = datasets.Scene(
+            np.zeros((40, 60, 3), np.uint8),
+            np.array([[1, 2, 39, 58], [20, 20, 30, 30]], np.float32),
+            np.array([1, 3]),
+        )
+        monkeypatch.setattr(datasets, "render_scene", lambda seed: rendered.append(seed) or scene)
+        assert odtrt(capsys, "run", "parts")[0] == 0
+        assert len(rendered) == 4
+        assert set(rendered) <= set(datasets.TEST_SEEDS)
+        checks = last_record("out/parts", "detect")["checks"]
+        assert checks["objects_in_the_pictures"] == 8
+        assert checks["objects_found_with_iou_above_0.5"] == 4, "the second object is missed each time"
+
+    def test_a_missing_picture_is_noticed_before_the_work(self, capsys, stages):
+        status, _, err = odtrt(capsys, "run", "my_model", "--image", "nowhere.jpg")
+        assert (status, err) == (1, "error: nowhere.jpg: not found; expected a picture\n")
+        assert stages.calls == {}
+
+    @pytest.mark.parametrize("size", ["512", "axb", "512x", "-1x5"])
+    def test_a_malformed_size(self, capsys, stages, size):
+        status, _, err = odtrt(capsys, "run", "my_model", "--input-size", size)
+        assert (status, err) == (1, f"error: --input-size {size}: expected height x width, such as 512x640\n")
+
+    @pytest.mark.parametrize(
+        ("model", "name"),
+        [
+            ("models/parts", "parts"),
+            ("exported/checkpoint/ckpt-0", "exported"),
+            ("exported/saved_model", "exported"),
+            ("train/ckpt-12", "train"),
+            ("train/ckpt-12.index", "train"),
+        ],
+    )
+    def test_the_default_folder_has_the_models_name(self, capsys, stages, model, name):
+        for folder in ("models/parts", "exported/saved_model", "exported/checkpoint", "train"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        Path("exported/checkpoint/ckpt-0.index").touch()
+        Path("train/ckpt-12.index").touch()
+        assert odtrt(capsys, "run", model)[0] == 0
+        assert stages.calls["export"]["folder"] == Path("out") / name
+
+
+real_build = engine.build
+
+
+class TestSingleStages:
+    def test_export(self, capsys, stages):
+        status, out, _ = odtrt(capsys, "export", "my_model", "--batch", "dynamic")
+        assert status == 0
+        assert stages.calls["export"]["batch"] is None
+        assert "next: odtrt convert out/my_model" in out
+
+    @pytest.mark.parametrize("batch", ["0", "-1", "many", "1.5"])
+    def test_a_malformed_batch(self, capsys, stages, batch):
+        status, _, err = odtrt(capsys, "export", "my_model", f"--batch={batch}")
+        assert (status, stages.calls) == (1, {})
+        assert err == f"error: --batch {batch}: expected a number of at least 1, or `dynamic`\n"
+
+    def test_convert_and_build(self, capsys, stages):
+        odtrt(capsys, "export", "my_model")
+        status, out, _ = odtrt(capsys, "convert", "out/my_model", "--opset", "15")
+        assert (status, stages.calls["convert"]) == (0, {"opset": 15, "force": False})
+        assert "next: odtrt build out/my_model" in out
+        status, out, _ = odtrt(capsys, "build", "out/my_model")
+        assert (status, stages.calls["build"]) == (0, {"precision": "fp32", "force": False})
+        assert "plans/abc.plan 4.0 kB" in out
+
+    def test_an_earlier_stage_is_named(self, capsys, tmp_path):
+        status, _, err = odtrt(capsys, "build", tmp_path)
+        assert status == 1
+        assert err == f"error: {tmp_path}/heads.onnx: not found; run `odtrt convert` first, which writes it\n"
+
+    @pytest.mark.parametrize("command", ["run", "export", "convert"])
+    def test_an_old_python_is_told_to_go_elsewhere(self, capsys, stages, monkeypatch, command):
+        monkeypatch.setattr(cli, "_PYTHON_OF_TENSORFLOW", (9, 0))
+        status, _, err = odtrt(capsys, command, "my_model")
+        assert (status, stages.calls) == (1, {})
+        assert "export and convert need 9.0 or newer: run them on another machine" in err
+
+
+class TestDetect:
+    def test_pictures_table_and_json(self, capsys, stages, tmp_path):
+        first, second = picture(tmp_path / "one" / "a.png"), picture(tmp_path / "two" / "a.jpg", 80, 50)
+        arguments = ["-o", "drawn", "--min-score", "0.4", "--json", "found.json"]
+        status, out, _ = odtrt(capsys, "detect", "parts", first, second, *arguments)
+        assert status == 0
+        assert "4 detections with a score of at least 0.4 in 2 pictures, drawn in drawn" in out
+        assert "0.900" in out
+        assert "[1, 2, 39, 58]" in out
+        assert sorted(path.name for path in Path("drawn").iterdir()) == ["a-2.jpg", "a.jpg"]
+        drawn = np.array(Image.open("drawn/a.jpg"))
+        assert drawn.shape == (40, 60, 3)
+        assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 10, "something was drawn"
+        found = json.loads(Path("found.json").read_text())
+        assert [row["image"] for row in found] == [str(first)] * 2 + [str(second)] * 2
+        assert found[0]["score"] == pytest.approx(0.9)
+        assert found[1]["class_id"] == 2
+
+    def test_nothing_found(self, capsys, stages, tmp_path):
+        status, out, _ = odtrt(capsys, "detect", "parts", picture(tmp_path / "a.png"), "--min-score", "0.95")
+        assert status == 0
+        assert "nothing found" in out
+        assert "0 detections" in out
+        assert Path("parts/detections/a.jpg").is_file()
+
+    def test_a_file_that_is_no_picture(self, capsys, stages, tmp_path):
+        (tmp_path / "a.png").write_text("text")
+        status, _, err = odtrt(capsys, "detect", "parts", tmp_path / "a.png")
+        assert status == 1
+        assert err.startswith(f"error: {tmp_path}/a.png: damaged, or not an image")
+        assert err.count("\n") == 1
+        assert not Path("parts").exists()
+
+
+class TestEval:
+    @pytest.fixture
+    def coco(self, tmp_path):
+        images = []
+        for i in range(3):
+            picture(tmp_path / "images" / f"{i}.png")
+            images.append({"id": i, "file_name": f"{i}.png", "height": 40, "width": 60})
+        truth = {"id": 1, "category_id": 1, "bbox": [2, 1, 56, 38], "area": 2128, "iscrowd": 0}
+        content = {
+            "images": images,
+            "annotations": [{**truth, "id": i + 1, "image_id": i} for i in range(3)],
+            "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        }
+        path = tmp_path / "instances.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    def test_the_figures(self, capsys, stages, coco):
+        arguments = ["--annotations", coco, "--images", coco.parent / "images", "--json", "figures.json"]
+        status, out, _ = odtrt(capsys, "eval", "parts", *arguments)
+        assert status == 0
+        assert "mAP (IoU 0.50:0.95)" in out
+        figures = json.loads(Path("figures.json").read_text())
+        assert figures["map"] == pytest.approx(1.0), "the stand-in finds every cat exactly"
+        assert figures["images"] == 3
+        assert figures["ap_per_class"]["cat"] == pytest.approx(1.0)
+
+    def test_only_the_first_images(self, capsys, stages, coco):
+        arguments = ["--annotations", coco, "--limit", "2", "--json", "figures.json"]
+        assert odtrt(capsys, "eval", "parts", *arguments)[0] == 0
+        assert json.loads(Path("figures.json").read_text())["images"] == 2
+
+    def test_no_images(self, capsys, stages, tmp_path):
+        (tmp_path / "empty.json").write_text('{"images": [], "annotations": [], "categories": []}')
+        status, _, err = odtrt(capsys, "eval", "parts", "--annotations", tmp_path / "empty.json")
+        assert status == 1
+        assert err.count("\n") == 1
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("error", "status"),
+        [
+            (InputError, 1),
+            (UnsupportedError, 1),
+            (MissingDependencyError, 1),
+            (BuildError, 1),
+            (CheckError, 2),
+        ],
+    )
+    def test_one_line_on_stderr(self, capsys, stages, monkeypatch, error, status):
+        def fail(*_, **__):
+            raise error("model.config: [bold]bad[/bold]\n  " + "very long " * 40 + "end")
+
+        monkeypatch.setattr(export, "export", fail)
+        found, _, err = odtrt(capsys, "export", "my_model")
+        assert found == status
+        assert err == "error: model.config: [bold]bad[/bold] " + "very long " * 40 + "end\n"
+
+    def test_a_defect_says_how_to_see_more(self, capsys, stages, monkeypatch):
+        monkeypatch.setattr(export, "export", lambda *_, **__: {}["missing"])
+        monkeypatch.delenv("ODTRT_TRACEBACK", raising=False)
+        status, _, err = odtrt(capsys, "export", "my_model")
+        assert status == 70
+        assert err.count("\n") == 1
+        assert err.startswith("error: unexpected KeyError: 'missing': ")
+        assert "ODTRT_TRACEBACK=1" in err
+
+    @pytest.mark.parametrize("error", [InputError, ZeroDivisionError])
+    def test_the_traceback_on_demand(self, capsys, stages, monkeypatch, error):
+        def fail(*_, **__):
+            raise error("no")
+
+        monkeypatch.setattr(export, "export", fail)
+        monkeypatch.setenv("ODTRT_TRACEBACK", "1")
+        status, _, err = odtrt(capsys, "export", "my_model")
+        assert "Traceback (most recent call last)" in err
+        assert status == (1 if error is InputError else 70)
+
+    def test_interrupted(self, capsys, stages, monkeypatch):
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(convert, "convert", interrupt)
+        status, _, err = odtrt(capsys, "run", "my_model")
+        assert (status, err) == (130, "interrupted; nothing half-written is left\n")
+
+    @pytest.mark.parametrize("arguments", [("run",), ("build", "x", "--precision", "int4"), ("nonsense",)])
+    def test_a_wrong_command_line(self, capsys, arguments):
+        status, _, err = odtrt(capsys, *arguments)
+        assert status == 2
+        assert "Usage: odtrt" in err
+        assert "Traceback" not in err
+
+
+class TestSurroundings:
+    @pytest.mark.parametrize(
+        "command", ["run", "export", "convert", "build", "detect", "eval", "doctor", "zoo get"]
+    )
+    def test_help_says_what_is_read_and_written_with_an_example(self, capsys, monkeypatch, command):
+        monkeypatch.setenv("COLUMNS", "200")
+        status, out, _ = odtrt(capsys, *command.split(), "--help")
+        assert status == 0
+        for word in ("Reads", "Writes", f"odtrt {command}"):
+            assert word in out
+
+    def test_the_overview_names_all_commands(self, capsys):
+        status, out, _ = odtrt(capsys, "--help")
+        assert status == 0
+        for command in ("run", "export", "convert", "build", "detect", "eval", "doctor", "zoo"):
+            assert command in out
+
+    def test_heavy_packages_wait_for_the_command_that_needs_them(self):
+        code = (
+            "import sys; import odtrt_lib.cli; "
+            "print(sorted({'tensorflow', 'numpy', 'onnx', 'cv2', 'PIL', 'tensorrt_rtx'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout == "[]\n"
+
+    def test_zoo_list(self, capsys):
+        status, out, _ = odtrt(capsys, "zoo", "list")
+        assert status == 0
+        assert all(model.name in out for model in zoo.MODELS)
+
+    def test_zoo_get(self, capsys, monkeypatch, tmp_path):
+        name = zoo.MODELS[0].name
+        download = zoo.Download(tmp_path / name, "ab" * 32, True, False)
+        monkeypatch.setattr(zoo, "get", lambda model, folder, progress: progress(5, 10) or download)
+        status, out, _ = odtrt(capsys, "zoo", "get", name, "-o", tmp_path)
+        assert status == 0
+        assert f"SHA-256 {'ab' * 32}, taken on trust and recorded in {tmp_path}/zoo.json" in out
+        assert f"next: odtrt run {tmp_path}/{name}" in out
+
+    def test_doctor_names_what_is_missing_and_how_to_get_it(self, capsys, monkeypatch):
+        problems = {
+            "ONNX Runtime": "installed, but importing it crashes (signal 11)",
+            "TensorFlow": "not installed",
+        }
+        found = [
+            doctor.Finding(
+                package, None if package.name in problems else "1.0", problems.get(package.name, "")
+            )
+            for package in doctor.PACKAGES
+        ]
+        monkeypatch.setattr(doctor, "packages", lambda: found)
+        monkeypatch.setenv("COLUMNS", "220")
+        status, out, _ = odtrt(capsys, "doctor")
+        assert status == 0
+        assert "crashes (signal 11)" in out
+        chapters = {line.split("│")[1].strip(): line for line in out.splitlines() if line.count("│") == 4}
+        assert "no: needs TensorFlow" in chapters["1 export"]
+        assert "pip install -e '.[convert]'" in chapters["1 export"]
+        assert "no: needs ONNX Runtime" in chapters["detect"]
+        assert "yes" in chapters["3 engine (build)"]
+
+
+class TestDoctor:
+    def examine(self, tmp_path, monkeypatch, content):
+        (tmp_path / "odtrt_probe.py").write_text(content)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        package = doctor.Package("probe", "odtrt_probe", "odtrt-probe", "pip install probe")
+        monkeypatch.setattr(doctor, "PACKAGES", (package,))
+        return doctor.packages()[0]
+
+    @pytest.mark.parametrize(
+        ("content", "problem"),
+        [
+            ("import os; os.kill(os.getpid(), 11)", "installed, but importing it crashes (signal 11)"),
+            (
+                "import no_such_library",
+                "not importable: ModuleNotFoundError: No module named 'no_such_library'",
+            ),
+            ("raise SystemExit(3)", "not importable: exit status 3"),
+        ],
+    )
+    def test_a_broken_package_is_a_line_and_not_the_end(self, tmp_path, monkeypatch, content, problem):
+        finding = self.examine(tmp_path, monkeypatch, content)
+        assert finding.version is None
+        assert finding.problem.endswith(problem)
+
+    def test_a_sound_package(self, tmp_path, monkeypatch):
+        assert self.examine(tmp_path, monkeypatch, "").version == "installed"
+
+    def test_an_absent_package(self, monkeypatch):
+        package = doctor.Package("none", "odtrt_no_such_module", "odtrt-none", "pip install none")
+        monkeypatch.setattr(doctor, "PACKAGES", (package,))
+        assert doctor.packages()[0].problem == "not installed"
+
+    def test_without_any_tensorrt_no_engine(self):
+        findings = [
+            doctor.Finding(p, None if p.name.startswith("TensorRT") else "1.0") for p in doctor.PACKAGES
+        ]
+        chapters = {chapter.title: chapter for chapter in doctor.chapters(findings)}
+        assert chapters["3 engine (build)"].missing == ("TensorRT-RTX",)
+        assert chapters["3 engine (build)"].install == ("pip install -e '.[gpu]'",)
+        assert chapters["detect"].missing == ()
+
+    def test_every_machine_has_something_to_say(self, monkeypatch):
+        monkeypatch.setattr(
+            doctor, "device_info", lambda: {"machine": "aarch64", "cpu": "", "cores": 12, "l4t": "R36"}
+        )
+        monkeypatch.setattr(doctor, "_lines", lambda path: [])
+        machine = doctor.machine()
+        assert machine["Jetson"] == "board unknown, L4T R36"
+        assert machine["Memory"] == "unknown"
+
+
+def test_ctrl_c_during_a_real_stage_leaves_nothing(tmp_path):
+    """The process gets SIGINT in the middle of its work, as from a terminal."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import sys, time\n"
+        "from odtrt_lib import cli, export, folder\n"
+        "def slow(source, target, **options):\n"
+        "    with folder.staging(target) as out:\n"
+        "        (out / 'frozen.pb').write_bytes(b'half')\n"
+        "        print('working', flush=True)\n"
+        "        time.sleep(60)\n"
+        "export.export = slow\n"
+        "cli.main(['export', 'model', '-o', sys.argv[1]])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    while "working" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "interrupted; nothing half-written is left\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensorflows_log_is_kept_from_the_terminal_and_nothing_else(tmp_path):
+    """Written to file descriptor 2, past Python, as TensorFlow does; a crash's last words come through."""
+    script = tmp_path / "noisy.py"
+    script.write_text(
+        "import os\n"
+        "from odtrt_lib import cli, export\n"
+        "def noisy(*_, **__):\n"
+        "    os.write(2, b'WARNING: All log messages before absl::InitializeLog() is called ...\\n')\n"
+        "    os.write(2, b'I0000 00:00:1795338323.198219   17020 devices.cc:76] Number of GPUs\\n')\n"
+        "    os.write(2, b'F0000 00:00:1795338323.198219   17020 loader.cc:7] Check failed\\n')\n"
+        "    os.abort()\n"
+        "export.export = noisy\n"
+        "cli.main(['export', 'model'])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == -signal.SIGABRT
+    assert [line for line in done.stderr.splitlines() if "Python" not in line and line] == [
+        "F0000 00:00:1795338323.198219   17020 loader.cc:7] Check failed"
+    ]
