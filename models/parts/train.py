@@ -1,0 +1,443 @@
+"""Trains and measures the shipped detector. From the repository's root:
+
+    python models/parts/train.py --minutes 68      train from scratch, then measure (2 CPU cores suffice)
+    python models/parts/train.py --evaluate        only measure the checkpoint that is there
+    python models/parts/train.py --evaluate --split validation --scenes 60      a quick look while it trains
+
+Training renders scenes of ``TRAIN_SEEDS`` and resizes them by the Object Detection API's own rule
+(TF1 bilinear, corners not aligned, half_pixel_centers false), then loops: provide_groundtruth, preprocess,
+predict, loss, Adam. The learning rate follows the share of the time budget that is used up, so the
+schedule always ends. What is saved are the weights' moving averages. Measuring is a process of its own: a
+fresh model restores the checkpoint, the Object Detection API's own post-processing makes the detections,
+pycocotools scores them on ``TEST_SEEDS``; only that writes ``results/parts.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import multiprocessing
+import os
+import platform
+import queue
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
+
+from odtrt_lib import datasets, odapi  # noqa: E402
+
+CHECKPOINT = HERE / "checkpoint"
+RESULTS = ROOT / "results" / "parts.json"
+SIZE = 320
+MAXIMUM_BOXES = 20
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """images: uint8 [count, 320, 320, 3]. boxes: normalised float32 [count, 20, 4]. classes: 0-based
+    int64 [count, 20]. counts: int64 [count], the number of real boxes of each image."""
+
+    images: np.ndarray
+    boxes: np.ndarray
+    classes: np.ndarray
+    counts: np.ndarray
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def resize_tf1(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """ResizeBilinear(align_corners=False, half_pixel_centers=False); uint8 HWC -> float32 HWC."""
+    rows = np.arange(height, dtype=np.float32) * np.float32(image.shape[0] / height)
+    columns = np.arange(width, dtype=np.float32) * np.float32(image.shape[1] / width)
+    top, left = rows.astype(np.int64), columns.astype(np.int64)
+    below = np.minimum(top + 1, image.shape[0] - 1)
+    right = np.minimum(left + 1, image.shape[1] - 1)
+    across, down = (columns - left)[None, :, None], (rows - top)[:, None, None]
+    source = image.astype(np.float32)
+    upper, lower = source[top], source[below]
+    upper = upper[:, left] + (upper[:, right] - upper[:, left]) * across
+    lower = lower[:, left] + (lower[:, right] - lower[:, left]) * across
+    return upper + (lower - upper) * down
+
+
+def _render_resized(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    cv2.setNumThreads(1)
+    scene = datasets.render_scene(seed)
+    height, width = scene.image.shape[:2]
+    image = np.round(resize_tf1(scene.image, SIZE, SIZE)).astype(np.uint8)
+    return image, scene.boxes / np.float32([height, width, height, width]), scene.class_ids - 1
+
+
+def rendered_training_set(count: int) -> TrainingSet:
+    """Renders the first ``count`` training scenes on all cores; kept in the temporary folder."""
+    looks = b"".join(datasets.render_scene(seed).image.tobytes() for seed in datasets.TRAIN_SEEDS[:3])
+    look = hashlib.sha256(looks).hexdigest()[:12]
+    cache = Path(tempfile.gettempdir()) / f"odtrt-parts-{count}-{look}.npz"
+    if not cache.exists():
+        images = np.zeros((count, SIZE, SIZE, 3), np.uint8)
+        boxes = np.zeros((count, MAXIMUM_BOXES, 4), np.float32)
+        classes = np.zeros((count, MAXIMUM_BOXES), np.int64)
+        counts = np.zeros(count, np.int64)
+        spawn = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
+        with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+            seeds = datasets.TRAIN_SEEDS[:count]
+            for number, (image, box, label) in enumerate(pool.map(_render_resized, seeds, chunksize=20)):
+                kept = min(len(label), MAXIMUM_BOXES)
+                images[number], counts[number] = image, kept
+                boxes[number, :kept], classes[number, :kept] = box[:kept], label[:kept]
+                if (number + 1) % 500 == 0:
+                    print(f"rendered {number + 1} of {count} training scenes", flush=True)
+        partial = cache.with_suffix(f".{os.getpid()}.npz")
+        np.savez(partial, images=images, boxes=boxes, classes=classes, counts=counts)
+        os.replace(partial, cache)
+    stored = np.load(cache)
+    return TrainingSet(stored["images"], stored["boxes"], stored["classes"], stored["counts"])
+
+
+def augmented(
+    rng: np.random.Generator, image: np.ndarray, boxes: np.ndarray, classes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One random variant: zoom and shift, flips, brightness, contrast, colour, noise.
+
+    Takes and returns uint8 [H, W, 3] -> float32 [H, W, 3]; boxes normalised float32 [K, 4]; classes [K].
+    """
+    if rng.random() < 0.6:
+        zoom = math.exp(rng.uniform(-0.22, 0.30))
+        ratio = math.exp(rng.normal(0.0, 0.04))
+        zoom_x, zoom_y = zoom * ratio, zoom / ratio
+        shift_x = rng.uniform(min(0.0, 1 - zoom_x), max(0.0, 1 - zoom_x))
+        shift_y = rng.uniform(min(0.0, 1 - zoom_y), max(0.0, 1 - zoom_y))
+        matrix = np.float32(
+            [
+                [zoom_x, 0, shift_x * SIZE + 0.5 * (zoom_x - 1)],
+                [0, zoom_y, shift_y * SIZE + 0.5 * (zoom_y - 1)],
+            ]
+        )
+        fill = tuple(float(value) for value in image.mean(axis=(0, 1)))
+        image = cv2.warpAffine(image, matrix, (SIZE, SIZE), borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
+        moved = boxes * np.float32([zoom_y, zoom_x] * 2) + np.float32([shift_y, shift_x] * 2)
+        clipped = np.clip(moved, 0.0, 1.0)
+        share = _area(clipped) / np.maximum(_area(moved), 1e-9)
+        boxes, classes = clipped[share >= 0.35], classes[share >= 0.35]
+    if rng.random() < 0.5:
+        image = image[:, ::-1]
+        boxes = np.stack([boxes[:, 0], 1 - boxes[:, 3], boxes[:, 2], 1 - boxes[:, 1]], axis=1)
+    if rng.random() < 0.5:
+        image = image[::-1]
+        boxes = np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1)
+    image = image.astype(np.float32)
+    image *= np.float32(math.exp(rng.normal(0.0, 0.15))) * np.exp(rng.normal(0.0, 0.03, 3)).astype(np.float32)
+    image += np.float32(rng.normal(0.0, 8.0))
+    if rng.random() < 0.15:
+        image[:] = image.mean(axis=2, keepdims=True)
+    return np.clip(image, 0.0, 255.0), boxes, classes
+
+
+def _area(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def batches(data: TrainingSet, size: int, seed: int) -> queue.Queue:
+    """A thread that fills a queue with (images, boxes, one-hot classes, weights), all padded float32."""
+    ready: queue.Queue = queue.Queue(maxsize=4)
+
+    def fill() -> None:
+        rng = np.random.default_rng(seed)
+        while True:
+            order = rng.permutation(len(data.images))
+            for start in range(0, len(order) - size + 1, size):
+                images = np.zeros((size, SIZE, SIZE, 3), np.float32)
+                boxes = np.zeros((size, MAXIMUM_BOXES, 4), np.float32)
+                one_hot = np.zeros((size, MAXIMUM_BOXES, len(datasets.PARTS_CLASSES)), np.float32)
+                weights = np.zeros((size, MAXIMUM_BOXES), np.float32)
+                for row, index in enumerate(order[start : start + size]):
+                    count = data.counts[index]
+                    images[row], box, label = augmented(
+                        rng, data.images[index], data.boxes[index, :count], data.classes[index, :count]
+                    )
+                    boxes[row, : len(label)], weights[row, : len(label)] = box, 1.0
+                    one_hot[row, np.arange(len(label)), label] = 1.0
+                ready.put((images, boxes, one_hot, weights))
+
+    threading.Thread(target=fill, daemon=True).start()
+    return ready
+
+
+# ---------------------------------------------------------------------------------------- model
+
+
+def build_detector(training: bool):
+    """The detection model of pipeline.config with its variables created."""
+    import tensorflow as tf
+    from google.protobuf import text_format
+    from object_detection.builders import model_builder
+    from object_detection.protos import pipeline_pb2
+
+    config = text_format.Parse((HERE / "pipeline.config").read_text(), pipeline_pb2.TrainEvalPipelineConfig())
+    tf.keras.backend.set_learning_phase(training)
+    model = model_builder.build(config.model, is_training=training)
+    images, shapes = model.preprocess(tf.zeros([1, SIZE, SIZE, 3]))
+    predictions = model.predict(images, shapes)
+    if not training:
+        model.postprocess(predictions, shapes)
+    return model
+
+
+def train(minutes: float, scenes: int, batch: int, rate: float) -> None:
+    """Trains from scratch for ``minutes`` and leaves the averaged weights in ``checkpoint/``."""
+    data = rendered_training_set(scenes)
+    odapi.prepare()
+    import tensorflow as tf
+
+    tf.keras.utils.set_random_seed(1)
+    model = build_detector(training=True)
+    trainable = model.trainable_variables
+    everything = _tracked_variables(tf, model)
+    averages = [tf.Variable(variable, trainable=False) for variable in everything]
+    optimizer = tf.keras.optimizers.legacy.Adam(rate, epsilon=1e-7)
+    decay = tf.Variable(0.0, trainable=False)
+    parameters = int(sum(np.prod(variable.shape) for variable in everything))
+    print(f"{len(trainable)} trainable of {len(everything)} variables, {parameters:,} parameters", flush=True)
+
+    @tf.function
+    def step(images, boxes, one_hot, weights):
+        model.provide_groundtruth(
+            groundtruth_boxes_list=tf.unstack(boxes, batch),
+            groundtruth_classes_list=tf.unstack(one_hot, batch),
+            groundtruth_weights_list=tf.unstack(weights, batch),
+        )
+        with tf.GradientTape() as tape:
+            inputs, shapes = model.preprocess(images)
+            losses = model.loss(model.predict(inputs, shapes), shapes)
+            box, label = losses["Loss/localization_loss"], losses["Loss/classification_loss"]
+            total = box + label + tf.add_n(model.regularization_losses())
+        gradients, _ = tf.clip_by_global_norm(tape.gradient(total, trainable), 10.0)
+        optimizer.apply_gradients(zip(gradients, trainable, strict=True))
+        for average, variable in zip(averages, everything, strict=True):
+            average.assign_sub((1.0 - decay) * (average - variable))
+        return box, label
+
+    ready = batches(data, batch, seed=2)
+    step(*(tf.constant(array) for array in ready.get()))
+    started = time.monotonic()
+    saved, steps, recent = started, 1, []
+    while (share := (time.monotonic() - started) / (60.0 * minutes)) < 1.0:
+        warm = min(1.0, (steps + 1) / 150)
+        optimizer.learning_rate.assign(rate * warm * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * share))))
+        decay.assign(min(0.997, (1.0 + steps) / (10.0 + steps)))
+        recent.append([float(part) for part in step(*(tf.constant(array) for array in ready.get()))])
+        steps += 1
+        now = time.monotonic()
+        if steps % 50 == 0:
+            box, label = np.mean(recent, axis=0)
+            print(
+                f"{(now - started) / 60:6.1f} min  step {steps:6d}  {(now - started) / steps:.3f} s/step  "
+                f"box {box:.4f}  class {label:.4f}  queue {ready.qsize()}",
+                flush=True,
+            )
+            recent = []
+        if now - saved > 240.0:
+            _save_averages(tf, model, everything, averages, steps, now - started, scenes, batch, rate)
+            saved = now
+    _save_averages(tf, model, everything, averages, steps, time.monotonic() - started, scenes, batch, rate)
+
+
+def _tracked_variables(tf, model) -> list:
+    """Every variable that tf.train.Checkpoint(model=model) saves, each once."""
+    found = {id(v): v for v in model.trainable_variables}
+    for module in (model._feature_extractor, model._box_predictor):
+        for variable in module.variables:
+            found.setdefault(id(variable), variable)
+    return list(found.values())
+
+
+def _save_averages(tf, model, variables, averages, steps, seconds, scenes, batch, rate) -> None:
+    """Writes checkpoint/ckpt-0 from the moving averages; training goes on with the plain weights."""
+    plain = [variable.numpy() for variable in variables]
+    for variable, average in zip(variables, averages, strict=True):
+        variable.assign(average)
+    CHECKPOINT.mkdir(exist_ok=True)
+    checkpoint = tf.train.Checkpoint(model=model)
+    checkpoint.save_counter.assign(1)
+    checkpoint.write(str(CHECKPOINT / "next"))
+    for variable, value in zip(variables, plain, strict=True):
+        variable.assign(value)
+    for suffix in ("data-00000-of-00001", "index"):
+        os.replace(CHECKPOINT / f"next.{suffix}", CHECKPOINT / f"ckpt-0.{suffix}")
+    (CHECKPOINT / "checkpoint").write_text(
+        'model_checkpoint_path: "ckpt-0"\nall_model_checkpoint_paths: "ckpt-0"\n'
+    )
+    record = {
+        "steps": steps,
+        "seconds": round(seconds),
+        "train_scenes": scenes,
+        "batch": batch,
+        "learning_rate": rate,
+        "command": _command(),
+    }
+    (HERE / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"saved {CHECKPOINT / 'ckpt-0'} at step {steps}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------- measuring
+
+
+def evaluate(split: str, count: int) -> dict:
+    """Scores the checkpoint on unseen scenes; returns one flat row of figures."""
+    odapi.prepare()
+    import tensorflow as tf
+
+    model = build_detector(training=False)
+    variables = _tracked_variables(tf, model)
+    status = tf.train.Checkpoint(model=model).read(str(CHECKPOINT / "ckpt-0"))
+    status.assert_existing_objects_matched().expect_partial()
+
+    @tf.function(input_signature=[tf.TensorSpec([1, 480, 640, 3], tf.float32)])
+    def detect(image):
+        inputs, shapes = model.preprocess(image)
+        return model.postprocess(model.predict(inputs, shapes), shapes)
+
+    seeds = {"test": datasets.TEST_SEEDS, "validation": datasets.VALIDATION_SEEDS}[split][:count]
+    truth = {
+        "info": {},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(datasets.PARTS_CLASSES)],
+    }
+    found = []
+    for seed in seeds:
+        scene = datasets.render_scene(seed)
+        height, width = scene.image.shape[:2]
+        truth["images"].append({"id": seed, "height": height, "width": width, "file_name": f"{seed}.jpg"})
+        for box, class_id in zip(scene.boxes.tolist(), scene.class_ids.tolist(), strict=True):
+            rectangle = [box[1], box[0], box[3] - box[1], box[2] - box[0]]
+            truth["annotations"].append(
+                {
+                    "id": len(truth["annotations"]) + 1,
+                    "image_id": seed,
+                    "category_id": class_id,
+                    "bbox": rectangle,
+                    "area": rectangle[2] * rectangle[3],
+                    "iscrowd": 0,
+                }
+            )
+        detections = detect(tf.constant(scene.image[None], tf.float32))
+        boxes = detections["detection_boxes"][0].numpy() * [height, width, height, width]
+        classes = detections["detection_classes"][0].numpy().astype(int) + 1
+        scores = detections["detection_scores"][0].numpy()
+        for number in range(int(detections["num_detections"][0])):
+            ymin, xmin, ymax, xmax = boxes[number].tolist()
+            found.append(
+                {
+                    "image_id": seed,
+                    "category_id": int(classes[number]),
+                    "bbox": [xmin, ymin, xmax - xmin, ymax - ymin],
+                    "score": float(scores[number]),
+                }
+            )
+    figures = _coco_figures(truth, found)
+    training = json.loads((HERE / "training.json").read_text())
+    return {
+        "split": split,
+        "first_seed": seeds[0],
+        "images": len(seeds),
+        "objects": len(truth["annotations"]),
+        **figures,
+        "steps": training["steps"],
+        "seconds": training["seconds"],
+        "train_scenes": training["train_scenes"],
+        "params": int(sum(np.prod(variable.shape) for variable in variables)),
+        "checkpoint_bytes": sum(path.stat().st_size for path in CHECKPOINT.iterdir()),
+    }
+
+
+def _coco_figures(truth: dict, found: list[dict]) -> dict[str, float]:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        scorer = COCOeval(coco, coco.loadRes(found), "bbox")
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    names = ("map", "ap50", "ap75", "map_small", "map_medium", "map_large")
+    figures = {name: round(float(value), 4) for name, value in zip(names, scorer.stats, strict=False)}
+    figures["ar100"] = round(float(scorer.stats[8]), 4)
+    precision = scorer.eval["precision"][:, :, :, 0, 2]
+    for number, name in enumerate(datasets.PARTS_CLASSES):
+        figures[f"ap_{name}"] = round(float(precision[:, :, number].mean()), 4)
+    return figures
+
+
+def write_results(row: dict) -> None:
+    """Writes results/parts.json as docs and README read it."""
+    packages = {"tensorflow": "tensorflow-cpu", "tf_keras": "tf_keras", "numpy": "numpy"}
+    packages |= {"opencv": "opencv-python-headless", "pycocotools": "pycocotools"}
+    packages |= {"object_detection": "tf-models-research-object-detection"}
+    record = {
+        "schema": 1,
+        "topic": "parts",
+        "command": _command(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": {"kind": "cpu", "cores": os.cpu_count(), "machine": platform.machine()},
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(package) for name, package in packages.items()},
+        "rows": [row],
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    partial = RESULTS.with_suffix(".tmp")
+    partial.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(partial, RESULTS)
+
+
+def _command() -> str:
+    return shlex.join(["python", "models/parts/train.py", *sys.argv[1:]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=68.0, help="time for the training loop")
+    parser.add_argument("--train-scenes", type=int, default=5000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
+    parser.add_argument("--evaluate", action="store_true", help="do not train")
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--scenes", type=int, default=500, help="scenes to measure on")
+    arguments = parser.parse_args()
+    if not arguments.evaluate:
+        train(arguments.minutes, arguments.train_scenes, arguments.batch, arguments.learning_rate)
+        measure = ["--evaluate", "--split", arguments.split, "--scenes", str(arguments.scenes)]
+        sys.exit(subprocess.run([sys.executable, __file__, *measure], check=False).returncode)
+    row = evaluate(arguments.split, arguments.scenes)
+    print(json.dumps(row, indent=2))
+    if arguments.split == "test":
+        write_results(row)
+
+
+if __name__ == "__main__":
+    main()
