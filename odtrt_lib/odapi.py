@@ -15,6 +15,7 @@ TensorFlow 2.8 and protobuf 3. Three things stand in its way today, and this roo
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -22,6 +23,7 @@ import math
 import os
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,28 @@ def detect(model: Any, image: np.ndarray, image_id: int = 0) -> list[dict[str, A
         }
         for i, (ymin, xmin, ymax, xmax) in enumerate(boxes.tolist())
     ]
+
+
+@contextlib.contextmanager
+def exact_means() -> Iterator[None]:
+    """Models run within compute their spatial means (squeeze-and-excitation) in float64.
+
+    TensorFlow's float32 sum over a large feature map whose values repeat, as in the padding of a letterboxed
+    image, is off by some 1e-4; this tells that error from those of a conversion.
+    """
+    tf = tensorflow()
+    pooling = tf.keras.layers.GlobalAveragePooling2D
+    original = pooling.call
+
+    def call(layer: Any, inputs: Any) -> Any:
+        mean = tf.reduce_mean(tf.cast(inputs, tf.float64), [1, 2], keepdims=layer.keepdims)
+        return tf.cast(mean, inputs.dtype)
+
+    pooling.call = call
+    try:
+        yield
+    finally:
+        pooling.call = original
 
 
 def write_random_checkpoint(pipeline: str | Path, folder: str | Path, *, seed: int = 0) -> Path:

@@ -287,15 +287,57 @@ def test_a_wrong_stage_is_caught(corpus, corpus_folder, monkeypatch, defect):
 
 
 @pytest.mark.corpus
-@pytest.mark.parametrize(
-    "name", ["zoo_ssd_mobilenet_v2_fpnlite_320", "zoo_efficientdet_d0", "ft_fpnlite320_tfjs1"]
-)
+@pytest.mark.parametrize("name", ["zoo_ssd_mobilenet_v2_fpnlite_320", "ft_fpnlite320_tfjs1"])
 def test_a_checkpoint_from_elsewhere_finds_what_the_odapi_finds(corpus, corpus_folder, name):
     images = photographs(corpus, 8)
     files = corpus / name / "pipeline.config", corpus / name / "ckpt-0"
     detector = Detector.open(corpus_folder(name))
     assert detector.spec.nms.change_coordinate_frame, "else the OD API's boxes are not of the image"
     assert_agrees(detector, odapi_results(*files, images), own_results(detector, images))
+
+
+@pytest.mark.corpus
+def test_efficientdet_finds_what_the_odapi_finds_but_for_rounded_means(corpus, corpus_folder, tmp_path):
+    """Squeeze-and-excitation averages 65,536 pixels in float32, many of them equal where an image is padded.
+
+    TensorFlow's sum loses four digits there, and this checkpoint's synthetic weights magnify that: boxes
+    a pixel thin move. With the means computed accurately on both sides everything agrees; as they are,
+    TensorFlow differs from itself about as much as from us.
+    """
+    images = photographs(corpus, 8)
+    files = corpus / "zoo_efficientdet_d0" / "pipeline.config", corpus / "zoo_efficientdet_d0" / "ckpt-0"
+    detector = Detector.open(corpus_folder("zoo_efficientdet_d0"))
+    own, odapi_own = own_results(detector, images), odapi_results(*files, images)
+    with odapi.exact_means():
+        odapi_exact = odapi_results(*files, images)
+    exact = Detector.open(with_means_in_two_steps(corpus_folder("zoo_efficientdet_d0"), tmp_path / "exact"))
+    assert_agrees(exact, odapi_exact, own_results(exact, images))
+    most = detector.spec.nms.max_total_detections
+    as_it_is = agreement(odapi_own, own, max_detections=most)
+    of_itself = agreement(odapi_own, odapi_exact, max_detections=most)
+    assert of_itself.matched < of_itself.references
+    assert len(as_it_is.missing) <= 2 * len(of_itself.missing)
+    assert agreement(odapi_own, own, iou=0.5, max_detections=most).agrees
+
+
+def with_means_in_two_steps(folder: Path, copy: Path) -> Path:
+    """The model folder with each spatial mean taken along rows, then along columns: shorter sums."""
+    import onnx
+
+    shutil.copytree(folder, copy)
+    model = onnx.load(copy / "heads.onnx")
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        if node.op_type == "ReduceMean":
+            rows = f"{node.output[0]}/rows"
+            model.graph.node.append(
+                onnx.helper.make_node("ReduceMean", node.input, [rows], axes=[3], keepdims=1)
+            )
+            node = onnx.helper.make_node("ReduceMean", [rows], node.output, axes=[2], keepdims=1)
+        model.graph.node.append(node)
+    onnx.save(model, copy / "heads.onnx")
+    return copy
 
 
 # --- the rooms that run on a Jetson

@@ -1,0 +1,227 @@
+"""The book: every page in the table of contents, tables current, the built site complete and self-contained.
+
+The tests of the built site need ``make book`` to have run; without ``_build/html`` they are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "_build" / "html"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import book_tables  # noqa: E402
+
+# What makes a browser load something; a link that a reader may follow is not among them.
+REQUEST = re.compile(
+    r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\bsrc=["'](?P<src>[^"']+)"""
+    r"""|<link\b(?=[^>]*\brel=["'](?:stylesheet|icon|preload|prefetch|modulepreload|preconnect|manifest))"""
+    r"""[^>]*?\bhref=["'](?P<href>[^"']+)"""
+    r"""|@import\s+(?:url\()?["']?(?P<style>[^"')]+)""",
+    re.IGNORECASE,
+)
+
+
+def entries(toc: dict) -> list[str]:
+    """The files of a jb-book table of contents, in reading order."""
+    found = [toc["root"]] if "root" in toc else []
+    for part in ("parts", "chapters", "sections"):
+        for item in toc.get(part, []):
+            found += [item["file"]] if "file" in item else []
+            found += entries({key: item[key] for key in ("chapters", "sections") if key in item})
+    return found
+
+
+def listed() -> list[str]:
+    return entries(yaml.safe_load((ROOT / "_toc.yml").read_text()))
+
+
+def pages(root: Path) -> set[str]:
+    """The pages in the repository, as the table of contents names them."""
+    found = [*(root / "book").glob("*.md"), *(root / "notebooks").glob("*.ipynb")]
+    return {str(path.relative_to(root).with_suffix("")) for path in found}
+
+
+def external_requests(html: str) -> list[str]:
+    """Addresses of other hosts that a browser loads by itself when it shows the page."""
+    found = [next(filter(None, match.groups())) for match in REQUEST.finditer(html)]
+    return [address for address in found if re.match(r"(https?:)?//", address)]
+
+
+def title(path: Path) -> str | None:
+    found = re.search(r"^# +(\S.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def test_every_page_is_in_the_table_of_contents_once_and_exists():
+    assert sorted(listed()) == sorted(pages(ROOT))
+
+
+def test_a_page_that_is_missing_from_the_table_is_caught(tmp_path: Path):
+    for name in ("book", "notebooks"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "book" / "orphan.md").write_text("# Orphan\n")
+    assert pages(tmp_path) - set(listed()) == {"book/orphan"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "book").glob("*.md")), ids=lambda path: path.stem)
+def test_page_has_one_title(path: Path):
+    without_code = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(re.findall(r"^# +\S", without_code, re.MULTILINE)) == 1
+
+
+def test_a_page_without_a_title_is_caught(tmp_path: Path):
+    (tmp_path / "page.md").write_text("Only text.\n\n## A section\n")
+    assert title(tmp_path / "page.md") is None
+
+
+def unknown_messages(page: str, library: str) -> list[str]:
+    """The messages of odtrt that a page quotes in its tables' first column, but the library does not have.
+
+    A message of another program is followed by that program's name in parentheses; ``...`` stands for what
+    varies.
+    """
+    library = re.sub(r'"\s*\n\s*f?"', "", library)
+    quoted = re.findall(r"^\| `([^`|]+)`(?: `([^`|]+)`)? *\|", page, re.MULTILINE)
+    fragments = [part.strip(" :;") for pair in quoted for text in pair for part in text.split("...")]
+    return [fragment for fragment in fragments if len(fragment) > 6 and fragment not in library]
+
+
+def library_text() -> str:
+    return "\n".join(path.read_text() for path in (ROOT / "odtrt_lib").glob("*.py"))
+
+
+def test_the_messages_on_the_troubleshooting_page_are_those_of_the_library():
+    page = (ROOT / "book" / "troubleshooting.md").read_text()
+    assert page.count("\n| `") > 20
+    assert unknown_messages(page, library_text()) == []
+
+
+def test_a_message_that_the_library_does_not_have_is_caught():
+    rows = ("`the checkpoint lacks ...`", "`the checkpoint is unhappy`", "`No!` (another program)")
+    page = "\n".join(f"| {row} | why | cure |" for row in rows)
+    assert unknown_messages(page, library_text()) == ["the checkpoint is unhappy"]
+
+
+@pytest.mark.parametrize("name", ["ch01_export", "ch02_convert"])
+def test_every_decision_states_choice_cost_change_and_evidence(name: str):
+    text = (ROOT / "book" / f"{name}.md").read_text()
+    decisions = re.split(r"^## Decision \d+: ", text, flags=re.MULTILINE)[1:]
+    assert len(decisions) >= 3
+    parts = ("**Choice:**", "**Cost of being wrong:**", "**How to change it:**", "**Evidence:**")
+    assert [part for decision in decisions for part in parts if part not in decision] == []
+
+
+def test_the_generated_tables_are_current():
+    assert book_tables.stale(ROOT) == []
+
+
+def test_every_generated_table_is_used_by_a_page():
+    text = "".join(path.read_text() for path in (ROOT / "book").glob("*.md"))
+    unused = [name for name in book_tables.generated(ROOT) if f"_generated/{name}" not in text]
+    assert unused == []
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """A repository with one measurement and its tables."""
+    for name in ("results", "notebooks"):
+        (tmp_path / name).mkdir()
+    results = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "command": "python measure.py",
+        "device": {"cores": 2},
+        "versions": {"onnxruntime": "1.0"},
+        "rows": [{"images": 5, "objects": 40, "map": 0.5, "ap50": 0.75, "ap75": 0.6}],
+    }
+    (tmp_path / "results" / "parts.json").write_text(json.dumps(results))
+    book_tables.write(tmp_path)
+    return tmp_path
+
+
+def test_a_table_shows_the_figures_and_their_source(measured: Path):
+    text = (measured / "book" / "_generated" / "parts.md").read_text()
+    assert "| 5 | 40 | 0.500 | 0.750 | 0.600 |" in text
+    assert "2026-01-02" in text and "`results/parts.json`, written by `python measure.py`" in text
+
+
+def test_a_new_measurement_makes_the_table_stale(measured: Path):
+    assert book_tables.stale(measured) == []
+    path = measured / "results" / "parts.json"
+    path.write_text(path.read_text().replace("0.75", "0.76"))
+    assert book_tables.stale(measured) == ["parts.md"]
+
+
+def test_a_figure_typed_into_a_table_is_caught(measured: Path):
+    path = measured / "book" / "_generated" / "parts.md"
+    path.write_text(path.read_text().replace("0.750", "0.990"))
+    assert book_tables.stale(measured) == ["parts.md"]
+
+
+def test_a_missing_measurement_is_said_not_hidden(tmp_path: Path):
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    book_tables.write(tmp_path)
+    assert "Not measured yet" in (tmp_path / "book" / "_generated" / "parts.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        '<script src="https://cdn.example.org/x.js"></script>',
+        '<script async data-x="1" src="//cdn.example.org/x.js"></script>',
+        '<link rel="stylesheet" type="text/css" href="https://fonts.example.org/x.css">',
+        '<link href="https://fonts.example.org/x.css" rel="stylesheet">',
+        '<img alt="badge" src="https://img.example.org/badge.svg">',
+        "<style>@import url('https://example.org/x.css');</style>",
+    ],
+)
+def test_a_request_to_another_host_is_caught(html: str):
+    assert len(external_requests(html)) == 1
+
+
+def test_a_link_to_another_host_is_no_request():
+    assert external_requests('<a href="https://example.org">x</a><img src="../_static/x.svg">') == []
+
+
+needs_site = pytest.mark.skipif(not SITE.is_dir(), reason="no built site; run `make book`")
+
+
+@needs_site
+def test_the_site_has_a_page_for_every_entry():
+    assert [name for name in listed() if not (SITE / f"{name}.html").is_file()] == []
+    assert (SITE / "index.html").is_file()
+
+
+@needs_site
+def test_the_site_asks_no_other_host_for_anything():
+    found = {
+        str(path.relative_to(SITE)): external_requests(path.read_text(encoding="utf-8"))
+        for path in (*SITE.rglob("*.html"), *SITE.glob("_static/*.css"))
+    }
+    assert {name: addresses for name, addresses in found.items() if addresses} == {}
+
+
+@needs_site
+def test_the_site_has_its_own_mathjax():
+    assert (SITE / "_static" / "mathjax" / "tex-mml-chtml.js").is_file()
+
+
+@needs_site
+def test_every_picture_of_the_site_has_a_text():
+    no_text = r"""<img\b(?![^>]*\balt="[^"]{3,}")[^>]*>"""
+    file_name_as_text = r"""<img\b[^>]*\balt="[^"]*[0-9a-f]{64}[^"]*"[^>]*>"""
+    nameless = re.compile(f"{no_text}|{file_name_as_text}")
+    found = {
+        str(path.relative_to(SITE)): nameless.findall(path.read_text(encoding="utf-8"))
+        for folder in ("book", "notebooks")
+        for path in (SITE / folder).glob("*.html")
+    }
+    assert {name: pictures for name, pictures in found.items() if pictures} == {}
