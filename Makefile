@@ -7,7 +7,7 @@ UV_VERSION := 0.13.9
 export TF_CPP_MIN_LOG_LEVEL := 3
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help run test test-corpus lint format book notebooks lab install install-dev locks clean
+.PHONY: help run test lint format book notebooks lab install install-dev locks clean
 
 help:
 	@echo "make run      the shipped detector through every stage, to a picture and report.html"
@@ -33,6 +33,18 @@ lint: install-dev
 format: install-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+book: install-dev
+	$(BIN)/python scripts/record_notebooks.py check
+	$(BIN)/python scripts/book_tables.py check
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=180 notebooks
+	$(BIN)/jupyter-book build . -W -n --keep-going
+	$(BIN)/python -m pytest tests/test_book.py
+	$(BIN)/linkchecker --no-status --no-warnings _build/html/index.html
+
+notebooks: install-dev
+	$(BIN)/python scripts/record_notebooks.py record
+	$(BIN)/python scripts/book_tables.py
 
 lab: install-dev
 	$(BIN)/jupyter lab notebooks
