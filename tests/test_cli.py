@@ -507,6 +507,11 @@ class TestDoctor:
         assert machine["Memory"] == "unknown"
 
 
+def heed_ctrl_c() -> None:
+    """A shell starts its background jobs with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_during_a_real_stage_leaves_nothing(tmp_path):
     """The process gets SIGINT in the middle of its work, as from a terminal."""
     script = tmp_path / "slow.py"
@@ -528,6 +533,7 @@ def test_ctrl_c_during_a_real_stage_leaves_nothing(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        preexec_fn=heed_ctrl_c,
     )
     while "working" not in process.stdout.readline():
         assert process.poll() is None
