@@ -23,7 +23,7 @@ import numpy as np
 
 from odtrt_lib import folder as folders
 from odtrt_lib import odapi
-from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, UnsupportedError
+from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, UnsupportedError, one_line
 from odtrt_lib.resizes import audit_resizes, refuse_unconvertible, require_agreement
 from odtrt_lib.rewrite import INPUT, OUTPUTS, serialize, to_onnx
 from odtrt_lib.spec import DetectorSpec, load_spec
@@ -189,9 +189,7 @@ def _require_valid(name: Path, path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise CheckError(
-            f"{name}: not a valid ONNX model: {_one_line(error)}; nothing was written"
-        ) from error
+        raise CheckError(f"{name}: not a valid ONNX model: {one_line(error)}; nothing was written") from error
 
 
 def _compare(frozen: Any, onnx_path: Path, spec: DetectorSpec, images: int) -> Parity:
@@ -318,7 +316,7 @@ def _require(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingDependencyError(
-            f"{name} cannot be imported ({_one_line(error)}): run `make install`"
+            f"{name} cannot be imported ({one_line(error)}): run `make install`"
         ) from error
 
 
@@ -327,7 +325,3 @@ def _version(package: str) -> str:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(distribution)
     return "unknown"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -27,7 +27,14 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 
-from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependencyError, UnsupportedError
+from odtrt_lib.errors import (
+    BuildError,
+    CheckError,
+    InputError,
+    MissingDependencyError,
+    UnsupportedError,
+    one_line,
+)
 from odtrt_lib.folder import StageResult, read_log, require, sha256, staging, write_record
 from odtrt_lib.spec import DetectorSpec, load_spec
 
@@ -167,7 +174,7 @@ def half_precision(model: Any) -> Any:
     try:
         onnx.checker.check_model(half, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BuildError(f"the half-precision model is not valid ONNX ({_one_line(error)})") from error
+        raise BuildError(f"the half-precision model is not valid ONNX ({one_line(error)})") from error
     return half
 
 
@@ -234,9 +241,9 @@ def _build_plan(
         try:
             plan = engine_bytes_from_network((builder, network), config=config)
         except PolygraphyException as error:
-            reasons = "; ".join(refusals.messages) or _one_line(error)
+            reasons = "; ".join(refusals.messages) or one_line(error)
             raise BuildError(
-                f"{model_file}: {who} parsed the model but cannot build it: {_one_line(reasons)}"
+                f"{model_file}: {who} parsed the model but cannot build it: {one_line(reasons)}"
             ) from error
         return bytes(plan), {
             "layers": network.num_layers,
@@ -333,7 +340,7 @@ def _parser_error(parser: Any) -> str:
         return "it, and gives no reason"
     error = parser.get_error(0)
     node = f"node {error.node()} `{error.node_name()}` (op {error.node_operator()})"
-    return f"{node if error.node() >= 0 else 'it'}: {_one_line(error.desc())}"
+    return f"{node if error.node() >= 0 else 'it'}: {one_line(error.desc())}"
 
 
 def _check_network(trt: Any, network: Any, model_file: Path, spec: DetectorSpec) -> None:
@@ -358,7 +365,3 @@ def _check_network(trt: Any, network: Any, model_file: Path, spec: DetectorSpec)
                 f"{model_file}: `{tensor.name}` is {tensor.dtype}, expected float32; "
                 "run `odtrt convert` again"
             )
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())

@@ -23,3 +23,8 @@ class CheckError(OdtrtError):
 
 class BuildError(OdtrtError):
     """TensorRT refused or failed to build an engine."""
+
+
+def one_line(message: object) -> str:
+    """Another library's message or exception without line breaks, to quote in one of ours."""
+    return " ".join(str(message).split()) or type(message).__name__

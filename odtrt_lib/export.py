@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from odtrt_lib import odapi
-from odtrt_lib.errors import CheckError, InputError, UnsupportedError
+from odtrt_lib.errors import CheckError, InputError, UnsupportedError, one_line
 from odtrt_lib.folder import StageResult, sha256, staging, up_to_date, write_record
 from odtrt_lib.spec import (
     DetectorSpec,
@@ -295,7 +295,7 @@ def _build_model(settings: PipelineSettings) -> Any:
         return model_builder.build(settings.message.model, is_training=False)
     except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
         raise UnsupportedError(
-            f"{settings.path}: the OD API cannot build this model ({_one_line(error)}); "
+            f"{settings.path}: the OD API cannot build this model ({one_line(error)}); "
             f"model.ssd.feature_extractor.type is {settings.feature_extractor!r}"
         ) from error
 
@@ -336,16 +336,16 @@ def _checkpoint_errors(files: ModelFiles, settings: PipelineSettings) -> Iterato
     except AssertionError as error:
         names = re.findall(r"Variable '?path=([^,]+),|Variable '([^']+)'", str(error))
         missing = [a or b for a, b in names]
-        listed = ", ".join(missing[:3]) or _one_line(error)[:200]
+        listed = ", ".join(missing[:3]) or one_line(error)[:200]
         raise InputError(f"{pair}: the checkpoint lacks {listed}, ...; {advice}") from error
     except ValueError as error:
         raise InputError(
-            f"{pair}: {_one_line(error)}; model.ssd.num_classes is "
+            f"{pair}: {one_line(error)}; model.ssd.num_classes is "
             f"{settings.message.model.ssd.num_classes}: {advice}"
         ) from error
     except (tf.errors.OpError, IndexError, UnicodeDecodeError, RuntimeError) as error:
         raise InputError(
-            f"{files.checkpoint}: damaged or truncated checkpoint ({_one_line(error)[:200]}); copy it again"
+            f"{files.checkpoint}: damaged or truncated checkpoint ({one_line(error)[:200]}); copy it again"
         ) from error
 
 
@@ -492,7 +492,3 @@ def _check_head_shapes(settings: PipelineSettings, spec: DetectorSpec, eager: di
         found = tuple(eager[name].shape)
         if found != shape:
             raise CheckError(f"{settings.path}: the model's {name} is {found}, the config says {shape}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

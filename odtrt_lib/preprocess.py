@@ -20,7 +20,7 @@ from typing import Any, Dict, Optional, Tuple, Union
 
 import numpy as np
 
-from odtrt_lib.errors import InputError, MissingDependencyError
+from odtrt_lib.errors import InputError, MissingDependencyError, one_line
 from odtrt_lib.spec import InputSpec, NmsSpec, Resizer
 
 _BLOCK_ROWS = 96
@@ -73,7 +73,7 @@ def load_image(path: Union[str, Path]) -> np.ndarray:
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise InputError(
-            f"{path}: damaged, or not an image ({_one_line(error)}); expected a JPEG, PNG or BMP file"
+            f"{path}: damaged, or not an image ({one_line(error)}); expected a JPEG, PNG or BMP file"
         ) from error
 
 
@@ -408,7 +408,3 @@ def _scratch(name: str, size: int, dtype: Any) -> np.ndarray:
     if name not in buffers or buffers[name].size < size:
         buffers[name] = np.empty(size, dtype)
     return buffers[name][:size]
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

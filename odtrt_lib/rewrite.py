@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from odtrt_lib import __version__, odapi
-from odtrt_lib.errors import UnsupportedError
+from odtrt_lib.errors import UnsupportedError, one_line
 
 if TYPE_CHECKING:
     import onnx
@@ -236,7 +236,7 @@ def to_onnx(frozen: Any, opset: int) -> onnx.ModelProto:
             folding = {"fold_constants": ConstFoldOptimizer}
             folded = optimizer.optimize_graph(translated, catch_errors=False, optimizers=folding)
         except (ValueError, AttributeError) as error:
-            raise UnsupportedError(f"frozen.pb: tf2onnx cannot convert it: {_one_line(error)}") from error
+            raise UnsupportedError(f"frozen.pb: tf2onnx cannot convert it: {one_line(error)}") from error
     return tidy(folded.make_model("heads"))
 
 
@@ -591,7 +591,3 @@ def _is_numbered(name: str) -> bool:
 def serialize(model: onnx.ModelProto) -> bytes:
     """The bytes of an ONNX file; the same model gives the same bytes."""
     return model.SerializeToString(deterministic=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

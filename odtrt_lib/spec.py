@@ -26,7 +26,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
-from odtrt_lib.errors import InputError, MissingDependencyError, UnsupportedError
+from odtrt_lib.errors import InputError, MissingDependencyError, UnsupportedError, one_line
 
 SCHEMA_VERSION = 1
 
@@ -267,7 +267,7 @@ def _parse_pipeline(path: Path) -> Any:
         from object_detection.protos import pipeline_pb2
     except (ImportError, TypeError) as error:
         raise MissingDependencyError(
-            f"the OD API's protobuf modules cannot be imported ({_one_line(error)}): run `make install`"
+            f"the OD API's protobuf modules cannot be imported ({one_line(error)}): run `make install`"
         ) from error
     text = _read_text(path, "an OD API pipeline.config")
     message = pipeline_pb2.TrainEvalPipelineConfig()
@@ -275,7 +275,7 @@ def _parse_pipeline(path: Path) -> Any:
         text_format.Parse(text, message)
     except text_format.ParseError as error:
         raise InputError(
-            f"{path}: not a valid pipeline.config ({_one_line(error)}); expected the text-format "
+            f"{path}: not a valid pipeline.config ({one_line(error)}); expected the text-format "
             "TrainEvalPipelineConfig that lies beside the checkpoint"
         ) from error
     if not message.HasField("model"):
@@ -394,7 +394,7 @@ def _parse_label_map(path: Path) -> Dict[int, str]:
     try:
         text_format.Parse(text, message)
     except text_format.ParseError as error:
-        raise InputError(f"{path}: not a valid label map ({_one_line(error)})") from error
+        raise InputError(f"{path}: not a valid label map ({one_line(error)})") from error
     return {item.id: item.display_name or item.name for item in message.item if item.id > 0}
 
 
@@ -411,10 +411,6 @@ def _read_text(path: Path, expected: str) -> str:
             "where it was cloned"
         )
     return text
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 _NESTED: Dict[str, type] = {
