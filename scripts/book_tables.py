@@ -75,6 +75,32 @@ TABLES = {
             Column("largest class difference, std", "onnx_logits_max_err_in_std", ".1e"),
         ),
     ),
+    "agreement": Table(
+        "agreement.cpu.json",
+        (
+            Column("model", "model"),
+            Column("compared with", "reference"),
+            Column("images", "images"),
+            Column("its detections", "references", ","),
+            Column("found again", "matched", ","),
+            Column("found again, IoU above 0.5", "matched_at_iou_half", ","),
+            Column("extra", "extra"),
+            Column("largest score difference", "max_score_difference", ".0e"),
+        ),
+    ),
+    "preprocess": Table(
+        "preprocess.cpu.json",
+        (
+            Column("image", "source"),
+            Column("network input", "input"),
+            Column("resizer", "resizer"),
+            Column("normalisation", "normalisation"),
+            Column("odtrt, ms", "preprocess_p50_ms", ".2f"),
+            Column("OpenCV and NumPy, ms", "cv2_p50_ms", ".2f"),
+            Column("largest error, of the value range", "max_abs_err_vs_tf", ".0e"),
+            Column("OpenCV's, on noise", "cv2_max_abs_err_vs_tf", ".2f"),
+        ),
+    ),
     "resize_rule": Table(
         "claims.cpu.json",
         (
