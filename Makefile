@@ -16,6 +16,7 @@ help:
 	@echo "make book     run the notebooks on this CPU and build the site, strictly, into _build/html"
 	@echo "make lab      open the notebooks in JupyterLab"
 	@echo "make notebooks  record the notebooks' outputs anew"
+	@echo "make install  only set up .venv;  make clean  remove it, _build and out"
 	@echo "make locks    resolve requirements/*.lock anew"
 
 run: install

@@ -234,6 +234,7 @@ def run(
             model, folder, pipeline=pipeline, label_map=label_map, input_size=size, force=force
         ),
     )
+    _say_if_unnamed(folder)
     results["convert"] = _work_on("convert", lambda: convert_stage.convert(folder, force=force))
     try:
         results["engine"] = _work_on(
@@ -290,6 +291,7 @@ def export(
             force=force,
         ),
     )
+    _say_if_unnamed(folder)
     _print_stages(folder, {"export": result})
     _say_next(f"odtrt convert {folder}")
 
@@ -320,7 +322,7 @@ def build(
 ) -> None:
     """Chapter 3: ONNX to a TensorRT plan.
 
-    **Reads** heads.onnx and spec.json of the model folder. **Writes** plans/<fingerprint>.plan and .json;
+    **Reads** heads.onnx and spec.json of the model folder. **Writes** `plans/<fingerprint>.plan` and `.json`;
     plans for other versions and precisions stay beside it. With TensorRT-RTX it needs no GPU.
 
     **Example:** `odtrt build out/my_model --precision fp16`
@@ -708,6 +710,18 @@ def _out() -> Console:
 def _say_error(message: str) -> None:
     console = Console(stderr=True)
     console.print(" ".join(message.split()), style="red", soft_wrap=True, markup=False, highlight=False)
+
+
+def _say_if_unnamed(folder: Path) -> None:
+    from odtrt_lib.spec import load_spec
+
+    if not (folder / "spec.json").is_file():
+        return
+    labels = load_spec(folder / "spec.json").labels
+    unnamed = sum(label.name == f"class {label.id}" for label in labels)
+    if unnamed:
+        message = f"{unnamed} of {len(labels)} classes have no name; name their label map with --label-map"
+        _out().print(f"[yellow]–[/] labels: {message}", soft_wrap=True, highlight=False)
 
 
 def _say_next(command: str) -> None:

@@ -72,8 +72,9 @@ def find_model(source: str | Path, pipeline: str | Path | None = None) -> ModelF
     else:
         checkpoint = Path(re.sub(r"\.(index|data-\d+-of-\d+)$", "", str(source)))
         if not Path(f"{checkpoint}.index").is_file():
+            found = "a file, but not a checkpoint" if source.is_file() else "not found"
             raise InputError(
-                f"{source}: not found; expected a model's folder or a checkpoint such as "
+                f"{source}: {found}; expected a model's folder or a checkpoint such as "
                 "model/checkpoint/ckpt-0"
             )
         config = (

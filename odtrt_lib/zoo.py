@@ -25,7 +25,7 @@ from typing import Any, Callable, Dict, List, Optional, Union
 from odtrt_lib.errors import CheckError, InputError
 from odtrt_lib.folder import atomic_write, staging
 
-BASE_URL = "http://download.tensorflow.org/models/object_detection/tf2"
+BASE_URL = "https://download.tensorflow.org/models/object_detection/tf2"
 CHECKSUMS = "zoo.json"
 
 _TIMEOUT_SECONDS = 30
