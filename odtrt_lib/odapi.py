@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -88,6 +89,7 @@ def prepare() -> None:
             setattr(control_flow_ops, name, function)
 
 
+@functools.cache
 def tensorflow() -> Any:
     """The TensorFlow module, prepared; MissingDependencyError where it is absent."""
     prepare()
