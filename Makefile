@@ -7,23 +7,35 @@ UV_VERSION := 0.13.9
 export TF_CPP_MIN_LOG_LEVEL := 3
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help run test lint format book notebooks lab install install-dev locks clean
+.PHONY: help run plugin test test-gpu lint format book notebooks lab install install-dev locks clean
 
 help:
 	@echo "make run      the shipped detector through every stage, to a picture and report.html"
+	@echo "make plugin   compile the C++ library, with CUDA and the TensorRT plugin where they are installed"
 	@echo "make test     all tests (those of the corpus are skipped where it is absent)"
+	@echo "make test-gpu the CUDA kernels against the reference, by GPU_PYTHON (python3), which needs PyTorch"
 	@echo "make lint     ruff, mypy, codespell"
 	@echo "make book     run the notebooks on this CPU and build the site, strictly, into _build/html"
 	@echo "make lab      open the notebooks in JupyterLab"
 	@echo "make notebooks  record the notebooks' outputs anew"
-	@echo "make install  only set up .venv;  make clean  remove it, _build and out"
+	@echo "make install  only set up .venv;  make clean  remove it, plugins/build, _build and out"
 	@echo "make locks    resolve requirements/*.lock anew"
 
 run: install
 	$(BIN)/odtrt run models/parts --output out/parts
 
-test: install-dev
+plugin:
+	@{ command -v cmake && command -v c++; } >/dev/null || ./scripts/install_compiler.sh
+	@cmake -S plugins -B plugins/build --log-level=NOTICE >/dev/null
+	@cmake --build plugins/build --parallel $$(nproc) >plugins/build/log 2>&1 || { cat plugins/build/log; exit 1; }
+	@ls plugins/build/libodtrt*.so
+
+test: install-dev plugin
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+GPU_PYTHON := python3
+test-gpu: plugin
+	$(GPU_PYTHON) tests/test_gpu.py
 
 lint: install-dev
 	$(BIN)/ruff check .
@@ -35,7 +47,7 @@ format: install-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-book: install-dev
+book: install-dev plugin
 	$(BIN)/python scripts/record_notebooks.py check
 	$(BIN)/python scripts/book_tables.py check
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=180 notebooks
@@ -43,7 +55,7 @@ book: install-dev
 	$(BIN)/python -m pytest tests/test_book.py
 	$(BIN)/linkchecker --no-status --no-warnings _build/html/index.html
 
-notebooks: install-dev
+notebooks: install-dev plugin
 	$(BIN)/python scripts/record_notebooks.py record
 	$(BIN)/python scripts/book_tables.py
 
@@ -74,4 +86,4 @@ locks: $(UV)
 	  --no-header --annotation-style line --upgrade $$name.in -o $$name.lock; done
 
 clean:
-	rm -rf .venv _build out
+	rm -rf .venv _build out plugins/build

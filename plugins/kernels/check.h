@@ -1,0 +1,77 @@
+// What every entry point checks of its arguments before it touches them, for CPU and CUDA alike.
+#pragma once
+
+#include <cmath>
+#include <new>
+
+#include "odtrt.h"
+
+namespace odtrt {
+
+constexpr int32_t kMaxTotalDetections = 4096;
+constexpr int32_t kExactInFloat = 1 << 24;  // whole numbers below are exact in float32
+
+inline bool is_flag(int32_t value) { return value == 0 || value == 1; }
+
+inline bool is_dtype(int32_t value) { return value == ODTRT_FLOAT32 || value == ODTRT_FLOAT16; }
+
+inline bool is_positive(float value) { return value > 0.0f && std::isfinite(value); }
+
+inline bool is_valid(const odtrt_postprocess_params *params, int32_t batch) {
+  if (params == nullptr || batch < 1) return false;
+  const odtrt_postprocess_params &p = *params;
+  if (!is_flag(p.background_column) || !is_flag(p.class_agnostic) || !is_flag(p.change_coordinate_frame)) {
+    return false;
+  }
+  for (const float scale : p.box_scales) {
+    if (!is_positive(scale)) return false;
+  }
+  return p.num_anchors >= 1 && p.num_columns >= 1 + p.background_column &&
+         static_cast<int64_t>(p.num_anchors) * p.num_columns <= INT32_MAX &&
+         p.score_converter >= ODTRT_SIGMOID && p.score_converter <= ODTRT_IDENTITY &&
+         is_positive(p.logit_factor) && !std::isnan(p.score_threshold) && !std::isnan(p.iou_threshold) &&
+         p.max_detections_per_class >= 1 && p.max_total_detections >= 1 &&
+         p.max_total_detections <= kMaxTotalDetections;
+}
+
+inline bool is_valid(const odtrt_heads *heads, const odtrt_detections *out) {
+  return heads != nullptr && heads->box_encodings != nullptr && heads->class_logits != nullptr &&
+         heads->anchors != nullptr && is_dtype(heads->dtype) && out != nullptr &&
+         out->num_detections != nullptr && out->boxes != nullptr && out->scores != nullptr &&
+         out->classes != nullptr;
+}
+
+inline bool is_valid(const odtrt_nms_params *params) {
+  return params != nullptr && params->num_boxes >= 0 && params->num_boxes < kExactInFloat &&
+         params->max_kept >= 1 && !std::isnan(params->score_threshold) && !std::isnan(params->iou_threshold);
+}
+
+inline bool is_valid_nms_data(const odtrt_nms_params &params, const float *boxes, const float *scores,
+                              const int32_t *kept, const int32_t *num_kept) {
+  return (params.num_boxes == 0 || (boxes != nullptr && scores != nullptr)) && kept != nullptr &&
+         num_kept != nullptr;
+}
+
+inline bool is_side(int32_t pixels) { return pixels >= 1 && pixels < kExactInFloat; }
+
+inline bool is_valid(const odtrt_preprocess_params *params) {
+  if (params == nullptr) return false;
+  const odtrt_preprocess_params &p = *params;
+  return is_side(p.image_height) && is_side(p.image_width) && is_side(p.output_height) &&
+         is_side(p.output_width) && p.image_pitch >= int64_t{3} * p.image_width && is_flag(p.bgr) &&
+         p.true_height >= 1 && p.true_height <= p.output_height && p.true_width >= 1 &&
+         p.true_width <= p.output_width && is_dtype(p.output_dtype) && is_flag(p.output_nhwc);
+}
+
+// No exception crosses the C ABI.
+template <typename Work>
+odtrt_status status_of(const Work &work) noexcept {
+  try {
+    work();
+    return ODTRT_OK;
+  } catch (...) {  // nothing but memory is asked of the system; a thread that cannot start is done without
+    return ODTRT_OUT_OF_MEMORY;
+  }
+}
+
+}  // namespace odtrt

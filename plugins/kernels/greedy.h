@@ -1,0 +1,78 @@
+// The boxes that one class has kept so far, laid out so that a weaker one is compared with many at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <vector>
+
+#include "semantics.h"
+
+namespace odtrt {
+
+class KeptBoxes {
+ public:
+  size_t size() const { return size_; }
+
+  // box: with ordered corners; area: its signed_area.
+  bool suppress(const Box &box, float area, float iou_threshold) const {
+    for (const Block &block : blocks_) {
+      int hits = 0;
+      for (int i = 0; i < kLanes; ++i) {
+        const Box kept{block.ymin[i], block.xmin[i], block.ymax[i], block.xmax[i]};
+        hits |= suppresses(kept, block.area[i], box, area, iou_threshold);
+      }
+      if (hits) return true;
+    }
+    return false;
+  }
+
+  void keep(const Box &box, float area) {
+    int first = static_cast<int>(size_ % kLanes), last = first;
+    if (first == 0) {  // lanes that are free repeat a kept box: they change nothing
+      blocks_.emplace_back();
+      last = kLanes - 1;
+    }
+    Block &block = blocks_.back();
+    for (int i = first; i <= last; ++i) {
+      block.ymin[i] = box.ymin;
+      block.xmin[i] = box.xmin;
+      block.ymax[i] = box.ymax;
+      block.xmax[i] = box.xmax;
+      block.area[i] = area;
+    }
+    ++size_;
+  }
+
+ private:
+  static constexpr int kLanes = 8;
+  struct Block {
+    float ymin[kLanes], xmin[kLanes], ymax[kLanes], xmax[kLanes], area[kLanes];
+  };
+  std::vector<Block> blocks_;
+  size_t size_ = 0;
+};
+
+// Hands the keys to take(key) in descending order until it returns false, and sorts no more of them than that
+// needs. Returns whether take wanted all of them.
+template <typename Take>
+bool take_descending(std::vector<uint64_t> &keys, const Take &take) {
+  const auto descending = [](uint64_t a, uint64_t b) { return a > b; };
+  size_t share = 2048;
+  for (size_t start = 0; start < keys.size(); start += share, share *= 4) {
+    const auto first = keys.begin() + static_cast<std::ptrdiff_t>(start);
+    auto last = keys.end();
+    if (keys.size() - start > share + share / 2) {
+      last = first + static_cast<std::ptrdiff_t>(share);
+      std::nth_element(first, last, keys.end(), descending);
+    } else {
+      share = keys.size() - start;
+    }
+    std::sort(first, last, descending);
+    for (auto key = first; key != last; ++key) {
+      if (!take(*key)) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace odtrt

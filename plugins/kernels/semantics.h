@@ -1,0 +1,201 @@
+// What the OD API computes, operation by operation, in float32: the one statement of it for CPU and GPU.
+//
+// Every function is written in single IEEE operations, rounded to nearest: no fused multiply-add, no fast
+// division, no library exp. The same bits come out of g++, clang, nvcc and the numpy reference
+// (odtrt_lib/nms.py). Compile host code with -ffp-contract=off; on the device the intrinsics see to it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define ODTRT_HD __host__ __device__ __forceinline__
+#else
+#define ODTRT_HD inline
+#endif
+
+namespace odtrt {
+
+ODTRT_HD float add(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(a, b);
+#else
+  return a + b;
+#endif
+}
+
+ODTRT_HD float sub(float a, float b) { return add(a, -b); }
+
+ODTRT_HD float mul(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+ODTRT_HD float divide(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(a, b);
+#else
+  return a / b;
+#endif
+}
+
+ODTRT_HD uint32_t bits_of(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+ODTRT_HD float float_of(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+// A number for each float, in the floats' order: a < b <=> ordered(a) < ordered(b), NaN aside. Never 0.
+ODTRT_HD uint32_t ordered(float value) {
+  const uint32_t bits = bits_of(value);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+ODTRT_HD float unordered(uint32_t number) {
+  return float_of(number & 0x80000000u ? number & 0x7fffffffu : ~number);
+}
+
+// exp, within 1 ulp where the result is normal. The method and its constants are Cephes' expf (S. Moshier):
+// x = n ln 2 + r with ln 2 in two parts, a polynomial of degree 7 in r, times 2^n in two steps.
+ODTRT_HD float exponential(float x) {
+  if (x != x) return x;
+  x = x < -105.0f ? -105.0f : x;
+  x = x > 90.0f ? 90.0f : x;
+  const float round_to_whole = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction bits
+  const float shifted = add(mul(x, 1.44269504f), round_to_whole);
+  const float n = sub(shifted, round_to_whole);
+  const int32_t whole = static_cast<int32_t>(bits_of(shifted)) - static_cast<int32_t>(bits_of(round_to_whole));
+  const float r = sub(sub(x, mul(n, 0.693359375f)), mul(n, -2.12194440e-4f));
+  float p = add(mul(1.9875691500e-4f, r), 1.3981999507e-3f);
+  p = add(mul(p, r), 8.3334519073e-3f);
+  p = add(mul(p, r), 4.1665795894e-2f);
+  p = add(mul(p, r), 1.6666665459e-1f);
+  p = add(mul(p, r), 5.0000001201e-1f);
+  p = add(add(mul(p, mul(r, r)), r), 1.0f);
+  const int32_t half = whole >> 1;
+  p = mul(p, float_of(static_cast<uint32_t>(half + 127) << 23));
+  return mul(p, float_of(static_cast<uint32_t>(whole - half + 127) << 23));
+}
+
+ODTRT_HD float sigmoid(float x) { return divide(1.0f, add(1.0f, exponential(-x))); }
+
+// softmax: exp(x - max) / sum, the sum in whole units of 2^-40, so that its order does not matter.
+ODTRT_HD uint64_t softmax_units(float exp_of_difference) {
+  const float units = mul(exp_of_difference, 1099511627776.0f);  // 2^40; exp_of_difference is 0 to 1
+#if defined(__CUDA_ARCH__)
+  return __float2ull_rz(units);
+#else
+  return static_cast<uint64_t>(units);
+#endif
+}
+
+ODTRT_HD float softmax_sum(uint64_t units) {
+#if defined(__CUDA_ARCH__)
+  return mul(__ull2float_rn(units), 9.094947017729282e-13f);  // 2^-40
+#else
+  return static_cast<float>(units) * 9.094947017729282e-13f;
+#endif
+}
+
+struct Box {
+  float ymin, xmin, ymax, xmax;
+};
+
+// faster_rcnn_box_coder. Encodings ty, tx, th, tw; anchors ycenter, xcenter, height, width.
+ODTRT_HD Box decode(const float encoding[4], const float anchor[4], const float scales[4]) {
+  const float ty = divide(encoding[0], scales[0]), tx = divide(encoding[1], scales[1]);
+  const float th = divide(encoding[2], scales[2]), tw = divide(encoding[3], scales[3]);
+  const float half_height = mul(mul(exponential(th), anchor[2]), 0.5f);
+  const float half_width = mul(mul(exponential(tw), anchor[3]), 0.5f);
+  const float y = add(mul(ty, anchor[2]), anchor[0]);
+  const float x = add(mul(tx, anchor[3]), anchor[1]);
+  return {sub(y, half_height), sub(x, half_width), add(y, half_height), add(x, half_width)};
+}
+
+// std::min and std::max, which TensorFlow's kernel uses: a where either is NaN.
+ODTRT_HD float smaller(float a, float b) { return b < a ? b : a; }
+ODTRT_HD float larger(float a, float b) { return a < b ? b : a; }
+
+// Height times width; positive too where a box is upside down in both directions, as in the OD API.
+ODTRT_HD float signed_area(const Box &box) { return mul(sub(box.ymax, box.ymin), sub(box.xmax, box.xmin)); }
+
+ODTRT_HD Box with_ordered_corners(const Box &box) {
+  return {smaller(box.ymin, box.ymax), smaller(box.xmin, box.xmax), larger(box.ymin, box.ymax),
+          larger(box.xmin, box.xmax)};
+}
+
+// NonMaxSuppressionV5: does `kept` suppress the weaker `other`? Both with ordered corners, and their areas.
+ODTRT_HD bool suppresses(const Box &kept, float kept_area, const Box &other, float other_area,
+                         float iou_threshold) {
+  float iou = 0.0f;
+  if (!(kept_area <= 0.0f || other_area <= 0.0f)) {
+    const float top = larger(other.ymin, kept.ymin), left = larger(other.xmin, kept.xmin);
+    const float bottom = smaller(other.ymax, kept.ymax), right = smaller(other.xmax, kept.xmax);
+    const float height = larger(sub(bottom, top), 0.0f), width = larger(sub(right, left), 0.0f);
+    const float intersection = mul(height, width);
+    iou = divide(intersection, sub(add(other_area, kept_area), intersection));
+  }
+  return !(iou <= iou_threshold);
+}
+
+// tf.minimum and tf.maximum as numpy has them: NaN stays NaN.
+ODTRT_HD float clamp(float value, float low, float high) {
+  if (value != value) return value;
+  value = value > high ? high : value;
+  return value < low ? low : value;
+}
+
+ODTRT_HD Box clip(const Box &box, const Box &window) {
+  return {clamp(box.ymin, window.ymin, window.ymax), clamp(box.xmin, window.xmin, window.xmax),
+          clamp(box.ymax, window.ymin, window.ymax), clamp(box.xmax, window.xmin, window.xmax)};
+}
+
+ODTRT_HD Box in_frame_of(const Box &window, const Box &box) {
+  const float y = divide(1.0f, sub(window.ymax, window.ymin)), x = divide(1.0f, sub(window.xmax, window.xmin));
+  return {mul(sub(box.ymin, window.ymin), y), mul(sub(box.xmin, window.xmin), x),
+          mul(sub(box.ymax, window.ymin), y), mul(sub(box.xmax, window.xmin), x)};
+}
+
+// The final order as one number, larger first: score down, then `place` up. Never 0.
+ODTRT_HD uint64_t order_key(float score, uint32_t place) {
+  return static_cast<uint64_t>(ordered(score)) << 32 | static_cast<uint32_t>(~place);
+}
+
+ODTRT_HD uint32_t place_of(uint64_t key) { return ~static_cast<uint32_t>(key); }
+ODTRT_HD float score_of(uint64_t key) { return unordered(static_cast<uint32_t>(key >> 32)); }
+
+// One axis of ResizeBilinear with half_pixel_centers=False: source[lower] * (1 - weight) + source[upper] * weight.
+struct Sample {
+  int32_t lower, upper;
+  float weight;
+};
+
+ODTRT_HD Sample sample(int32_t i, int32_t in_size, float in_over_out) {
+  const float position = mul(static_cast<float>(i), in_over_out);
+  int32_t lower = static_cast<int32_t>(position);
+  lower = lower < in_size - 1 ? lower : in_size - 1;
+  const int32_t upper = lower + 1 < in_size ? lower + 1 : in_size - 1;
+  return {lower, upper, upper > lower ? sub(position, static_cast<float>(lower)) : 0.0f};
+}
+
+// `low` and `high` at a weight, as TensorFlow adds them.
+ODTRT_HD float between(float low, float high, float weight) { return add(low, mul(sub(high, low), weight)); }
+
+}  // namespace odtrt

@@ -1,0 +1,286 @@
+// Exact greedy suppression of up to 2560 candidates in their final order, in two kernels:
+//
+// 1. mark_overlaps, many blocks: for each candidate j, a bit for each better candidate of its group that would
+//    suppress it. Nothing here depends on which candidates stay, so all pairs are tested at once.
+// 2. keep_survivors, one block: from the best chunk of 64 down, as a pipeline of warps. While one warp settles a
+//    chunk, eight test the next one against all that stayed before, four have the mask of the chunks after it copied
+//    into shared memory, and one counts what the last chunk brought.
+//    Settling goes in rounds: who has no undecided rival left stays, and takes those it suppresses along. That is
+//    the greedy result, not an approximation: the best undecided candidate never has an undecided rival.
+#pragma once
+
+#include <cuda_pipeline.h>
+
+#include "launch.cuh"
+#include "semantics.h"
+
+namespace odtrt {
+
+constexpr int kChunk = 64;
+constexpr int kMaxChunks = 40;
+constexpr int kMaxCandidates = kChunk * kMaxChunks;
+constexpr int kMarkThreads = 256;  // of one tile
+
+constexpr int kTesters = 256;
+constexpr int kParts = kTesters / kChunk;  // testers of one candidate: each takes every kParts-th word
+constexpr int kCopiers = 128;
+constexpr int kKeepThreads = kTesters + kCopiers + 64;
+constexpr int kStages = 3;
+constexpr int kRingBytes = kStages * kChunk * kMaxChunks * static_cast<int>(sizeof(uint64_t));
+
+struct Candidate {
+  Box box;  // corners ordered
+  int32_t group;
+};
+
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) >> 5; }
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
+
+// What decides most pairs at once: rectangles that do not overlap here cannot suppress each other. Candidates that
+// need the full test against everything (NaN, infinities, a negative threshold) get the whole plane, candidates
+// without area an empty rectangle, which overlaps nothing.
+__device__ __forceinline__ Box outline_of(const Box &box, float area, float iou_threshold) {
+  const float infinity = float_of(0x7f800000u);
+  if (!isfinite(area) || !(iou_threshold >= 0.0f)) return {-infinity, -infinity, infinity, infinity};
+  return area > 0.0f ? box : Box{infinity, infinity, -infinity, -infinity};
+}
+
+__device__ __forceinline__ bool overlap(const Box &a, const Box &b) {
+  return a.ymin < b.ymax && b.ymin < a.ymax && a.xmin < b.xmax && b.xmin < a.xmax;
+}
+
+struct Tile {
+  float4 outlines[kChunk];  // of the better
+  Candidate better[kChunk], weaker[kChunk];
+  float better_area[kChunk], weaker_area[kChunk];
+};
+
+// mask[(r * kMaxChunks + c) * 64 + l], bit b: candidate 64 c + b comes before 64 r + l and suppresses it.
+// Called by all threads of the block, of which each kMarkThreads take a tile of 64 x 64 at a time, in their
+// element of `tiles`.
+// load(i) gives a Candidate; on_row(i) is called once for each i < count.
+template <typename Load, typename OnRow>
+__device__ __forceinline__ void mark_overlaps(int count, float iou_threshold, uint64_t *__restrict__ mask,
+                                              Tile *tiles, Load load, OnRow on_row) {
+  const int chunks = (count + kChunk - 1) / kChunk, num_tiles = chunks * (chunks + 1) / 2;
+  const int thread = static_cast<int>(threadIdx.x) % kMarkThreads;
+  const int at_once = static_cast<int>(blockDim.x) / kMarkThreads;
+  const int own = static_cast<int>(threadIdx.x) / kMarkThreads;
+  Tile &tile = tiles[own];
+  for (int start = static_cast<int>(blockIdx.x) * at_once; start < num_tiles;
+       start += static_cast<int>(gridDim.x) * at_once) {
+    const int t = start + own;
+    int row = static_cast<int>((sqrtf(8.0f * static_cast<float>(t) + 1.0f) - 1.0f) * 0.5f);
+    while ((row + 1) * (row + 2) / 2 <= t) ++row;
+    while (row * (row + 1) / 2 > t) --row;
+    const int column = t - row * (row + 1) / 2;
+    __syncthreads();
+    if (thread < 2 * kChunk && t < num_tiles) {
+      const int local = thread % kChunk;
+      const bool is_row = thread >= kChunk;
+      const int i = (is_row ? row : column) * kChunk + local;
+      if (i < count) {
+        const Candidate candidate = load(i);
+        const float area = signed_area(candidate.box);
+        (is_row ? tile.weaker : tile.better)[local] = candidate;
+        (is_row ? tile.weaker_area : tile.better_area)[local] = area;
+        if (!is_row) {
+          const Box outline = outline_of(candidate.box, area, iou_threshold);
+          tile.outlines[local] = make_float4(outline.ymin, outline.xmin, outline.ymax, outline.xmax);
+        }
+        if (is_row && row == column) on_row(i);
+      }
+    }
+    __syncthreads();
+    const int local = thread >> 2, part = thread & 3;  // four threads a row
+    const int j = row * kChunk + local;
+    const bool is_in = j < count && t < num_tiles;
+    uint64_t bits = 0;
+    if (is_in) {
+      const Candidate weaker = tile.weaker[local];
+      const float area = tile.weaker_area[local];
+      const Box outline = outline_of(weaker.box, area, iou_threshold);
+      uint32_t rivals = 0;
+#pragma unroll
+      for (int k = 0; k < kChunk / 4; ++k) {
+        const float4 other = tile.outlines[4 * k + part];
+        const bool is_rival = tile.better[4 * k + part].group == weaker.group &&
+                              overlap(outline, {other.x, other.y, other.z, other.w});
+        rivals |= static_cast<uint32_t>(is_rival) << k;
+      }
+      if (row == column) rivals &= (1u << ((local - part + 3) >> 2)) - 1;  // only those before j
+      for (; rivals != 0; rivals &= rivals - 1) {
+        const int b = 4 * (__ffs(static_cast<int>(rivals)) - 1) + part;
+        if (suppresses(tile.better[b].box, tile.better_area[b], weaker.box, area, iou_threshold))
+          bits |= 1ull << b;
+      }
+    }
+    bits |= __shfl_xor_sync(0xffffffffu, bits, 1);
+    bits |= __shfl_xor_sync(0xffffffffu, bits, 2);
+    if (part == 0 && t < num_tiles) {
+      mask[(static_cast<size_t>(row) * kMaxChunks + column) * kChunk + local] = bits;
+    }
+  }
+}
+
+struct Survivors {
+  uint64_t kept[kMaxChunks];   // a bit for each candidate that stayed
+  uint64_t found[kMaxChunks];  // those of them that `filter` let through
+  int32_t before[kMaxChunks];  // how many were found in the chunks before
+  int32_t chunks;              // how many of the above are filled
+  int32_t num_found;           // at most `most`
+  int32_t stop[2];             // set in one round, read after it, free again in the one after that
+  // Of the chunk that is being settled, and of the next:
+  uint4 dead[2][2];                                 // 32 candidates' bits from each part of the testers
+  uint64_t rivals[2][2][kChunk];                    // in the chunk itself, and in the one before
+  alignas(16) uint64_t kept_before[2][kMaxChunks];  // `kept` for the testers: written while they read the other
+};
+
+// Those of 64 undecided candidates that stay, a bit each. Lane l has the rivals of candidates l (of a lower number,
+// so 32 bits are enough) and l + 32. Called by a whole warp.
+__device__ __forceinline__ uint64_t settle(uint32_t low, uint32_t high, uint32_t rivals_of_low,
+                                           uint64_t rivals_of_high) {
+  const int lane = lane_id();
+  const uint32_t rivals_low = static_cast<uint32_t>(rivals_of_high), rivals_high = rivals_of_high >> 32;
+  uint32_t kept_low = 0, kept_high = 0;
+  while ((low | high) != 0) {
+    const uint32_t stay_low = __ballot_sync(0xffffffffu, (low >> lane & 1) && !(rivals_of_low & low));
+    const uint32_t stay_high =
+        __ballot_sync(0xffffffffu, (high >> lane & 1) && !((rivals_low & low) | (rivals_high & high)));
+    kept_low |= stay_low;
+    kept_high |= stay_high;
+    low &= ~stay_low;
+    high &= ~stay_high;
+    if ((low | high) == 0) break;
+    low &= ~__ballot_sync(0xffffffffu, (rivals_of_low & stay_low) != 0);
+    high &= ~__ballot_sync(0xffffffffu, ((rivals_low & stay_low) | (rivals_high & stay_high)) != 0);
+  }
+  return static_cast<uint64_t>(kept_high) << 32 | kept_low;
+}
+
+// Called by all kKeepThreads threads. was_dead: bits of candidates that are dead already, or NULL. ring: kRingBytes
+// of shared memory. filter(chunk, kept bits) returns those that count; it is called by all lanes of one warp, chunk
+// by chunk, until `most` are found.
+template <typename Filter>
+__device__ __forceinline__ void keep_survivors(int count, const uint64_t *__restrict__ mask,
+                                               const uint64_t *was_dead, int most, uint64_t *ring,
+                                               Survivors &shared, Filter filter) {
+  const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
+  const int chunks = (count + kChunk - 1) / kChunk;
+  const bool is_tester = thread < kTesters, is_copier = !is_tester && thread < kTesters + kCopiers;
+  const bool is_settler = warp_id() == (kTesters + kCopiers) / 32,
+             is_reporter = warp_id() == kKeepThreads / 32 - 1;
+  const int half = warp_id() & 1, part = warp_id() >> 1;  // a tester's: which 32 candidates, which words
+
+  // Few warps take turns here, so what counts is how few instructions follow one another: these loops are quicker
+  // rolled up.
+  auto request = [&](int chunk, uint64_t *stage) {  // the mask of a chunk, up to the chunk itself
+    if (chunk < chunks) {
+      const int first = (warp_id() - kTesters / 32) * kChunk + 2 * lane;
+      const uint64_t *source = mask + static_cast<size_t>(chunk) * kMaxChunks * kChunk;
+#pragma unroll 1
+      for (int i = first; i < (chunk + 1) * kChunk; i += kCopiers / 32 * kChunk) {
+        __pipeline_memcpy_async(stage + i, source + i, 16);
+      }
+    }
+    __pipeline_commit();
+  };
+  auto test = [&](int chunk, const uint64_t *stage) {  // against what stayed, but for the chunk before it
+    const int now = chunk & 1;
+    const uint64_t *words = stage + half * 32 + lane, *kept = shared.kept_before[now ^ 1];
+    const uint64_t rivals = words[max(chunk - (part & 1), 0) * kChunk];
+    uint64_t hit = 0;
+#pragma unroll 2
+    for (int word = part; word < chunk - 1; word += kParts) hit |= words[word * kChunk] & kept[word];
+    const bool is_none = chunk * kChunk + half * 32 + lane >= count;
+    uint32_t dead = __ballot_sync(0xffffffffu, hit != 0 || is_none);
+    if (part == 0 && was_dead != nullptr)
+      dead |= reinterpret_cast<const uint32_t *>(was_dead)[2 * chunk + half];
+    if (lane == 0) reinterpret_cast<uint32_t *>(&shared.dead[now][half])[part] = dead;
+    if (part < 2) shared.rivals[now][part][half * 32 + lane] = rivals;
+  };
+  auto stage_after = [ring](uint64_t *stage) {
+    constexpr int kStage = kChunk * kMaxChunks;
+    return stage == ring + (kStages - 1) * kStage ? ring : stage + kStage;
+  };
+  uint64_t *stage = ring;  // of the chunk that is being settled
+
+  if (thread == 0) shared.stop[0] = shared.stop[1] = shared.num_found = shared.chunks = 0;
+  if (thread < 2 * kMaxChunks) shared.kept_before[thread / kMaxChunks][thread % kMaxChunks] = 0;
+  if (is_copier) {
+#pragma unroll
+    for (int chunk = 0; chunk < kStages; ++chunk) request(chunk, ring + chunk * kChunk * kMaxChunks);
+    __pipeline_wait_prior(kStages - 1);
+  }
+  __syncthreads();
+  if (is_tester && chunks > 0) test(0, ring);
+  if (is_copier) __pipeline_wait_prior(kStages - 2);
+  __syncthreads();
+  uint64_t kept = 0;  // of the settler: what stayed in the last chunk
+  int num_found = 0;  // of the reporter
+  auto report = [&](int chunk) {
+    const uint64_t found = filter(chunk, shared.kept[chunk]);
+    if (lane == 0) {
+      shared.found[chunk] = found;
+      shared.before[chunk] = num_found;
+      shared.chunks = chunk + 1;
+    }
+    num_found += __popcll(found);
+    if (lane == 0) {
+      shared.num_found = min(num_found, most);
+      shared.stop[~chunk & 1] = num_found >= most;  // it is called one round after the chunk's own
+    }
+  };
+  int chunk = 0;
+  for (; chunk < chunks; ++chunk) {
+    if (is_copier) {
+      request(chunk + kStages, stage);  // where that chunk was: it has been tested
+      __pipeline_wait_prior(kStages - 2);
+    } else if (is_tester) {
+      if (chunk + 1 < chunks) test(chunk + 1, stage_after(stage));
+    } else if (is_settler) {
+      const int now = chunk & 1;
+      const uint64_t low_rivals = shared.rivals[now][0][lane], high_rivals = shared.rivals[now][0][lane + 32];
+      const uint64_t before = kept;  // 0 for the first chunk
+      const bool low_hit = (shared.rivals[now][1][lane] & before) != 0;
+      const bool high_hit = (shared.rivals[now][1][lane + 32] & before) != 0;
+      const uint4 low_dead = shared.dead[now][0], high_dead = shared.dead[now][1];
+      const uint32_t low =
+          ~(low_dead.x | low_dead.y | low_dead.z | low_dead.w | __ballot_sync(0xffffffffu, low_hit));
+      const uint32_t high =
+          ~(high_dead.x | high_dead.y | high_dead.z | high_dead.w | __ballot_sync(0xffffffffu, high_hit));
+      kept = settle(low, high, static_cast<uint32_t>(low_rivals), high_rivals);
+      if (lane == 0) {
+        shared.kept[chunk] = kept;
+        shared.kept_before[now ^ 1][chunk] = kept;
+        if (chunk > 0) shared.kept_before[now ^ 1][chunk - 1] = before;
+      }
+    } else if (chunk > 0) {
+      report(chunk - 1);
+    }
+    stage = stage_after(stage);
+    __syncthreads();
+    if (shared.stop[chunk & 1]) break;
+  }
+  if (is_reporter && chunk == chunks && chunks > 0) report(chunks - 1);
+  if (is_copier) __pipeline_wait_prior(0);
+  __syncthreads();
+}
+
+// Calls visit(place, candidate) for each that was found. Called by all threads; list: shared memory for
+// kMaxCandidates, which makes neighbouring threads take neighbouring places.
+template <typename Visit>
+__device__ __forceinline__ void visit_found(const Survivors &shared, uint16_t *list, Visit visit) {
+  for (int i = static_cast<int>(threadIdx.x); i < shared.chunks * kChunk; i += kKeepThreads) {
+    const uint64_t found = shared.found[i / kChunk];
+    const int place = shared.before[i / kChunk] + __popcll(found & ((1ull << (i % kChunk)) - 1));
+    if ((found >> (i % kChunk) & 1) && place < shared.num_found) list[place] = static_cast<uint16_t>(i);
+  }
+  __syncthreads();
+#pragma unroll 4
+  for (int place = static_cast<int>(threadIdx.x); place < shared.num_found; place += kKeepThreads) {
+    visit(place, static_cast<int>(list[place]));
+  }
+}
+
+}  // namespace odtrt
