@@ -4,16 +4,17 @@
 
 A row is one resizer and one image size. ``cv2_p50_ms`` is ``cv2.resize``, ``* scale + offset`` in float32
 (plain numbers where all channels have the same), padding, and the copy to channels first;
-``preprocess_p50_ms`` is ``odtrt_lib.preprocess.preprocess``, ``preprocess_into_p50_ms`` the same with
-``out=``, and ``numpy_p50_ms`` the same without OpenCV. They take turns, so that a busy machine is equally
-busy for all. ``ratio`` and ``ratio_into`` are the first two over ``cv2_p50_ms``: the new memory for a large
-result, which the system clears page by page, can cost more than the work itself. Errors are in units of
-the value range.
+``native_p50_ms`` is ``odtrt_lib.preprocess.preprocess`` with the native library, ``preprocess_p50_ms`` the
+same without it (NumPy, and OpenCV picks the pixels), ``numpy_p50_ms`` without OpenCV either. ``_into`` is
+with ``out=``. They take turns, so that a busy machine is equally busy for all. A ratio is over
+``cv2_p50_ms``: the new memory for a large result, which the system clears page by page, can cost more than
+the work itself. Errors are in units of the value range.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from unittest import mock
 import cv2
 import numpy as np
 
-from odtrt_lib import odapi
+from odtrt_lib import native, odapi
 from odtrt_lib import preprocess as room
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import InputSpec, Resizer
@@ -49,6 +50,8 @@ CASES = (
 
 def main() -> None:
     """Measures every case and writes the file."""
+    if native.load() is None:
+        sys.exit("the native library is not built: run `make plugin`")
     rows = [measure(*case) for case in CASES]
     write_results(RESULTS, "preprocess", "python benchmarks/preprocess.py", rows)
     for row in rows:
@@ -60,14 +63,23 @@ def measure(height: int, width: int, spec: InputSpec) -> dict[str, Any]:
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     batch = np.empty((3, spec.height, spec.width), np.float32)
 
+    def natively(out: np.ndarray | None = None) -> np.ndarray:
+        return room.preprocess(image, spec, out)[0]
+
+    def without_native(out: np.ndarray | None = None) -> np.ndarray:
+        with mock.patch.object(native, "load", lambda: None):
+            return room.preprocess(image, spec, out)[0]
+
     def with_numpy_alone() -> np.ndarray:
         with mock.patch.object(room, "_opencv_strays", lambda *_: None):
-            return room.preprocess(image, spec)[0]
+            return without_native()
 
-    by_opencv, by_odtrt, into, by_numpy = medians_ms(
+    by_opencv, by_native, native_into, by_odtrt, into, by_numpy = medians_ms(
         lambda: opencv_way(image, spec),
-        lambda: room.preprocess(image, spec)[0],
-        lambda: room.preprocess(image, spec, out=batch)[0],
+        natively,
+        lambda: natively(batch),
+        without_native,
+        lambda: without_native(batch),
         with_numpy_alone,
     )
     expected = tensorflow_way(image, spec)
@@ -76,13 +88,18 @@ def measure(height: int, width: int, spec: InputSpec) -> dict[str, Any]:
         "normalisation": "one scale" if len(set(spec.scale)) == 1 else "a scale a channel",
         "source": f"{height}x{width}",
         "input": f"{spec.height}x{spec.width}",
+        "native_p50_ms": round(by_native, 3),
+        "native_into_p50_ms": round(native_into, 3),
         "preprocess_p50_ms": round(by_odtrt, 3),
         "preprocess_into_p50_ms": round(into, 3),
         "numpy_p50_ms": round(by_numpy, 3),
         "cv2_p50_ms": round(by_opencv, 3),
+        "native_ratio": round(by_native / by_opencv, 2),
+        "native_ratio_into": round(native_into / by_opencv, 2),
         "ratio": round(by_odtrt / by_opencv, 2),
         "ratio_into": round(into / by_opencv, 2),
-        "max_abs_err_vs_tf": max_error(room.preprocess(image, spec)[0], expected, spec),
+        "native_max_abs_err_vs_tf": max_error(natively(), expected, spec),
+        "max_abs_err_vs_tf": max_error(without_native(), expected, spec),
         "numpy_max_abs_err_vs_tf": max_error(with_numpy_alone(), expected, spec),
         "cv2_max_abs_err_vs_tf": max_error(opencv_way(image, spec), expected, spec),
         "cv2_box_shift_y_px": round(room.half_pixel_shift(height, true_size(image, spec)[0]), 3),

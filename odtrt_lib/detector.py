@@ -1,7 +1,8 @@
 """Image in, detections out: preprocessing, network and post-processing behind one class.
 
 The network is run by a backend, a function from a batch of inputs to the two raw heads; what comes before
-and after it is the same for all of them. ``onnxruntime`` runs ``heads.onnx`` on the CPU.
+and after it is the same for all of them, and runs in the native library where that was built, else in
+numpy. ``onnxruntime`` runs ``heads.onnx`` on the CPU.
 """
 
 from __future__ import annotations

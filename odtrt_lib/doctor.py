@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
+from odtrt_lib.errors import OdtrtError
 from odtrt_lib.results import device_info
 
 _INSTALL = "pip install -e '.[{}]'"
@@ -136,6 +137,23 @@ def chapters(findings: List[Finding]) -> List[Chapter]:
     return result
 
 
+def native_library() -> str:
+    """The native library in words: where it is and whether it has CUDA, or how to get it."""
+    try:
+        from odtrt_lib import native
+
+        library = native.load()
+    except ImportError:
+        return "cannot be looked for without NumPy"
+    except OdtrtError as error:
+        return str(error)
+    if library is None:
+        return "none (numpy does the same, slower): run `make plugin`"
+    architectures = library.cuda_architectures
+    cuda = f"with CUDA for sm_{', sm_'.join(architectures.split())}" if architectures else "without CUDA"
+    return f"{library.path}, {cuda}"
+
+
 def machine() -> Dict[str, str]:
     """Name -> what this machine has, in words."""
     info = device_info()
@@ -153,6 +171,7 @@ def machine() -> Dict[str, str]:
         found["GPU"] = "the Jetson's own"
     else:
         found["GPU"] = "none (nvidia-smi finds no NVIDIA GPU)"
+    found["Native library"] = native_library()
     if "l4t" in info:
         found["Jetson"] = f"{info.get('board', 'board unknown')}, L4T {info['l4t']}"
     return found

@@ -1,7 +1,9 @@
-"""From raw heads to detections: the OD API's SSD post-processing, exactly, in numpy.
+"""From raw heads to detections: the OD API's SSD post-processing, exactly.
 
-This is the reference that every other implementation (CUDA, TensorRT plugin, C++) is measured against,
-and the post-processing of :class:`odtrt_lib.detector.Detector` where no native one is there. It follows
+:func:`postprocess` and :func:`nms` run in the native library where that was built (see
+:mod:`odtrt_lib.native`), else in numpy. The numpy functions here are the reference that every other
+implementation (C++, CUDA, TensorRT plugin) must equal bit for bit: each is written in the single float32
+operations of ``plugins/kernels/semantics.h``, the exponential included. They follow
 ``SSDMetaArch.postprocess`` and ``post_processing.batch_multiclass_non_max_suppression`` of the OD API
 (dynamic path) step by step:
 
@@ -23,15 +25,33 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from typing import Tuple
+from typing import Callable, Optional, Tuple
 
 import numpy as np
 
+from odtrt_lib import native
 from odtrt_lib.errors import InputError
 from odtrt_lib.spec import BoxCoder, DetectorSpec, NmsSpec, ScoreSpec
 
 _FIRST_HEAD = 2048
 _HEAD_GROWTH = 4
+_BLOCK = 8192  # elements: what lies between two operations then stays in the processor's cache
+
+_ROUND_TO_WHOLE = np.float32(1.5 * 2**23)  # adding it leaves no fraction bits
+_LOG2_E = np.float32(1.44269504)
+_LN_2_HIGH, _LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_EXPONENTIAL = tuple(
+    np.float32(c)
+    for c in (
+        1.9875691500e-4,
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    )
+)
+_SOFTMAX_UNITS = np.float32(2**40)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +60,15 @@ class Postprocessed:
 
     num_detections: int32 [B]. boxes: float32 [B, M, 4], ``[ymin, xmin, ymax, xmax]``, normalised to the
     network input, or to the clip window with ``NmsSpec.change_coordinate_frame``. scores: float32 [B, M].
-    classes: int32 [B, M], 0-based columns without the background.
+    classes: int32 [B, M], 0-based columns without the background. anchors: int32 [B, M], the row of the
+    heads that each detection comes from.
     """
 
     num_detections: np.ndarray
     boxes: np.ndarray
     scores: np.ndarray
     classes: np.ndarray
+    anchors: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,42 +105,90 @@ def postprocess(
 ) -> Postprocessed:
     """The detections of a batch of raw head outputs.
 
-    box_encodings: float32 [B, N, 4]. class_logits: float32 [B, N, C], or [B, N, C + 1] with the background
-    in column 0. anchors: float32 [N, 4], ``(ycenter, xcenter, height, width)``, normalised.
-    clip_windows: float32 [B, 4], the part of each input that shows the image, ``[ymin, xmin, ymax, xmax]``,
-    normalised. A score that is NaN is never a detection.
+    box_encodings: float32 or float16 [B, N, 4]. class_logits: float32 or float16 [B, N, C], or [B, N, C + 1]
+    with the background in column 0. anchors: float32 [N, 4], ``(ycenter, xcenter, height, width)``,
+    normalised. clip_windows: float32 [B, 4], the part of each input that shows the image,
+    ``[ymin, xmin, ymax, xmax]``, normalised. A score that is NaN is never a detection.
 
-    Raises InputError where a shape does not agree with ``spec``.
+    Raises InputError where a shape does not agree with ``spec``, and what :func:`odtrt_lib.native.load`
+    raises.
     """
-    batch, heads = len(box_encodings), spec.heads
-    for name, array, expected in (
-        ("box_encodings", box_encodings, (batch, heads.num_anchors, 4)),
-        ("class_logits", class_logits, (batch, heads.num_anchors, heads.num_columns)),
-        ("anchors", anchors, (heads.num_anchors, 4)),
-        ("clip_windows", clip_windows, (batch, 4)),
-    ):
-        if array.shape != expected:
-            raise InputError(
-                f"{name}: shape {list(array.shape)}, expected {list(expected)} for {spec.name}; "
-                "hand in the outputs of this detector's own network"
-            )
-    most = spec.nms.max_total_detections
+    library = native.load()
+    if library is None or len(box_encodings) == 0 or not native.can_postprocess(spec):
+        return postprocess_reference(box_encodings, class_logits, anchors, spec, clip_windows)
+    _check_shapes(box_encodings, class_logits, anchors, spec, clip_windows)
+    return Postprocessed(
+        *native.postprocess_cpu(library, box_encodings, class_logits, anchors, spec, clip_windows)
+    )
+
+
+def postprocess_reference(
+    box_encodings: np.ndarray,
+    class_logits: np.ndarray,
+    anchors: np.ndarray,
+    spec: DetectorSpec,
+    clip_windows: np.ndarray,
+) -> Postprocessed:
+    """:func:`postprocess` in numpy, also where the native library is there."""
+    _check_shapes(box_encodings, class_logits, anchors, spec, clip_windows)
+    batch, most = len(box_encodings), spec.nms.max_total_detections
     result = Postprocessed(
         num_detections=np.zeros(batch, np.int32),
         boxes=np.zeros((batch, most, 4), np.float32),
         scores=np.zeros((batch, most), np.float32),
         classes=np.zeros((batch, most), np.int32),
+        anchors=np.zeros((batch, most), np.int32),
     )
     boxes = decode_boxes(box_encodings, anchors, spec.box_coder)
     for i in range(batch):
-        scores = convert_scores(class_logits[i], spec.scores)[:, int(heads.background_column) :]
+        scores = convert_scores(class_logits[i], spec.scores)[:, int(spec.heads.background_column) :]
         found = multiclass_nms(boxes[i], scores, spec.nms, clip_windows[i])
         count = len(found.scores)
         result.num_detections[i] = count
         result.boxes[i, :count] = found.boxes
         result.scores[i, :count] = found.scores
         result.classes[i, :count] = found.classes
+        result.anchors[i, :count] = found.anchors
     return result
+
+
+def nms(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    iou_threshold: float,
+    classes: Optional[np.ndarray] = None,
+    score_threshold: float = -np.inf,
+    max_kept: Optional[int] = None,
+) -> np.ndarray:
+    """Greedy non-maximum suppression: the indices of the boxes that are kept, int32 [K], best first.
+
+    From the best score down (the lower index first where scores are equal), a box is kept unless its IoU
+    with a kept one of its class is greater than ``iou_threshold``.
+
+    boxes: float32 [n, 4], ``[ymin, xmin, ymax, xmax]`` in any unit; opposite corners in any order.
+    scores: float32 [n]; those not greater than ``score_threshold``, and NaN, are left out. classes: int32
+    [n]; None: all boxes compete. max_kept: at most so many; None: all.
+
+    Raises InputError where a shape is another, and what :func:`odtrt_lib.native.load` raises.
+    """
+    prepared = _nms_arguments(boxes, scores, classes, max_kept)
+    library = native.load()
+    if library is None or len(boxes) == 0:
+        return _nms_in_numpy(*prepared, iou_threshold=iou_threshold, score_threshold=score_threshold)
+    return native.nms_cpu(library, *prepared, iou_threshold=iou_threshold, score_threshold=score_threshold)
+
+
+def nms_reference(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    iou_threshold: float,
+    classes: Optional[np.ndarray] = None,
+    score_threshold: float = -np.inf,
+    max_kept: Optional[int] = None,
+) -> np.ndarray:
+    """:func:`nms` in numpy, also where the native library is there."""
+    prepared = _nms_arguments(boxes, scores, classes, max_kept)
+    return _nms_in_numpy(*prepared, iou_threshold=iou_threshold, score_threshold=score_threshold)
 
 
 def decode_boxes(box_encodings: np.ndarray, anchors: np.ndarray, coder: BoxCoder) -> np.ndarray:
@@ -132,8 +202,8 @@ def decode_boxes(box_encodings: np.ndarray, anchors: np.ndarray, coder: BoxCoder
     scales = (coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale)
     with np.errstate(over="ignore", invalid="ignore"):
         ty, tx, th, tw = (encoding / np.float32(scale) for encoding, scale in zip(encodings, scales))
-        half_height = np.exp(th) * anchor_height / np.float32(2)
-        half_width = np.exp(tw) * anchor_width / np.float32(2)
+        half_height = exponential(th) * anchor_height * np.float32(0.5)
+        half_width = exponential(tw) * anchor_width * np.float32(0.5)
         y = ty * anchor_height + anchor_y
         x = tx * anchor_width + anchor_x
         return np.stack([y - half_height, x - half_width, y + half_height, x + half_width], axis=-1)
@@ -144,24 +214,29 @@ def convert_scores(class_logits: np.ndarray, scores: ScoreSpec) -> np.ndarray:
 
     Logits are multiplied by ``1 / logit_scale`` first, as the OD API does.
     """
-    values = np.asarray(class_logits, np.float32) * np.float32(1.0 / scores.logit_scale)
+    logits, factor = np.asarray(class_logits), np.float32(1.0 / scores.logit_scale)
     if scores.converter == "identity":
-        return values
-    with np.errstate(over="ignore", invalid="ignore"):
-        if scores.converter == "sigmoid":
-            np.negative(values, out=values)
-            np.exp(values, out=values)
-            values += np.float32(1)
-            return np.divide(np.float32(1), values, out=values)
-        if scores.converter == "softmax":
-            values -= values.max(axis=-1, keepdims=True)
-            np.exp(values, out=values)
-            values /= values.sum(axis=-1, keepdims=True)
-            return values
+        return logits.astype(np.float32) * factor + np.float32(0)  # -0 is 0
+    if scores.converter == "sigmoid":
+        return _by_blocks(lambda block: _sigmoid(block.astype(np.float32) * factor), logits)
+    if scores.converter == "softmax":
+        rows = logits.reshape(-1, logits.shape[-1])
+        return _by_blocks(lambda block: _softmax(block.astype(np.float32) * factor), rows).reshape(
+            logits.shape
+        )
     raise InputError(
         f"score converter {scores.converter!r} is unknown; expected sigmoid, softmax or identity: "
         "run `odtrt export` again"
     )
+
+
+def exponential(x: np.ndarray) -> np.ndarray:
+    """e to the power of each float32 of ``x``, within 1 ulp where the result is normal; any shape.
+
+    ``semantics.h``'s, bit for bit, which is Cephes' ``expf`` (S. Moshier): ``x = n ln 2 + r`` with ln 2 in
+    two parts, a polynomial of degree 7 in r, times ``2^n`` in two steps. NaN stays NaN.
+    """
+    return _by_blocks(_exponential, np.asarray(x, np.float32))
 
 
 def multiclass_nms(boxes: np.ndarray, scores: np.ndarray, nms: NmsSpec, clip_window: np.ndarray) -> Selection:
@@ -192,6 +267,118 @@ def multiclass_nms(boxes: np.ndarray, scores: np.ndarray, nms: NmsSpec, clip_win
         classes=candidates.classes[kept].astype(np.int32),
         anchors=candidates.anchors[kept],
     )
+
+
+def _check_shapes(
+    box_encodings: np.ndarray,
+    class_logits: np.ndarray,
+    anchors: np.ndarray,
+    spec: DetectorSpec,
+    clip_windows: np.ndarray,
+) -> None:
+    batch, heads = len(box_encodings), spec.heads
+    for name, array, expected in (
+        ("box_encodings", box_encodings, (batch, heads.num_anchors, 4)),
+        ("class_logits", class_logits, (batch, heads.num_anchors, heads.num_columns)),
+        ("anchors", anchors, (heads.num_anchors, 4)),
+        ("clip_windows", clip_windows, (batch, 4)),
+    ):
+        if array.shape != expected:
+            raise InputError(
+                f"{name}: shape {list(array.shape)}, expected {list(expected)} for {spec.name}; "
+                "hand in the outputs of this detector's own network"
+            )
+
+
+def _by_blocks(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """float32 ``function(values)``, a few rows (or elements, of any other shape than [R, C]) at a time."""
+    rows = values if values.ndim == 2 else np.ascontiguousarray(values).reshape(-1)
+    result = np.empty(rows.shape, np.float32)
+    step = max(1, _BLOCK // max(1, rows[:1].size))
+    with np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore"):
+        for start in range(0, len(rows), step):
+            result[start : start + step] = function(rows[start : start + step])
+    return result.reshape(values.shape)
+
+
+def _exponential(x: np.ndarray) -> np.ndarray:
+    x = np.minimum(np.maximum(x, np.float32(-105)), np.float32(90))
+    shifted = x * _LOG2_E
+    shifted += _ROUND_TO_WHOLE
+    n = shifted - _ROUND_TO_WHOLE
+    whole = shifted.view(np.int32) - _ROUND_TO_WHOLE.view(np.int32)
+    r = x - n * _LN_2_HIGH
+    r -= n * _LN_2_LOW
+    p = r * _EXPONENTIAL[0]
+    for coefficient in _EXPONENTIAL[1:-1]:
+        p += coefficient
+        p *= r
+    p += _EXPONENTIAL[-1]
+    p *= r * r
+    p += r
+    p += np.float32(1)
+    half = whole >> 1
+    p *= _power_of_two(half)
+    p *= _power_of_two(whole - half)
+    return p
+
+
+def _power_of_two(exponents: np.ndarray) -> np.ndarray:
+    return ((exponents + np.int32(127)) << 23).view(np.float32)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    values = _exponential(-x)
+    values += np.float32(1)
+    return np.divide(np.float32(1), values, out=values)
+
+
+def _softmax(rows: np.ndarray) -> np.ndarray:
+    """Summed in whole units of 2^-40, so that the order does not matter.
+
+    NaN throughout where a row's greatest is not finite.
+    """
+    greatest = rows.max(axis=1, keepdims=True)
+    values = _exponential(rows - np.where(np.isfinite(greatest), greatest, np.float32(np.nan)))
+    units = (values * _SOFTMAX_UNITS).astype(np.uint64).sum(axis=1, keepdims=True)
+    return values / (units.astype(np.float32) * (np.float32(1) / _SOFTMAX_UNITS))
+
+
+def _nms_arguments(
+    boxes: np.ndarray, scores: np.ndarray, classes: Optional[np.ndarray], max_kept: Optional[int]
+) -> Tuple[np.ndarray, np.ndarray, Optional[np.ndarray], int]:
+    count = len(boxes)
+    for name, array, expected in (
+        ("boxes", boxes, (count, 4)),
+        ("scores", scores, (count,)),
+        ("classes", classes, (count,)),
+    ):
+        if array is not None and array.shape != expected:
+            raise InputError(f"{name}: shape {list(array.shape)}, expected {list(expected)}")
+    if max_kept is not None and max_kept < 1:
+        raise InputError(f"max_kept: {max_kept}, expected at least 1, or None for all")
+    return (
+        np.ascontiguousarray(boxes, np.float32),
+        np.ascontiguousarray(scores, np.float32),
+        None if classes is None else np.ascontiguousarray(classes, np.int32),
+        count if max_kept is None else min(count, max_kept),
+    )
+
+
+def _nms_in_numpy(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    classes: Optional[np.ndarray],
+    max_kept: int,
+    iou_threshold: float,
+    score_threshold: float,
+) -> np.ndarray:
+    candidates = np.flatnonzero(scores > np.float32(score_threshold))
+    order = candidates[np.argsort(-scores[candidates], kind="stable")]
+    groups = np.zeros(len(order), np.int32) if classes is None else classes[order]
+    settings = NmsSpec(score_threshold, iou_threshold, max_kept, max_kept, False, False)
+    kept = _suppress(boxes[order], groups, np.ones(len(order), bool), settings, max_kept)
+    return order[kept].astype(np.int32)
 
 
 def _strongest(scores: np.ndarray, nms: NmsSpec, at_least: int) -> _Candidates:
@@ -286,7 +473,8 @@ def _larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _clip(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
     lower, upper = np.tile(window[:2], 2), np.tile(window[2:], 2)
-    return np.maximum(np.minimum(boxes, upper), lower)
+    below = np.where(boxes > upper, upper, boxes)
+    return np.where(below < lower, lower, below)
 
 
 def _signed_area(boxes: np.ndarray) -> np.ndarray:

@@ -6,8 +6,9 @@ TensorFlow 1's ``ResizeBilinear`` with ``align_corners=False`` and ``half_pixel_
 ``(i + 0.5) * in / out - 0.5`` instead, so that an image resized by one of them shifts every box by
 :func:`half_pixel_shift` pixels. OpenCV also rounds an 8-bit image's result to whole grey levels.
 
-numpy is all that is needed. Where OpenCV is installed it picks and adds pixels, which is faster; the result
-is the same to within a few rounding errors of float32 (checked with OpenCV 4.5.5, 4.11 and 5.0).
+The native library does it where that was built (see :mod:`odtrt_lib.native`); else numpy is all that is
+needed. Where OpenCV is installed it picks and adds pixels for numpy, which is faster; the results of the
+three are the same to within a few rounding errors of float32 (checked with OpenCV 4.5.5, 4.11 and 5.0).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Dict, Optional, Tuple, Union
 
 import numpy as np
 
+from odtrt_lib import native
 from odtrt_lib.errors import InputError, MissingDependencyError, one_line
 from odtrt_lib.spec import InputSpec, NmsSpec, Resizer
 
@@ -127,7 +129,8 @@ def preprocess(
 ) -> Tuple[np.ndarray, Frame]:
     """The network input for one image, and where the image lies in it.
 
-    image: uint8 ``[height, width, 3]``, RGB, of any size; fastest where it is C-contiguous.
+    image: uint8 ``[height, width, 3]``, RGB, of any size; fastest where it is C-contiguous. The native
+    library also reads a region of a larger image, and ``bgr[..., ::-1]``, where they lie.
     out: where to write, e.g. one image of a batch; float32 ``[3, height, width]``, C-contiguous.
 
     Returns float32 ``[3, input_spec.height, input_spec.width]``, normalised and C-contiguous (``out``, if
@@ -135,7 +138,8 @@ def preprocess(
     (``255 * scale``).
 
     Raises InputError where ``image`` is not such an array (see :func:`check_image`), and where its size after
-    resizing is not the network input's, as happens with ``keep_aspect_ratio`` without padding.
+    resizing is not the network input's, as happens with ``keep_aspect_ratio`` without padding; and what
+    :func:`odtrt_lib.native.load` raises.
     """
     check_image(image)
     frame = _frame(image, input_spec)
@@ -146,6 +150,10 @@ def preprocess(
         raise InputError(
             f"out: found {out.dtype} {list(out.shape)}, expected C-contiguous float32 {list(shape)}"
         )
+    library = native.load()
+    if library is not None:
+        native.preprocess_cpu(library, image, input_spec, (frame.true_height, frame.true_width), out)
+        return out, frame
     out[:, frame.true_height :, :] = _per_channel(input_spec.resizer.pad_value)
     out[:, : frame.true_height, frame.true_width :] = _per_channel(input_spec.resizer.pad_value)
     _resize_and_normalise(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+
+from odtrt_lib import native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +71,24 @@ def corpus() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no corpus at {folder}; set ODTRT_CORPUS to run this test")
     return folder
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    """A C++ compiler; skips where there is none."""
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("no C++ compiler (c++, g++ or clang++) on this machine")
+    return found
+
+
+@pytest.fixture(scope="session")
+def native_library(compiler) -> native.Library:
+    """The native library, which `make test` builds first."""
+    library = native.load()
+    if library is None:
+        pytest.fail("the native library is not built: run `make plugin`")
+    return library
 
 
 @pytest.fixture(scope="session")

@@ -223,6 +223,78 @@ def test_a_crowd_of_thousands_is_the_odapis_bit_for_bit(agnostic: bool) -> None:
     assert disagreements(cases, reference.multiclass_nms) == []
 
 
+@functools.cache
+def floats() -> np.ndarray:
+    """A million finite floats, spread evenly over all that there are."""
+    values = np.arange(0, 2**32, 4093, dtype=np.uint32).view(np.float32)
+    return values[np.isfinite(values)]
+
+
+def ulps_off(found: np.ndarray, exact: np.ndarray, least: float) -> float:
+    """The largest error against float64 in units of the float32 result's last place, where that is a
+    finite number of at least ``least``."""
+    with np.errstate(over="ignore"):
+        nearest = exact.astype(np.float32)
+    counts = np.isfinite(nearest) & (exact >= least)
+    error = np.abs(found[counts].astype(np.float64) - exact[counts])
+    return float((error / np.spacing(nearest[counts])).max())
+
+
+def ulps_apart(one: np.ndarray, other: np.ndarray) -> int:
+    """How many floats apart two arrays of positive floats are at most."""
+    return int(np.abs(one.view(np.int32).astype(np.int64) - other.view(np.int32)).max())
+
+
+SMALLEST_NORMAL = 2.0**-126
+
+
+def test_exponential_is_within_one_ulp() -> None:
+    tf = pytest.importorskip("tensorflow")
+    x = floats()
+    with np.errstate(over="ignore"):
+        exact = np.exp(x.astype(np.float64))
+    found = reference.exponential(x)
+    assert ulps_off(found, exact, SMALLEST_NORMAL) < 1
+    assert np.all(np.isinf(found[exact > 2.0**128])) and np.all(found[exact < 2.0**-151] == 0)
+    is_normal = (exact >= SMALLEST_NORMAL) & (exact < 2.0**127)
+    assert ulps_apart(found[is_normal], tf.exp(x[is_normal]).numpy()) <= 1
+    special = reference.exponential(np.array([np.nan, np.inf, -np.inf, 0.0, -0.0], np.float32))
+    np.testing.assert_array_equal(special, np.array([np.nan, np.inf, 0, 1, 1], np.float32))
+
+
+def test_sigmoid_is_within_two_and_a_half_ulp_and_never_falls() -> None:
+    """TensorFlow's own was 7 floats away at most where this was written; it depends on the processor."""
+    tf = pytest.importorskip("tensorflow")
+    x = np.sort(floats())
+    with np.errstate(over="ignore"):
+        exact = 1 / (1 + np.exp(-x.astype(np.float64)))
+    found = reference.convert_scores(x, ScoreSpec("sigmoid", 1.0))
+    assert ulps_off(found, exact, SMALLEST_NORMAL) < 2.5
+    assert np.all(np.diff(found) >= 0)
+    is_normal = exact >= SMALLEST_NORMAL
+    assert ulps_apart(found[is_normal], tf.sigmoid(x[is_normal]).numpy()) <= 10
+
+
+@pytest.mark.parametrize("spread", [1, 5, 30])
+def test_softmax_is_no_further_from_the_truth_than_tensorflows(spread: float) -> None:
+    """Both round ``logit - greatest`` to float32 first, which is most of the error."""
+    tf = pytest.importorskip("tensorflow")
+    logits = np.random.default_rng(0).normal(0, spread, (5000, 91)).astype(np.float32)
+    exact = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    exact /= exact.sum(axis=1, keepdims=True)
+    found = reference.convert_scores(logits, ScoreSpec("softmax", 1.0))
+    of_tensorflow = tf.nn.softmax(logits).numpy()
+    assert ulps_off(found, exact, 1e-6) <= min(11, ulps_off(of_tensorflow, exact, 1e-6) + 1)
+
+
+def test_another_polynomial_is_caught() -> None:
+    module = mutant("4.1665795894e-2", "4.1666795894e-2")
+    x = floats()
+    with np.errstate(over="ignore"):
+        exact = np.exp(x.astype(np.float64))
+    assert ulps_off(module.exponential(x), exact, SMALLEST_NORMAL) > 1
+
+
 def mutant(old: str, new: str) -> types.ModuleType:
     """nms.py with one piece of its text replaced."""
     path = Path(reference.__file__)
@@ -397,12 +469,21 @@ def random_heads(spec: DetectorSpec, batch: int, seed: int, with_nan: bool) -> H
     return Heads(encodings, logits, anchors, WINDOWS[rng.integers(0, 3, batch)])
 
 
+@pytest.fixture(params=["native", "numpy"])
+def way(request: pytest.FixtureRequest) -> Callable[..., reference.Postprocessed]:
+    """The post-processing in the native library and in numpy."""
+    if request.param == "native":
+        request.getfixturevalue("native_library")
+        return reference.postprocess
+    return reference.postprocess_reference
+
+
 @pytest.mark.parametrize("with_nan", [False, True], ids=["finite", "with NaN and infinity"])
 @pytest.mark.parametrize("logit_scale", [1.0, 2.5])
 @pytest.mark.parametrize("background", [False, True], ids=["no background", "background column"])
 @pytest.mark.parametrize("converter", ["sigmoid", "softmax", "identity"])
 def test_postprocess_from_raw_heads_is_the_odapis(
-    converter: str, background: bool, logit_scale: float, with_nan: bool
+    converter: str, background: bool, logit_scale: float, with_nan: bool, way: Callable[..., Any]
 ) -> None:
     settings = nms_spec(0.05, 0.5, 8, 20)
     spec = detector_spec(converter, background, 40, 3, settings, logit_scale)
@@ -416,11 +497,11 @@ def test_postprocess_from_raw_heads_is_the_odapis(
     np.testing.assert_allclose(our_scores, scores, rtol=2e-6, atol=1e-9)
 
     expected = odapi_selections(settings, our_boxes, our_scores[..., int(background) :], heads.windows)
-    found = reference.postprocess(heads.box_encodings, heads.class_logits, heads.anchors, spec, heads.windows)
+    found = way(heads.box_encodings, heads.class_logits, heads.anchors, spec, heads.windows)
     assert found.num_detections.tolist() == [len(image.scores) for image in expected]
     assert found.num_detections.max() > 3
     for i, image in enumerate(expected):
-        for name in ("boxes", "scores", "classes"):
+        for name in ("boxes", "scores", "classes", "anchors"):
             values, count = getattr(found, name)[i], len(image.scores)
             np.testing.assert_array_equal(values[:count], getattr(image, name))
             assert not values[count:].any(), "padding is zeros"
@@ -459,12 +540,12 @@ def test_multiplying_by_the_scales_instead_of_dividing_is_caught() -> None:
     assert not np.allclose(wrong, boxes, rtol=2e-6, atol=2e-6)
 
 
-def test_an_image_does_not_depend_on_its_batch() -> None:
+def test_an_image_does_not_depend_on_its_batch(way: Callable[..., Any]) -> None:
     spec = detector_spec("sigmoid", True, 40, 3, nms_spec(0.05, 0.5, 8, 20))
     heads = random_heads(spec, batch=3, seed=5, with_nan=True)
-    batch = reference.postprocess(heads.box_encodings, heads.class_logits, heads.anchors, spec, heads.windows)
+    batch = way(heads.box_encodings, heads.class_logits, heads.anchors, spec, heads.windows)
     for i in range(3):
-        alone = reference.postprocess(
+        alone = way(
             heads.box_encodings[i : i + 1],
             heads.class_logits[i : i + 1],
             heads.anchors,
@@ -487,10 +568,12 @@ def wrong_shapes() -> Iterator[tuple[str, Heads, str]]:
 
 
 @pytest.mark.parametrize("name, heads, found", list(wrong_shapes()))
-def test_a_wrong_shape_is_named_in_one_line(name: str, heads: Heads, found: str) -> None:
+def test_a_wrong_shape_is_named_in_one_line(
+    name: str, heads: Heads, found: str, way: Callable[..., Any]
+) -> None:
     spec = detector_spec("sigmoid", True, 40, 3, nms_spec(0.05, 0.5, 8, 20))
     with pytest.raises(InputError) as raised:
-        reference.postprocess(heads.box_encodings, heads.class_logits, heads.anchors, spec, heads.windows)
+        way(heads.box_encodings, heads.class_logits, heads.anchors, spec, heads.windows)
     message = str(raised.value)
     assert message.startswith(f"{name}: shape [") and found in message and "\n" not in message
 

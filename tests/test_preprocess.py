@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from odtrt_lib import native
 from odtrt_lib import preprocess as room
 from odtrt_lib.errors import InputError
 from odtrt_lib.preprocess import (
@@ -138,26 +139,39 @@ def error_in_value_range(found: np.ndarray, expected: np.ndarray, spec: InputSpe
     return float((difference / (255 * np.reshape(spec.scale, (3, 1, 1)))).max())
 
 
-@pytest.fixture(params=["with OpenCV", "numpy alone"])
-def path(request, monkeypatch) -> str:
-    """Runs a test on both ways through the code."""
-    if request.param == "numpy alone":
+WAYS = ("native", "with OpenCV", "numpy alone")
+
+
+def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes ``preprocess`` go one of WAYS."""
+    if way != "native":
+        monkeypatch.setattr(native, "load", lambda: None)
+    if way == "numpy alone":
         monkeypatch.setattr(room, "_opencv_strays", lambda *_: None)
-    else:
+
+
+@pytest.fixture(params=WAYS)
+def path(request, monkeypatch) -> str:
+    """Runs a test on all ways through the code."""
+    if request.param == "native":
+        request.getfixturevalue("native_library")
+    elif request.param == "with OpenCV":
         pytest.importorskip("cv2")
+    take(request.param, monkeypatch)
     return request.param
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "{}x{}".format(*size))
 @pytest.mark.parametrize("name", RESIZERS)
-def test_equals_the_od_api(name, size, monkeypatch):
+def test_equals_the_od_api(name, size, monkeypatch, native_library):
     spec = input_spec(name, *size)
     for kind, image in pictures(*size).items():
         expected, true_size = odapi_preprocess(name, image, spec)
-        results = {"as installed": preprocess(image, spec)}
-        with monkeypatch.context() as patch:
-            patch.setattr(room, "_opencv_strays", lambda *_: None)
-            results["numpy alone"] = preprocess(image, spec)
+        results = {}
+        for way in WAYS:
+            with monkeypatch.context() as patch:
+                take(way, patch)
+                results[way] = preprocess(image, spec)
         for way, (found, frame) in results.items():
             error = error_in_value_range(found, expected, spec)
             assert error <= TOLERANCE, f"{kind}, {way}: {error}"
@@ -302,7 +316,7 @@ def test_wrong_rules_are_caught():
         assert error_in_value_range(wrong, expected, spec) > 10 * TOLERANCE, mistake
 
 
-def test_exact_positions_are_caught_on_long_axes():
+def test_exact_positions_are_caught_on_long_axes(path):
     """TensorFlow's float32 positions matter: exact arithmetic differs by more than the tolerance."""
     tf, *_ = odapi_modules()
     image = pictures(4, 7680)["checkerboard"]
@@ -328,6 +342,7 @@ def test_opencv_that_picks_other_columns_is_not_used(monkeypatch):
         columns = np.floor((np.arange(size[0]) + 0.5) * (width / size[0])).astype(int)
         return np.ascontiguousarray(source[:, np.minimum(columns, width - 1)])
 
+    take("with OpenCV", monkeypatch)
     monkeypatch.setattr(cv2, "resize", half_pixel_nearest)
     room._opencv_strays.cache_clear()
     try:
@@ -398,11 +413,13 @@ def test_needs_numpy_only():
         for absent in ("cv2", "PIL", "tensorflow", "scipy", "rich", "typer"):
             sys.modules[absent] = None
         import numpy as np
+        from odtrt_lib import native
         from odtrt_lib.preprocess import preprocess, load_image
         from odtrt_lib.errors import MissingDependencyError
         from odtrt_lib.spec import InputSpec, Resizer
         spec = InputSpec(2, 2, Resizer("fixed_shape"), (1.0,) * 3, (0.0,) * 3)
         image = np.arange(9, dtype=np.uint8).reshape(3, 3, 1).repeat(3, axis=2)
+        native.load = lambda: None
         print(preprocess(image, spec)[0][0].tolist())
         try:
             load_image("x.png")
@@ -613,7 +630,7 @@ def test_load_image_says_what_to_do(picture_files, name, says):
 
 
 @pytest.mark.corpus
-def test_photographs_equal_the_od_api(corpus):
+def test_photographs_equal_the_od_api(corpus, path):
     tf, *_ = odapi_modules()
     files = sorted((corpus / "coco128" / "images").rglob("*.jpg"))[::24]
     assert files
