@@ -1,5 +1,7 @@
 """Chapter 3: ``heads.onnx`` -> a TensorRT plan, ``plans/<fingerprint>.plan`` with a ``.json`` beside it.
 
+With the plugin (``plugins/tensorrt``) ``detector.onnx`` is built, the post-processing inside the plan.
+
 A plan belongs to one TensorRT version, one precision and one set of GPU architectures; all of them are
 in its fingerprint, so plans for several targets lie side by side and none is ever taken for another.
 
@@ -19,6 +21,7 @@ import hashlib
 import importlib
 import json
 import resource
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -27,6 +30,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 
+from odtrt_lib import fuse
 from odtrt_lib.errors import (
     BuildError,
     CheckError,
@@ -68,24 +72,38 @@ def fingerprint(flavour: str, version: str, precision: str, onnx_sha256: str) ->
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def build(folder: Union[str, Path], *, precision: str = "fp32", force: bool = False) -> StageResult:
+def build(
+    folder: Union[str, Path],
+    *,
+    precision: str = "fp32",
+    plugin: Union[str, Path, None] = None,
+    force: bool = False,
+) -> StageResult:
     """Writes ``plans/<fingerprint>.plan`` and ``.json`` for the TensorRT that is installed here.
 
     precision: ``fp32``, or ``fp16``: weights and arithmetic in half precision, inputs and outputs float32.
+    plugin: ``libodtrt_tensorrt.so``; with it ``detector.onnx`` is built, not ``heads.onnx``. Whoever loads
+    the plan loads the plugin first.
 
     Inputs and outputs of the network are compared with ``spec.json``. The plan is not loaded: that
     needs a GPU, a build with TensorRT-RTX does not.
 
-    Raises InputError where ``heads.onnx`` is absent or not ONNX, MissingDependencyError where TensorRT or
-    Polygraphy is absent, UnsupportedError for a TensorRT without strongly typed networks (before 10) or
-    weights that do not fit into half precision, BuildError, naming the node, where TensorRT refuses the
-    model, CheckError where the network is not the one that ``spec.json`` describes.
+    Raises InputError where a file is absent or not ONNX, MissingDependencyError where TensorRT or Polygraphy
+    is absent, UnsupportedError for a TensorRT without strongly typed networks (before 10) or weights that do
+    not fit into half precision, BuildError, naming the node, where TensorRT refuses the model or the plugin,
+    CheckError where the network is not the one that ``spec.json`` describes.
     """
     started = time.perf_counter()
     folder = Path(folder)
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-    model_file = require(folder, "heads.onnx", "convert")
+    if plugin is None:
+        model_file = require(folder, "heads.onnx", "convert")
+    else:
+        if not Path(plugin).is_file():
+            raise InputError(f"{plugin}: not found; run `make plugin` where TensorRT's headers are installed")
+        model_file = require(folder, "detector.onnx", "fuse")
+        fuse.let_rtx_find_itself()
     spec = load_spec(require(folder, "spec.json", "export"))
     flavour, version = _preferred_runtime()
     onnx_sha256 = sha256(model_file)
@@ -94,9 +112,10 @@ def build(folder: Union[str, Path], *, precision: str = "fp32", force: bool = Fa
     if record is not None:
         return StageResult(record, True)
 
-    plan, details = _build_plan(flavour, version, model_file, precision, spec)
+    plan, details = _build_plan(flavour, version, model_file, precision, spec, plugin)
     seconds = time.perf_counter() - started
     identity = {
+        "model": model_file.name,
         "flavour": flavour,
         "version": version,
         "precision": precision,
@@ -119,7 +138,7 @@ def build(folder: Union[str, Path], *, precision: str = "fp32", force: bool = Fa
     record = write_record(
         folder,
         "engine",
-        inputs={"heads.onnx": onnx_sha256},
+        inputs={model_file.name: onnx_sha256},
         settings={**identity, **details["builder"]},
         outputs=[f"plans/{name}.plan", f"plans/{name}.json"],
         versions={flavour: version},
@@ -179,6 +198,9 @@ def half_precision(model: Any) -> Any:
 
 
 def _import(flavour: str) -> Optional[ModuleType]:
+    if flavour == "tensorrt_rtx" and flavour not in sys.modules:
+        with contextlib.suppress(OSError):
+            fuse.let_rtx_find_itself()
     try:
         return importlib.import_module(flavour)
     except (ImportError, OSError):
@@ -208,7 +230,12 @@ def _finished(folder: Path, name: str) -> Optional[Dict[str, Any]]:
 
 
 def _build_plan(
-    flavour: str, version: str, model_file: Path, precision: str, spec: DetectorSpec
+    flavour: str,
+    version: str,
+    model_file: Path,
+    precision: str,
+    spec: DetectorSpec,
+    plugin: Union[str, Path, None],
 ) -> Tuple[bytes, Dict[str, Any]]:
     """The plan, and what the ``.json`` beside it says about its making."""
     model, weights = _typed_model(model_file, precision)
@@ -229,14 +256,16 @@ def _build_plan(
         refusals = _refusals(flavour)
         refusals.clear()
         builder.error_recorder = refusals
+        if plugin is not None:
+            _load_plugin(builder.get_plugin_registry(), plugin, who, refusals)
         parser = trt.OnnxParser(network, builder.logger)
         if not parser.parse(model):
             raise BuildError(f"{model_file}: {who} refuses {_parser_error(parser)}")
-        _check_network(trt, network, model_file, spec)
+        _check_network(trt, network, model_file, spec, is_detector=plugin is not None)
         profile = Profile()
-        shape = (3, spec.input.height, spec.input.width)
         batches = DYNAMIC_BATCH if spec.input.batch is None else (spec.input.batch,) * 3
-        profile.add(spec.input.name, *((batch, *shape) for batch in batches))
+        for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+            profile.add(tensor.name, *((batch, *tuple(tensor.shape)[1:]) for batch in batches))
         config = create_config(builder, network, profiles=[profile])
         try:
             plan = engine_bytes_from_network((builder, network), config=config)
@@ -271,7 +300,8 @@ def _typed_model(model_file: Path, precision: str) -> Tuple[bytes, Dict[str, int
         raise InputError(f"{model_file}: not an ONNX model; run `odtrt convert` again") from error
     if precision == "fp16":
         try:
-            model = half_precision(model)
+            has_plugin = any(node.op_type == fuse.PLUGIN for node in model.graph.node)
+            model = fuse.half_precision(model) if has_plugin else half_precision(model)
         except (UnsupportedError, BuildError) as error:
             raise type(error)(f"{model_file}: {error}") from error
     weights: Dict[str, int] = {}
@@ -294,7 +324,7 @@ def _quiet_polygraphy(flavour: str) -> Iterator[None]:
         yield
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _refusals(flavour: str) -> Any:
     """An error recorder: TensorRT tells a builder's recorder, but not its caller, why a build failed.
 
@@ -343,25 +373,45 @@ def _parser_error(parser: Any) -> str:
     return f"{node if error.node() >= 0 else 'it'}: {one_line(error.desc())}"
 
 
-def _check_network(trt: Any, network: Any, model_file: Path, spec: DetectorSpec) -> None:
+def _load_plugin(registry: Any, plugin: Union[str, Path], who: str, refusals: Any) -> None:
+    """Loads the plugin unless this process has it already: a registry refuses a library that it has."""
+    key = (fuse.PLUGIN, fuse.PLUGIN_VERSION, fuse.DOMAIN)
+    if registry.get_creator(*key) is None:
+        registry.load_library(str(Path(plugin).resolve()))
+    if registry.get_creator(*key) is None:
+        reasons = "; ".join(refusals.messages) or "it gives no reason"
+        raise BuildError(
+            f"{plugin}: {who} cannot load the plugin ({one_line(reasons)}); compile it with the headers of "
+            "TensorRT 10 or newer: `make plugin`"
+        )
+
+
+def _check_network(
+    trt: Any, network: Any, model_file: Path, spec: DetectorSpec, *, is_detector: bool
+) -> None:
     batch = -1 if spec.input.batch is None else spec.input.batch
-    heads = spec.heads
-    expected = {
-        spec.input.name: (batch, 3, spec.input.height, spec.input.width),
-        heads.box_encodings: (batch, heads.num_anchors, 4),
-        heads.class_logits: (batch, heads.num_anchors, heads.num_columns),
-    }
+    heads, most = spec.heads, spec.nms.max_total_detections
+    expected: Dict[str, Tuple[int, ...]] = {spec.input.name: (batch, 3, spec.input.height, spec.input.width)}
+    if is_detector:
+        if fuse.has_clip_windows(spec):
+            expected[fuse.CLIP_WINDOWS] = (batch, 4)
+        expected["num_detections"], expected["boxes"] = (batch,), (batch, most, 4)
+        expected["scores"] = expected["classes"] = (batch, most)
+    else:
+        expected[heads.box_encodings] = (batch, heads.num_anchors, 4)
+        expected[heads.class_logits] = (batch, heads.num_anchors, heads.num_columns)
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     tensors += [network.get_output(i) for i in range(network.num_outputs)]
     found = {tensor.name: tuple(tensor.shape) for tensor in tensors}
+    again = f"run `odtrt {'fuse' if is_detector else 'convert'}` again"
     if found != expected:
         raise CheckError(
-            f"{model_file}: inputs and outputs {found}, but spec.json describes {expected}; "
-            "run `odtrt convert` again"
+            f"{model_file}: inputs and outputs {found}, but spec.json describes {expected}; {again}"
         )
     for tensor in tensors:
-        if tensor.dtype != trt.float32:
+        is_whole = is_detector and tensor.name in fuse.INTEGER_OUTPUTS
+        if tensor.dtype != (trt.int32 if is_whole else trt.float32):
             raise CheckError(
-                f"{model_file}: `{tensor.name}` is {tensor.dtype}, expected float32; "
-                "run `odtrt convert` again"
+                f"{model_file}: `{tensor.name}` is {tensor.dtype}, expected "
+                f"{'int32' if is_whole else 'float32'}; {again}"
             )

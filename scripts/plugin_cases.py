@@ -1,0 +1,159 @@
+"""Writes cases for the driver of the TensorRT plugin (plugins/tensorrt/drive): inputs, expected detections.
+
+PYTHONPATH=. python scripts/plugin_cases.py FOLDER
+
+One file a case, ``FOLDER/<name>.case``: the attributes of ``OdtrtDetect``, the anchors, and several sets of
+random heads, each with the bits that the numpy reference (:func:`odtrt_lib.nms.postprocess_reference`) gives.
+Little-endian, in the order that drive.cpp's ``read_case`` reads. Needs numpy only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from odtrt_lib import fuse, nms
+from odtrt_lib.spec import BoxCoder, DetectorSpec, HeadsSpec, InputSpec, NmsSpec, Resizer, ScoreSpec, Source
+
+SETS = 3
+_SSD, _EFFICIENTDET = BoxCoder(10.0, 10.0, 5.0, 5.0), BoxCoder(1.0, 1.0, 1.0, 1.0)
+_PADDED = Resizer("keep_aspect_ratio", 512, 512, True)
+_STRETCHED = Resizer("fixed_shape")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Settings, and what random heads are like: logits of a mean and a spread, float32 or float16."""
+
+    name: str
+    batch: int
+    heads: HeadsSpec
+    coder: BoxCoder
+    scores: ScoreSpec
+    nms: NmsSpec
+    resizer: Resizer
+    logit_mean: float
+    dtype: type
+
+    @property
+    def spec(self) -> DetectorSpec:
+        """The detector that has these settings."""
+        return DetectorSpec(
+            name=self.name,
+            source=Source("", "", "", "", "", ""),
+            input=InputSpec(512, 512, self.resizer, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), batch=self.batch),
+            heads=self.heads,
+            box_coder=self.coder,
+            scores=self.scores,
+            nms=self.nms,
+            labels=(),
+        )
+
+
+_SIGMOID = ScoreSpec("sigmoid", 1.0)
+CASES = (
+    Case(
+        "ssd",
+        1,
+        HeadsSpec(1917, 90, True),
+        _SSD,
+        _SIGMOID,
+        NmsSpec(0.3, 0.6, 100, 100, False, True),
+        _STRETCHED,
+        -6.0,
+        np.float32,
+    ),
+    Case(
+        "padded_half",
+        3,
+        HeadsSpec(4910, 90, False),
+        _EFFICIENTDET,
+        _SIGMOID,
+        NmsSpec(1e-8, 0.5, 100, 100, False, True),
+        _PADDED,
+        -5.0,
+        np.float16,
+    ),
+    Case(
+        "softmax_capped",
+        2,
+        HeadsSpec(1001, 7, True),
+        _SSD,
+        ScoreSpec("softmax", 2.0),
+        NmsSpec(0.05, 0.4, 3, 50, False, False),
+        _PADDED,
+        0.0,
+        np.float32,
+    ),
+    Case(
+        "agnostic",
+        8,
+        HeadsSpec(333, 3, False),
+        _SSD,
+        _SIGMOID,
+        NmsSpec(0.01, 0.5, 10, 20, True, True),
+        _STRETCHED,
+        -2.0,
+        np.float16,
+    ),
+)
+
+
+def write_case(path: Path, case: Case, seed: int = 0) -> None:
+    """Writes one case; see the module."""
+    rng = np.random.default_rng(seed)
+    spec, heads = case.spec, case.heads
+    has_windows = fuse.has_clip_windows(spec)
+    attributes = fuse.plugin_attributes(spec)
+    anchors = np.concatenate(
+        [rng.uniform(0, 1, (heads.num_anchors, 2)), rng.uniform(0.05, 0.4, (heads.num_anchors, 2))], axis=1
+    ).astype(np.float32)
+    parts = [
+        b"ODTRTC01",
+        struct.pack("<4i", SETS, case.batch, heads.num_anchors, heads.num_columns),
+        struct.pack("<2i", case.dtype is np.float16, has_windows),
+        struct.pack(
+            "<ii f 4f ff iiii",
+            attributes["background_column"],
+            attributes["score_converter"],
+            attributes["logit_factor"],
+            *attributes["box_scales"],
+            attributes["score_threshold"],
+            attributes["iou_threshold"],
+            attributes["max_detections_per_class"],
+            attributes["max_total_detections"],
+            attributes["class_agnostic"],
+            attributes["change_coordinate_frame"],
+        ),
+        anchors.tobytes(),
+    ]
+    for number in range(SETS):
+        encodings = rng.normal(0, 1, (case.batch, heads.num_anchors, 4)).astype(case.dtype)
+        logits = rng.normal(case.logit_mean - number, 2, (case.batch, heads.num_anchors, heads.num_columns))
+        logits = logits.astype(case.dtype)
+        windows = np.tile(np.float32([0, 0, 1, 1]), (case.batch, 1))
+        if has_windows:
+            windows[:, 2] = rng.uniform(0.4, 1, case.batch)
+        expected = nms.postprocess_reference(encodings, logits, anchors, spec, windows)
+        parts += [encodings.tobytes(), logits.tobytes()]
+        parts += [windows.tobytes()] if has_windows else []
+        parts += [getattr(expected, name).tobytes() for name in fuse.OUTPUTS]
+    path.write_bytes(b"".join(parts))
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python scripts/plugin_cases.py FOLDER")
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, case in enumerate(CASES):
+        write_case(folder / f"{case.name}.case", case, seed)
+        print(folder / f"{case.name}.case")
+
+
+if __name__ == "__main__":
+    main()
