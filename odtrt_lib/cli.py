@@ -55,6 +55,7 @@ _SHOWN_CHECKS = {
     "export": ("variables restored", "anchors from config", "frozen vs eager"),
     "convert": ("resizes agree", "ONNX checker", "max relative error"),
     "engine": ("inputs and outputs", "layers", "half precision"),
+    "fuse": ("ONNX checker", "nodes"),
 }
 
 
@@ -63,6 +64,13 @@ class Precision(str, Enum):
 
     fp32 = "fp32"
     fp16 = "fp16"
+
+
+class Form(str, Enum):
+    """What the post-processing in the ONNX model is made of."""
+
+    plugin = "plugin"
+    onnx = "onnx"
 
 
 class _Commands(typer.core.TyperGroup):
@@ -121,6 +129,17 @@ InputSizeOption = typer.Option(
     help="The network input, e.g. `512x640`; only for a resizer that keeps the aspect ratio without padding.",
 )
 PrecisionOption = typer.Option(Precision.fp32, "--precision", help="The engine's weights and arithmetic.")
+FormOption = typer.Option(
+    Form.plugin,
+    "--form",
+    help="The plugin's node, or ONNX's own NonMaxSuppression, which has limits.",
+)
+PluginOption = typer.Option(
+    None,
+    "--plugin",
+    metavar="FILE",
+    help="libodtrt_tensorrt.so, from `make plugin`: builds detector.onnx, post-processing included.",
+)
 ForceOption = typer.Option(False, "--force", help="Do it again even if nothing changed.")
 MinScoreOption = typer.Option(
     _MIN_SCORE, "--min-score", min=0.0, max=1.0, help="Show detections with at least this score."
@@ -220,10 +239,12 @@ def run(
     from odtrt_lib import convert as convert_stage
     from odtrt_lib import engine
     from odtrt_lib import export as export_stage
+    from odtrt_lib.preprocess import load_image
     from odtrt_lib.report import write_report
 
-    for path in image:
+    for path in image:  # a picture that cannot be read is said now, not after the stages
         _require_file(path)
+        load_image(path)
     folder = output or _OUT / _model_name(model)
     size = _parse_size(input_size)
     results: Dict[str, StageResult] = {}
@@ -317,19 +338,41 @@ def convert(
 
 
 @app.command()
+def fuse(folder: Path = FolderArgument, form: Form = FormOption, force: bool = ForceOption) -> None:
+    """Chapter 4: the post-processing into the ONNX model.
+
+    **Reads** heads.onnx, anchors.npy and spec.json of the model folder. **Writes** detector.onnx, whose last
+    node is the TensorRT plugin OdtrtDetect, or detector_onnxnms.onnx, in ONNX's own operators, for those who
+    cannot load a plugin.
+
+    **Example:** `odtrt fuse out/my_model`, then `odtrt build out/my_model --plugin libodtrt_tensorrt.so`
+    """
+    from odtrt_lib import fuse as fuse_stage
+
+    result = _work_on("fuse", lambda: fuse_stage.fuse(folder, form=form.value, force=force))
+    _print_stages(folder, {"fuse": result})
+
+
+@app.command()
 def build(
-    folder: Path = FolderArgument, precision: Precision = PrecisionOption, force: bool = ForceOption
+    folder: Path = FolderArgument,
+    precision: Precision = PrecisionOption,
+    plugin: Optional[Path] = PluginOption,
+    force: bool = ForceOption,
 ) -> None:
     """Chapter 3: ONNX to a TensorRT plan.
 
-    **Reads** heads.onnx and spec.json of the model folder. **Writes** `plans/<fingerprint>.plan` and `.json`;
-    plans for other versions and precisions stay beside it. With TensorRT-RTX it needs no GPU.
+    **Reads** heads.onnx and spec.json of the model folder, or detector.onnx with `--plugin`. **Writes**
+    `plans/<fingerprint>.plan` and `.json`; plans for other versions and precisions stay beside it. With
+    TensorRT-RTX it needs no GPU.
 
     **Example:** `odtrt build out/my_model --precision fp16`
     """
     from odtrt_lib import engine
 
-    result = _work_on("engine", lambda: engine.build(folder, precision=precision.value, force=force))
+    result = _work_on(
+        "engine", lambda: engine.build(folder, precision=precision.value, plugin=plugin, force=force)
+    )
     _print_stages(folder, {"engine": result})
 
 
@@ -403,8 +446,9 @@ def evaluate(
     if not chosen:
         raise InputError(f"{annotations}: lists no images; expected at least one to evaluate")
     found: List[Dict[str, Any]] = []
+    detector = Detector.open(folder)
+    _compare_classes({label.id: label.name for label in detector.spec.labels}, coco.class_names, annotations)
     with _progress("eval", len(chosen)) as advance:
-        detector = Detector.open(folder)
         for image_id, path in chosen:
             found += coco_results(image_id, detector.detect(load_image(path)))
             advance()
@@ -731,6 +775,28 @@ def _say_next(command: str) -> None:
 def _print_traceback_if_asked() -> None:
     if os.environ.get("ODTRT_TRACEBACK", "") not in ("", "0"):
         traceback.print_exc()
+
+
+def _compare_classes(own: Dict[int, str], theirs: Dict[int, str], annotations: Path) -> None:
+    """Refuses annotations without any class id of the detector, and names ids that mean something else."""
+    shared = sorted(own.keys() & theirs.keys())
+    if not shared:
+        raise InputError(
+            f"{annotations}: category ids {_some(sorted(theirs))}, none of which the detector has "
+            f"({_some(sorted(own))}); evaluate on annotations of the classes that it was trained on"
+        )
+    for i in shared:
+        if own[i].lower() != theirs[i].lower():
+            _out().print(
+                f"[yellow]–[/] eval: class {i} is {escape(own[i])} in the model and {escape(theirs[i])} in "
+                f"{escape(annotations.name)}",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+
+def _some(ids: List[int]) -> str:
+    return ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
 
 
 def _work_on(name: str, work: Callable[[], StageResult]) -> StageResult:

@@ -37,6 +37,8 @@ _STAGES = {
     ),
     "convert": ("Convert", "The frozen graph became ONNX, and ONNX Runtime was held against TensorFlow."),
     "engine": ("Engine", "TensorRT compiled the ONNX model into a plan for this version of its runtime."),
+    "fuse": ("Fuse", "The post-processing became a node of the ONNX model: the TensorRT plugin OdtrtDetect."),
+    "fuse_onnx": ("Fuse", "The post-processing became ONNX operators, for runtimes that load no plugin."),
     "detect": ("Detect", "The model looked at pictures, with exactly the OD API's pre- and post-processing."),
 }
 

@@ -123,6 +123,13 @@ def picture(path, height=40, width=60):
 
 
 class TestRun:
+    def test_a_damaged_picture_is_said_before_the_stages(self, capsys, stages, tmp_path):
+        (tmp_path / "street.png").write_bytes(b"no picture")
+        status, _, err = odtrt(capsys, "run", "my_model", "--image", tmp_path / "street.png")
+        assert status == 1
+        assert "street.png: damaged, or not an image" in err
+        assert not stages.calls
+
     def test_all_stages_and_the_report(self, capsys, stages, tmp_path):
         image = picture(tmp_path / "street.png")
         status, out, err = odtrt(capsys, "run", "my_model", "--image", image, "--precision", "fp16")
@@ -248,7 +255,7 @@ class TestSingleStages:
         assert (status, stages.calls["convert"]) == (0, {"opset": 15, "force": False})
         assert "next: odtrt build out/my_model" in out
         status, out, _ = odtrt(capsys, "build", "out/my_model")
-        assert (status, stages.calls["build"]) == (0, {"precision": "fp32", "force": False})
+        assert (status, stages.calls["build"]) == (0, {"precision": "fp32", "plugin": None, "force": False})
         assert "plans/abc.plan 4.0 kB" in out
 
     def test_an_earlier_stage_is_named(self, capsys, tmp_path):
@@ -330,6 +337,22 @@ class TestEval:
         assert odtrt(capsys, "eval", "parts", *arguments)[0] == 0
         assert json.loads(Path("figures.json").read_text())["images"] == 2
 
+    def test_annotations_of_other_classes_are_refused_not_scored_zero(self, capsys, stages, coco):
+        content = json.loads(coco.read_text())
+        for item in content["annotations"]:
+            item["category_id"] = 77
+        content["categories"] = [{"id": 77, "name": "cell phone"}]
+        coco.write_text(json.dumps(content))
+        status, out, err = odtrt(capsys, "eval", "parts", "--annotations", coco)
+        assert (status, out) == (1, "")
+        assert "category ids 77, none of which the detector has" in err
+
+    def test_a_class_of_another_name_is_said(self, capsys, stages, coco):
+        coco.write_text(coco.read_text().replace('"dog"', '"horse"'))
+        status, out, _ = odtrt(capsys, "eval", "parts", "--annotations", coco)
+        assert status == 0
+        assert "class 2 is dog in the model and horse in instances.json" in out
+
     def test_no_images(self, capsys, stages, tmp_path):
         (tmp_path / "empty.json").write_text('{"images": [], "annotations": [], "categories": []}')
         status, _, err = odtrt(capsys, "eval", "parts", "--annotations", tmp_path / "empty.json")
@@ -395,7 +418,7 @@ class TestErrors:
 
 class TestSurroundings:
     @pytest.mark.parametrize(
-        "command", ["run", "export", "convert", "build", "detect", "eval", "doctor", "zoo get"]
+        "command", ["run", "export", "convert", "fuse", "build", "detect", "eval", "doctor", "zoo get"]
     )
     def test_help_says_what_is_read_and_written_with_an_example(self, capsys, monkeypatch, command):
         monkeypatch.setenv("COLUMNS", "200")
