@@ -38,6 +38,8 @@ RECORDED_DISTRIBUTIONS = (
     "polygraphy",
     "nvidia-modelopt",
     "pycuda",
+    "torch",
+    "torchvision",
     "pycocotools",
 )
 

@@ -1,0 +1,351 @@
+"""Times the CUDA kernels, and PyTorch's way of doing the same beside them.
+
+    python plugins/bench/nms_gpu.py [HEADS] [--quick]    writes results/nms.<gpu>.json
+
+HEADS: the folder that record_heads.py wrote; without it only drawn scenes are timed. Needs PyTorch and
+torchvision, and libodtrt.so with CUDA.
+
+Every figure is device time of one call. graph_*: 20 calls in one CUDA graph, by events around its replay,
+divided by 20, over 200 replays or, with at least 20, 0.4 seconds. p50_us, p99_us: the same 20 calls enqueued
+one by one on a stream that is held up until all are queued. `warm`: always the same heads, as when the
+network has just written them; all others are cold: 20 calls go through copies of the heads that together
+exceed the level 2 cache twice, so that logits come from memory. bytes: the heads' logits, read once;
+floor_us: these at the copy bandwidth measured in the same run (bytes read and written of a 2 GiB copy).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "tests"),
+    str(ROOT / "plugins" / "bench"),
+]  # not installed where it runs
+
+import nms_cases
+import scenes
+import test_gpu
+import torch
+import torchvision
+
+from odtrt_lib import native
+from odtrt_lib.results import write_results
+from odtrt_lib.spec import BoxCoder, NmsSpec, load_spec
+
+CALLS, REPLAYS = 20, 200
+SIZES = {
+    "SSD 300": 1917,
+    "FPNLite 320": 12804,
+    "FPNLite 640": 51150,
+    "D0 512": 49104,
+    "D1 640": 76725,
+    "1024": 196416,
+}
+THRESHOLDS = (0.3, 0.05, 1e-8)
+OBJECTS = (8, 30)  # a usual picture, and a crowd
+
+
+@functools.lru_cache(maxsize=1)
+def drawn_images(
+    anchors: int, batch: int, objects: int
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    priors = scenes.grid_anchors(anchors)
+    return priors, [scenes.draw(i, objects, priors, 90, (1.0, 1.0, 1.0, 1.0)) for i in range(batch)]
+
+
+def drawn_case(anchors: int, threshold: float, batch: int, dtype: type, objects: int) -> nms_cases.Case:
+    spec = nms_cases.detector_spec(
+        anchors, 90, NmsSpec(threshold, 0.5, 100, 100, False, True), coder=BoxCoder(1.0, 1.0, 1.0, 1.0)
+    )
+    priors, images = drawn_images(anchors, batch, objects)
+    return nms_cases.Case(
+        name=f"{objects} objects",
+        spec=spec,
+        box_encodings=np.stack([boxes for boxes, _ in images]).astype(dtype),
+        class_logits=np.stack([logits for _, logits in images]).astype(dtype),
+        anchors=priors,
+        clip_windows=np.tile(np.array([0, 0, 1, 1], np.float32), (batch, 1)),
+    )
+
+
+def recorded_case(path: Path, threshold: float, dtype: type) -> nms_cases.Case:
+    heads = np.load(path)
+    spec_file = path.with_suffix(".spec.json")
+    spec_file.write_text(str(heads["spec"]))
+    spec = load_spec(spec_file)
+    spec = dataclasses.replace(spec, nms=dataclasses.replace(spec.nms, score_threshold=threshold))
+    return nms_cases.Case(
+        path.stem,
+        spec,
+        heads["box_encodings"][:1].astype(dtype),
+        heads["class_logits"][:1].astype(dtype),
+        heads["anchors"],
+        heads["clip_windows"][:1],
+    )
+
+
+def device_times(calls: list[Callable[[], None]], replays: int = REPLAYS) -> dict[str, float]:
+    """Microseconds of one of CALLS calls, taken in turn from ``calls``: in a graph, and from a stream."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(CALLS):
+            calls[i % len(calls)]()
+
+    def from_stream() -> None:
+        for i in range(CALLS):
+            calls[i % len(calls)]()
+
+    in_graph = _elapsed(graph.replay, replays, held_up=False)
+    in_stream = _elapsed(from_stream, replays, held_up=True)
+    return {
+        "graph_p50_us": _round(np.percentile(in_graph, 50)),
+        "graph_p99_us": _round(np.percentile(in_graph, 99)),
+        "p50_us": _round(np.percentile(in_stream, 50)),
+        "p99_us": _round(np.percentile(in_stream, 99)),
+    }
+
+
+def _elapsed(run: Callable[[], Any], replays: int, held_up: bool) -> list[float]:
+    times: list[float] = []
+    while len(times) < replays + 3 and (len(times) < 23 or sum(times) * CALLS < 400_000):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if held_up:
+            torch.cuda._sleep(2_000_000)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / CALLS)
+    return times[3:]
+
+
+def _round(value: float) -> float:
+    return round(float(value), 2)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 2 GiB on the device."""
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(12):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return 2 * source.numel() / float(np.median(times[2:]))
+
+
+def torch_postprocess(case: nms_cases.Case) -> Callable[[], Any]:
+    """What a PyTorch user writes: sigmoid, threshold or top 4096 pairs, decode, batched_nms, first 100."""
+    boxes, logits, anchors = (
+        test_gpu.to_gpu(a) for a in (case.box_encodings[0], case.class_logits[0], case.anchors)
+    )
+    classes, settings = logits.shape[1], case.spec.nms
+
+    def run() -> Any:
+        scores = logits.float().sigmoid().flatten()
+        best, index = scores.topk(min(4096, scores.numel()))
+        best, index = best[best > settings.score_threshold], index[best > settings.score_threshold]
+        anchor, label = index // classes, index % classes
+        code, prior = boxes[anchor].float(), anchors[anchor]
+        middle = code[:, :2] * prior[:, 2:] + prior[:, :2]
+        half = code[:, 2:].exp() * prior[:, 2:] / 2
+        found = torch.cat([middle - half, middle + half], 1)
+        return torchvision.ops.batched_nms(found, best, label, settings.iou_threshold)[:100]
+
+    return run
+
+
+def wall_times(run: Callable[[], Any], repeats: int = 50) -> dict[str, float]:
+    """Microseconds by the host's clock around synchronisation: for code that itself waits for the device."""
+    times = []
+    for _ in range(repeats + 5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000)
+    return {"p50_us": _round(np.percentile(times[5:], 50)), "p99_us": _round(np.percentile(times[5:], 99))}
+
+
+def postprocess_row(case: nms_cases.Case, source: str, bandwidth: float, replays: int) -> dict[str, Any]:
+    logits_bytes = case.class_logits.nbytes
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    copies = max(1, min(CALLS, -(-2 * cache // logits_bytes)))
+    warm = [test_gpu.GpuPostprocess(case)]
+    cold = warm + [test_gpu.GpuPostprocess(case) for _ in range(copies - 1)]
+    row = {
+        "what": "postprocess",
+        "source": source,
+        "model": case.name,
+        "anchors": case.spec.heads.num_anchors,
+        "classes": case.spec.heads.num_classes,
+        "score_threshold": case.spec.nms.score_threshold,
+        "batch": len(case.class_logits),
+        "dtype": case.class_logits.dtype.name,
+        "detections": int(warm[0].result().num_detections[0]) if warm[0].enqueue() is None else -1,
+        "implementation": "odtrt",
+        **{f"warm_{key}": value for key, value in device_times([c.enqueue for c in warm], replays).items()},
+        **device_times([c.enqueue for c in cold], replays),
+        "bytes": logits_bytes,
+        "floor_us": _round(logits_bytes / bandwidth * 1e6),
+    }
+    print(row, flush=True)
+    return row
+
+
+def nms_row(count: int, replays: int) -> list[dict[str, Any]]:
+    """Plain suppression of boxes of one class, beside torchvision's."""
+    rng = np.random.default_rng(count)
+    corner = rng.uniform(0, 600, (count, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(20, 120, (count, 2))], 1).astype(np.float32)
+    scores = rng.random(count).astype(np.float32)
+    on_gpu, scores_on_gpu = test_gpu.to_gpu(boxes), test_gpu.to_gpu(scores)
+    params = native.NmsParams(count, count, float("-inf"), 0.5)
+    kept = torch.empty(count, dtype=torch.int32, device="cuda")
+    num_kept = torch.empty(1, dtype=torch.int32, device="cuda")
+    size = native.nms_workspace(test_gpu.library, params)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    def call() -> None:
+        native.nms_cuda(
+            test_gpu.library, params, on_gpu.data_ptr(), scores_on_gpu.data_ptr(), None, kept.data_ptr(),
+            num_kept.data_ptr(), workspace.data_ptr(), size, test_gpu.stream(),
+        )  # fmt: skip
+
+    times = device_times([call], replays)
+    number = int(num_kept.cpu())
+    theirs = torchvision.ops.nms(on_gpu, scores_on_gpu, 0.5)
+    row = {"what": "nms", "source": "drawn", "boxes": count, "kept": number}
+    rows = [
+        {**row, "implementation": "odtrt", **times},
+        {
+            **row,
+            "implementation": "torchvision.ops.nms",
+            "kept": len(theirs),
+            **wall_times(lambda: torchvision.ops.nms(on_gpu, scores_on_gpu, 0.5)),
+        },
+    ]
+    print(*rows, sep="\n", flush=True)
+    assert np.array_equal(kept.cpu().numpy()[:number], theirs.cpu().numpy()), "not torchvision's boxes"
+    return rows
+
+
+def preprocess_rows(replays: int) -> list[dict[str, Any]]:
+    from odtrt_lib.spec import InputSpec, Resizer
+
+    rows = []
+    for height, width, size in ((480, 640, 320), (720, 1280, 300), (1080, 1920, 512), (2160, 3840, 640)):
+        spec = InputSpec(size, size, Resizer("fixed_shape"), (1 / 127.5,) * 3, (-1.0,) * 3)
+        params = native.preprocess_params(spec, (height, width), (size, size))
+        image = torch.zeros(height * width * 3, dtype=torch.uint8, device="cuda")
+        output = torch.empty(3 * size * size, device="cuda")
+
+        def call(params=params, image=image, output=output) -> None:
+            native.preprocess_cuda(
+                test_gpu.library, params, image.data_ptr(), output.data_ptr(), test_gpu.stream()
+            )
+
+        rows.append(
+            {
+                "what": "preprocess",
+                "source": "drawn",
+                "image": f"{width}x{height}",
+                "network_input": f"{size}x{size}",
+                "implementation": "odtrt",
+                **device_times([call], replays),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("heads", nargs="?")
+    arguments.add_argument("--quick", action="store_true")
+    arguments.add_argument("--output")
+    options = arguments.parse_args()
+    replays = 30 if options.quick else REPLAYS
+    bandwidth = copy_bandwidth()
+    print(f"copy: {bandwidth / 1e12:.3f} TB/s", flush=True)
+    rows: list[dict[str, Any]] = [
+        {
+            "what": "copy",
+            "bytes_per_second": round(bandwidth),
+            "l2_bytes": torch.cuda.get_device_properties(0).L2_cache_size,
+        }
+    ]
+    for count in (500, 1000, 2000, 4000, 8000):
+        rows += nms_row(count, replays)
+    cases: list[tuple[Callable[..., nms_cases.Case], tuple[Any, ...], str]] = []
+    for anchors in SIZES.values():
+        for batch in (1, 8) if anchors < 80_000 else (1,):
+            for objects in OBJECTS:
+                for threshold in THRESHOLDS:
+                    for dtype in (np.float32, np.float16)[: 2 if batch == 1 and not options.quick else 1]:
+                        cases.append((drawn_case, (anchors, threshold, batch, dtype, objects), "drawn"))
+    if options.heads:
+        for path in sorted(Path(options.heads).glob("*.npz")):
+            cases += [
+                (recorded_case, (path, threshold, dtype), "recorded")
+                for threshold in THRESHOLDS
+                for dtype in (np.float32, np.float16)[: 1 if options.quick else 2]
+            ]
+    for make, arguments_of_case, source in cases:
+        case = make(*arguments_of_case)
+        rows.append(postprocess_row(case, source, bandwidth, replays))
+        if case.class_logits.dtype == np.float32 and len(case.class_logits) == 1 and not options.quick:
+            if case.spec.heads.num_anchors not in (1917, 49104, 196416):
+                continue
+            plain = case.spec.scores.converter == "sigmoid" and not case.spec.heads.background_column
+            if plain and case.spec.nms.score_threshold != 0.3:
+                shared = {
+                    key: rows[-1][key]
+                    for key in (
+                        "what",
+                        "source",
+                        "model",
+                        "anchors",
+                        "classes",
+                        "score_threshold",
+                        "batch",
+                        "dtype",
+                    )
+                }
+                rows.append(
+                    {
+                        **shared,
+                        "implementation": "PyTorch, torchvision.ops.batched_nms",
+                        **wall_times(torch_postprocess(case)),
+                    }
+                )
+                print(rows[-1], flush=True)
+    rows += preprocess_rows(replays)
+    name = torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
+    output = options.output or str(ROOT / "results" / f"nms.{name}.json")
+    write_results(output, "nms", "python plugins/bench/nms_gpu.py HEADS", rows)
+    print(json.dumps({"rows": len(rows), "written": output}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""The CUDA kernels, bit for bit: the numpy reference, the CPU library, CUDA graphs, real logits.
+
+Needs an NVIDIA GPU, PyTorch for its memory, and `make plugin` with nvcc: `make test-gpu`. Without pytest,
+``python tests/test_gpu.py`` runs the same checks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import nms_cases
+
+from odtrt_lib import native, nms
+from odtrt_lib.spec import InputSpec, NmsSpec, Resizer, ScoreSpec
+
+try:
+    import pytest
+    import torch
+
+    library = native.load()
+    pytestmark = [
+        pytest.mark.gpu,
+        pytest.mark.skipif(
+            not torch.cuda.is_available() or library is None or not library.cuda_architectures,
+            reason="needs a GPU and libodtrt.so with CUDA: run `make plugin` where nvcc is",
+        ),
+    ]
+except ImportError as error:
+    if __name__ != "__main__":
+        pytest.skip(f"needs PyTorch for its GPU memory ({error})", allow_module_level=True)
+    import torch
+
+    library = native.load()
+
+
+def to_gpu(array: np.ndarray) -> Any:
+    return torch.from_numpy(np.ascontiguousarray(array)).cuda()
+
+
+def stream() -> int:
+    return int(torch.cuda.current_stream().cuda_stream)
+
+
+class GpuPostprocess:
+    """One case's buffers on the GPU; ``enqueue`` runs it, ``result`` fetches what it wrote."""
+
+    def __init__(self, case: nms_cases.Case) -> None:
+        assert library is not None
+        self.params = native.postprocess_params(case.spec)
+        self.batch, most = len(case.box_encodings), case.spec.nms.max_total_detections
+        self.inputs = [
+            to_gpu(array)
+            for array in (case.box_encodings, case.class_logits, case.anchors, case.clip_windows)
+        ]
+        # What is there before must not matter: fill everything with a pattern.
+        self.outputs = [
+            torch.full(shape, -7, dtype=dtype, device="cuda")
+            for shape, dtype in (
+                ((self.batch,), torch.int32),
+                ((self.batch, most, 4), torch.float32),
+                ((self.batch, most), torch.float32),
+                ((self.batch, most), torch.int32),
+                ((self.batch, most), torch.int32),
+            )
+        ]
+        self.workspace_size = native.postprocess_workspace(library, self.params, self.batch)
+        self.workspace = torch.full((self.workspace_size,), 0xAB, dtype=torch.uint8, device="cuda")
+        dtype = native.FLOAT16 if case.class_logits.dtype == np.float16 else native.FLOAT32
+        boxes, logits, anchors, windows = (tensor.data_ptr() for tensor in self.inputs)
+        self.heads = native.HeadPointers(boxes, logits, dtype, anchors, windows)
+        self.out = native.DetectionPointers(*(tensor.data_ptr() for tensor in self.outputs))
+
+    def enqueue(self) -> None:
+        assert library is not None
+        native.postprocess_cuda(
+            library,
+            self.params,
+            self.batch,
+            self.heads,
+            self.out,
+            self.workspace.data_ptr(),
+            self.workspace_size,
+            stream(),
+        )
+
+    def result(self) -> nms.Postprocessed:
+        torch.cuda.synchronize()
+        return nms.Postprocessed(*(tensor.cpu().numpy() for tensor in self.outputs))
+
+
+def by_gpu(case: nms_cases.Case) -> nms.Postprocessed:
+    call = GpuPostprocess(case)
+    call.enqueue()
+    return call.result()
+
+
+def nms_by_gpu(case: nms_cases.NmsCase) -> np.ndarray:
+    assert library is not None
+    count = len(case.boxes)
+    most = count if case.max_kept is None else case.max_kept
+    params = native.NmsParams(count, max(1, most), case.score_threshold, case.iou_threshold)
+    boxes, scores = to_gpu(case.boxes), to_gpu(case.scores)
+    classes = None if case.classes is None else to_gpu(case.classes)
+    kept = torch.full((max(1, most),), -7, dtype=torch.int32, device="cuda")
+    num_kept = torch.full((1,), -7, dtype=torch.int32, device="cuda")
+    size = native.nms_workspace(library, params)
+    workspace = torch.full((size,), 0xAB, dtype=torch.uint8, device="cuda")
+    native.nms_cuda(
+        library,
+        params,
+        boxes.data_ptr(),
+        scores.data_ptr(),
+        None if classes is None else classes.data_ptr(),
+        kept.data_ptr(),
+        num_kept.data_ptr(),
+        workspace.data_ptr(),
+        size,
+        stream(),
+    )
+    torch.cuda.synchronize()
+    indices = kept.cpu().numpy()
+    number = int(num_kept.cpu())
+    assert (indices[number:] == -1).all(), case.name
+    return indices[:number]
+
+
+def fail_on(lines: list[str]) -> None:
+    assert not lines, f"{len(lines)} disagreements:\n" + "\n".join(lines[:20])
+
+
+def test_postprocess_is_the_references_bit_for_bit() -> None:
+    fail_on(list(nms_cases.disagreements(by_gpu, nms_cases.all_cases())))
+
+
+def test_nms_is_the_references() -> None:
+    cases = map(nms_cases.random_nms_case, range(600))
+    fail_on(list(nms_cases.nms_disagreements(nms_by_gpu, cases)))
+
+
+def test_nms_of_more_boxes_than_one_segment_holds() -> None:
+    rng = np.random.default_rng(7)
+    cases = []
+    for count, spread in ((4097, 1000.0), (9001, 300.0), (20000, 2000.0)):
+        corner = rng.uniform(0, spread, (count, 2))
+        boxes = np.concatenate([corner, corner + rng.uniform(5, 40, (count, 2))], 1).astype(np.float32)
+        scores = rng.random(count).astype(np.float32)
+        classes = rng.integers(0, 3, count).astype(np.int32)
+        for own_classes, most in ((None, None), (classes, None), (classes, 3000)):
+            cases.append(nms_cases.NmsCase(f"{count} boxes", boxes, scores, 0.3, own_classes, -np.inf, most))
+    fail_on(list(nms_cases.nms_disagreements(nms_by_gpu, iter(cases))))
+
+
+def whole_detector(seed: int, threshold: float, boxes: str, logits: str, dtype: type) -> nms_cases.Case:
+    """EfficientDet-D0's 49,104 x 90, drawn at random."""
+    settings = NmsSpec(threshold, 0.5, 100, 100, False, True)
+    spec = nms_cases.detector_spec(49104, 90, settings, coder=nms_cases.EFFICIENTDET_CODER)
+    return nms_cases.make_case("D0", spec, 1, np.random.default_rng(seed), boxes, logits, dtype)
+
+
+def by_cpu_library(case: nms_cases.Case) -> nms.Postprocessed:
+    assert library is not None
+    return nms_cases.by_library(library)(case)
+
+
+def test_whole_detectors_are_the_cpu_librarys_bit_for_bit() -> None:
+    lines = []
+    for seed, (threshold, boxes, logits) in enumerate(
+        (threshold, boxes, logits)
+        for threshold in (1e-8, 0.05, 0.3)
+        for boxes in ("crowds", "scattered", "all the same")
+        for logits in ("distinct", "tied", "saturated")
+    ):
+        for dtype in (np.float32, np.float16):
+            case = whole_detector(seed, threshold, boxes, logits, dtype)
+            found = nms_cases.difference(by_cpu_library(case), by_gpu(case))
+            lines += [f"{case.name}, {threshold}, {dtype.__name__}: {found}"] if found else []
+    fail_on(lines)
+
+
+def test_a_captured_graph_gives_the_new_inputs_answers() -> None:
+    cases = [whole_detector(seed, 0.05, "crowds", "distinct", np.float32) for seed in range(4)]
+    call = GpuPostprocess(cases[0])
+    call.enqueue()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call.enqueue()
+    lines = []
+    for case in cases[1:] + cases[:1]:
+        new = (case.box_encodings, case.class_logits, case.anchors, case.clip_windows)
+        for tensor, array in zip(call.inputs, new, strict=True):
+            tensor.copy_(torch.from_numpy(array))
+        call.workspace.fill_(0xCD)
+        graph.replay()
+        found = nms_cases.difference(by_cpu_library(case), call.result())
+        lines += [f"{case.name}: {found}"] if found else []
+    fail_on(lines)
+
+
+def test_softmax_and_many_classes_at_size() -> None:
+    lines = []
+    for columns, background, converter in (
+        (91, True, "softmax"),
+        (601, False, "sigmoid"),
+        (2, True, "softmax"),
+    ):
+        settings = NmsSpec(1e-8, 0.6, 100, 100, False, True)
+        spec = nms_cases.detector_spec(
+            1917, columns - background, settings, background=background, scores=ScoreSpec(converter, 1.0)
+        )
+        case = nms_cases.make_case("SSD", spec, 3, np.random.default_rng(columns), "crowds", "distinct")
+        found = nms_cases.difference(by_cpu_library(case), by_gpu(case))
+        lines += [f"{case.name}: {found}"] if found else []
+    fail_on(lines)
+
+
+def test_preprocess_is_the_cpu_librarys_bit_for_bit() -> None:
+    assert library is not None
+    rng = np.random.default_rng(5)
+    lines = []
+    for height, width, size, padded in (
+        (720, 1280, 300, False),
+        (1080, 1920, 512, True),
+        (333, 517, 320, False),
+        (1, 1, 64, False),
+        (64, 64, 64, False),
+    ):
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        true = (
+            (size * height // max(height, width), size * width // max(height, width))
+            if padded
+            else (size, size)
+        )
+        spec = InputSpec(
+            size,
+            size,
+            Resizer("fixed_shape", pad_value=(0.5, -1, 2)),
+            (1 / 127.5, 1 / 60, 1 / 58),
+            (-1, -2, 0.25),
+        )
+        expected = np.empty((3, size, size), np.float32)
+        native.preprocess_cpu(library, image, spec, true, expected)
+        on_gpu, output = to_gpu(image), torch.full((3, size, size), -7.0, device="cuda")
+        params = native.preprocess_params(spec, (height, width), true)
+        native.preprocess_cuda(library, params, on_gpu.data_ptr(), output.data_ptr(), stream())
+        if not np.array_equal(expected.view(np.int32), output.cpu().numpy().view(np.int32)):
+            lines.append(f"{height}x{width} -> {size}: {np.abs(expected - output.cpu().numpy()).max()}")
+    fail_on(lines)
+
+
+def test_an_error_of_cuda_is_returned() -> None:
+    assert library is not None
+    params = native.NmsParams(4, 4, 0.0, 0.5)
+    try:
+        native.nms_cuda(library, params, 256, 256, None, 256, 256, 256, 16)
+    except native.NativeError as error:
+        assert "workspace" in str(error)
+    else:
+        raise AssertionError("a workspace of 16 bytes was taken")
+
+
+def main() -> None:
+    checks: dict[str, Callable[[], None]] = {
+        name: check for name, check in globals().items() if name.startswith("test_")
+    }
+    failed = 0
+    for name, check in checks.items():
+        try:
+            check()
+            print(f"ok      {name}", flush=True)
+        except Exception as error:
+            failed += 1
+            print(f"FAILED  {name}: {error}", flush=True)
+    sys.exit(failed != 0)
+
+
+if __name__ == "__main__":
+    main()
