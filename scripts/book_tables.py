@@ -1,4 +1,4 @@
-"""Writes the tables of the book, book/_generated/*.md, from the measurements in results/*.json.
+"""Writes the tables and figures of the book, book/_generated/*, from the measurements in results/*.json.
 
     python scripts/book_tables.py            write them
     python scripts/book_tables.py check      exit 1, naming each table that is not current
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import book_plots
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,21 +25,32 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its heading, the row's key, and how a figure is written (a format such as ``.3f``)."""
+    """A column: its heading, the row's key, and how a figure is written (a format such as ``.3f``).
+
+    is_optional: rows that lack the key show a dash.
+    """
 
     heading: str
     key: str
     form: str = ""
     divisor: float = 1
+    is_optional: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """One generated file. ``claim`` picks the rows of one measurement out of a topic's file."""
+    """One generated file.
+
+    claim: the measurement whose rows are shown, where a topic's file has several. only: key -> the values
+    that a shown row has there. made: how the figures came about. names_packages: do these matter?
+    """
 
     results: str
     columns: tuple[Column, ...]
     claim: str = ""
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    made: str = "Measured"
+    names_packages: bool = True
 
 
 TABLES = {
@@ -95,7 +107,8 @@ TABLES = {
             Column("network input", "input"),
             Column("resizer", "resizer"),
             Column("normalisation", "normalisation"),
-            Column("odtrt, ms", "preprocess_p50_ms", ".2f"),
+            Column("odtrt, compiled, ms", "native_p50_ms", ".2f"),
+            Column("odtrt, NumPy and OpenCV, ms", "preprocess_p50_ms", ".2f"),
             Column("OpenCV and NumPy, ms", "cv2_p50_ms", ".2f"),
             Column("largest error, of the value range", "max_abs_err_vs_tf", ".0e"),
             Column("OpenCV's, on noise", "cv2_max_abs_err_vs_tf", ".2f"),
@@ -152,11 +165,207 @@ TABLES = {
     ),
 }
 
+_DEVICE_TIMES = (
+    Column("in a CUDA graph, µs", "graph_p50_us", ".1f", is_optional=True),
+    Column("from a stream, µs", "p50_us", ".1f"),
+    Column("99th percentile, µs", "p99_us", ".1f"),
+)
+_ONE_IMAGE = {"what": ("postprocess",), "batch": (1,), "dtype": ("float32",)}
+
+TABLES |= {
+    "nms_rule": Table(
+        "nms_rule.cpu.json",
+        (
+            Column("model", "model"),
+            Column("of", "images_of"),
+            Column("IoU", "iou_threshold"),
+            Column("score above", "score_threshold", "g"),
+            Column("kept, greedy", "kept", ","),
+            Column("lost", "lost", ","),
+            Column("lost, %", "lost_percent", ".1f"),
+            Column("images", "images"),
+            Column("changed", "images_changed"),
+        ),
+        only={"score_threshold": (0.3, 0.05)},
+    ),
+    "nms_rule_accuracy": Table(
+        "nms_rule.cpu.json",
+        (
+            Column("model", "model"),
+            Column("of", "images_of"),
+            Column("IoU", "iou_threshold"),
+            Column("score above", "score_threshold", "g"),
+            Column("objects", "objects", ","),
+            Column("found, greedy", "found_greedy", ","),
+            Column("found, other", "found_rule", ","),
+            Column("mAP, greedy", "map_greedy", ".4f"),
+            Column("mAP, other", "map_rule", ".4f"),
+            Column("AR, greedy", "ar100_greedy", ".4f"),
+            Column("AR, other", "ar100_rule", ".4f"),
+        ),
+        only={"score_threshold": (0.3, 1e-8)},
+    ),
+    "nms_cpu_boxes": Table(
+        "nms.cpu.json",
+        (
+            Column("implementation", "implementation"),
+            Column("median, ms", "p50_us", ".2f", 1000),
+            Column("99th percentile, ms", "p99_us", ".2f", 1000),
+        ),
+        only={"work": ("nms",)},
+    ),
+    "nms_cpu": Table(
+        "nms.cpu.json",
+        (
+            Column("heads", "model"),
+            Column("anchors", "anchors", ","),
+            Column("classes", "classes"),
+            Column("implementation", "implementation"),
+            Column("median, ms", "p50_us", ".2f", 1000),
+            Column("99th percentile, ms", "p99_us", ".2f", 1000),
+        ),
+        only={"work": ("postprocess",), "batch": (1,), "dtype": ("float32",), "score_threshold": (1e-8,)},
+    ),
+    "nms_gpu_boxes": Table(
+        "nms.h200.json",
+        (
+            Column("boxes", "boxes", ","),
+            Column("kept", "kept", ","),
+            Column("implementation", "implementation"),
+            *_DEVICE_TIMES,
+        ),
+        only={"what": ("nms",)},
+    ),
+    "nms_gpu": Table(
+        "nms.h200.json",
+        (
+            Column("heads", "source"),
+            Column("of", "model"),
+            Column("anchors", "anchors", ","),
+            Column("classes", "classes"),
+            Column("score above", "score_threshold", "g"),
+            Column("implementation", "implementation"),
+            Column("floor, µs", "floor_us", ".1f", is_optional=True),
+            Column("logits in the cache, in a CUDA graph, µs", "warm_graph_p50_us", ".1f", is_optional=True),
+            *_DEVICE_TIMES,
+        ),
+        only=_ONE_IMAGE,
+    ),
+    "nms_gpu_forms": Table(
+        "nms.h200.json",
+        (
+            Column("anchors", "anchors", ","),
+            Column("images", "batch"),
+            Column("type", "dtype"),
+            Column("floor, µs", "floor_us", ".1f"),
+            *_DEVICE_TIMES,
+        ),
+        only={
+            "what": ("postprocess",),
+            "source": ("drawn",),
+            "implementation": ("odtrt",),
+            "model": ("8 objects",),
+            "score_threshold": (0.05,),
+        },
+    ),
+    "preprocess_gpu": Table(
+        "nms.h200.json",
+        (
+            Column("image", "image"),
+            Column("network input", "network_input"),
+            *_DEVICE_TIMES,
+        ),
+        only={"what": ("preprocess",)},
+    ),
+    "plugin_headers": Table(
+        "plugin_matrix.json",
+        (
+            Column("headers of TensorRT", "headers_version"),
+            Column("interface", "interface"),
+            Column("compiles", "compiles"),
+            Column("warnings", "warnings"),
+            Column("links", "links"),
+            Column("needs libnvinfer", "links_to_libnvinfer"),
+        ),
+        only={"check": ("compile",)},
+        made="Compiled",
+        names_packages=False,
+    ),
+    "plugin_runtimes": Table(
+        "plugin_matrix.json",
+        (
+            Column("runtime", "runtime"),
+            Column("version", "version"),
+            Column("plugin compiled for", "built_with"),
+            Column("loads", "loads"),
+            Column("plugin made", "plugin_made"),
+            Column("refused where an attribute is missing", "refused_without_an_attribute"),
+        ),
+        only={"check": ("registry",)},
+        made="Loaded",
+    ),
+    "plugin_plans": Table(
+        "plugin_matrix.json",
+        (
+            Column("network", "network"),
+            Column("precision", "precision"),
+            Column("batch", "batch"),
+            Column("TensorRT-RTX", "version"),
+            Column("plan built", "builds"),
+            Column("plugin in it", "plugin_in_plan"),
+            Column("plan, bytes", "plan_bytes", ","),
+        ),
+        only={"check": ("build",), "built_with": ("10.0",)},
+        made="Built",
+    ),
+    "nms_kernels": Table(
+        "nms_resources.json",
+        (
+            Column("source", "source"),
+            Column("kernel", "kernel"),
+            Column("for", "variant"),
+            Column("registers", "registers"),
+            Column("static shared memory, bytes", "shared_bytes", ","),
+            Column("stack, bytes", "stack_bytes"),
+            Column("spilled, bytes", "spill_store_bytes"),
+            Column("compiler", "compiler"),
+        ),
+        only={"what": ("kernel",)},
+        made="Compiled for sm_87",
+        names_packages=False,
+    ),
+    "nms_roofline": Table(
+        "nms_resources.json",
+        (
+            Column("network", "network"),
+            Column("type", "dtype"),
+            Column("logits, MB", "bytes", ".1f", 1e6),
+            Column("Orin AGX, estimate, µs", "orin_agx_floor_us", ".0f"),
+            Column("Orin NX, estimate, µs", "orin_nx_floor_us", ".0f"),
+            Column("Orin Nano 8GB, estimate, µs", "orin_nano_8gb_floor_us", ".0f"),
+        ),
+        only={"what": ("roofline",)},
+        made="ESTIMATED, not measured,",
+        names_packages=False,
+    ),
+}
+
+
+GOALS = (
+    ("EfficientDet-D0, 49,104 anchors", 49104, 0.05, 20),
+    ("EfficientDet-D0, 49,104 anchors", 49104, 1e-8, 30),
+    ("1024 pixels, 196,416 anchors", 196416, 0.3, 45),
+    ("1024 pixels, 196,416 anchors", 196416, 0.05, 45),
+)
+GOAL_OF_2000_BOXES = 15
+
 
 def generated(root: Path) -> dict[str, str]:
     """Every generated page part, file name -> text."""
     parts = {f"{name}.md": markdown(table, root / "results") for name, table in TABLES.items()}
     parts["notebooks.md"] = stamps(root)
+    parts["nms_goals.md"] = goals(root / "results" / "nms.h200.json")
+    parts["nms_gpu.svg"] = book_plots.nms_gpu(root / "results")
     return parts
 
 
@@ -176,7 +385,14 @@ def markdown(table: Table, results: Path) -> str:
     if not path.is_file():
         return f"*Not measured yet: `results/{table.results}` does not exist.*\n"
     measured = json.loads(path.read_text(encoding="utf-8"))
-    rows = [row for row in measured["rows"] if row.get("claim", "") == table.claim]
+    rows = [
+        row
+        for row in measured["rows"]
+        if row.get("claim", "") == table.claim
+        and all(row.get(key) in values for key, values in table.only.items())
+    ]
+    if not rows:
+        return f"*Not measured yet: `results/{table.results}` has no such row.*\n"
     versions = measured["versions"]
     packages = ", ".join(
         f"{name} {versions[key]}"
@@ -186,20 +402,53 @@ def markdown(table: Table, results: Path) -> str:
             ("tf2onnx", "tf2onnx"),
             ("onnxruntime", "ONNX Runtime"),
             ("tensorrt-rtx-cu13", "TensorRT-RTX"),
+            ("cuda", "CUDA"),
+            ("torch", "PyTorch"),
+            ("torchvision", "torchvision"),
         )
         if key in versions
     )
+    device = measured["device"]
+    machine = f"a processor with {device['cores']} cores"
+    if "gpu" in device:
+        machine = f"one {device['gpu']}, driver {device['driver']}"
+    made_with = f"{machine}, {packages}" if packages and table.names_packages else machine
     source = (
-        f"*Measured on {measured['date'][:10]} on a processor with {measured['device']['cores']} cores, "
-        f"{packages}; `results/{table.results}`, written by `{measured['command']}`.*"
+        f"*{table.made} on {measured['date'][:10]} on {made_with}; "
+        f"`results/{table.results}`, written by `{measured['command']}`.*"
     )
     headings = [column.heading for column in table.columns]
     cells = [[cell(row, column) for column in table.columns] for row in rows]
     return f"{grid(headings, cells)}\n\n{source}\n"
 
 
+def goals(path: Path) -> str:
+    """What the kernels were meant to take on this GPU, and take: one image, FP32, in a CUDA graph."""
+    if not path.is_file():
+        return f"*Not measured yet: `results/{path.name}` does not exist.*\n"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+
+    def figure(key: str, **wanted: Any) -> float:
+        wanted = {"implementation": "odtrt", "source": "drawn", **wanted}
+        found = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+        return float(found[0][key])
+
+    lines = []
+    for name, anchors, threshold, goal in GOALS:
+        case = {"anchors": anchors, "score_threshold": threshold, "batch": 1, "dtype": "float32"}
+        floor = figure("floor_us", **case)
+        times = [figure("warm_graph_p50_us", model=model, **case) for model in ("8 objects", "30 objects")]
+        lines.append([name, f"{threshold:g}", str(goal), *(f"{time:.1f}" for time in times), f"{floor:.1f}"])
+    boxes = figure("graph_p50_us", boxes=2000)
+    lines.append(["suppression of 2,000 boxes", "–", str(GOAL_OF_2000_BOXES), f"{boxes:.1f}", "–", "–"])
+    headings = ["work", "score above", "goal, µs", "8 objects, µs", "a crowd of 30, µs", "floor, µs"]
+    return f"{grid(headings, lines)}\n"
+
+
 def cell(row: Row, column: Column) -> str:
-    """One figure as the table shows it. A key that the row lacks is an error, not an empty cell."""
+    """One figure as the table shows it. A key that the row lacks is an error, unless it is optional."""
+    if column.is_optional and column.key not in row:
+        return "–"
     value = row[column.key]
     if isinstance(value, bool):
         return "yes" if value else "no"

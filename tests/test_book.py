@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_build" / "html"
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import book_plots  # noqa: E402
 import book_tables  # noqa: E402
 
 # What makes a browser load something; a link that a reader may follow is not among them.
@@ -111,7 +112,7 @@ def test_a_message_that_the_library_does_not_have_is_caught():
     assert unknown_messages(page, library_text()) == ["the checkpoint is unhappy"]
 
 
-@pytest.mark.parametrize("name", ["ch01_export", "ch02_convert"])
+@pytest.mark.parametrize("name", ["ch01_export", "ch02_convert", "ch04_nms"])
 def test_every_decision_states_choice_cost_change_and_evidence(name: str):
     text = (ROOT / "book" / f"{name}.md").read_text()
     decisions = re.split(r"^## Decision \d+: ", text, flags=re.MULTILINE)[1:]
@@ -170,6 +171,61 @@ def test_a_missing_measurement_is_said_not_hidden(tmp_path: Path):
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     book_tables.write(tmp_path)
     assert "Not measured yet" in (tmp_path / "book" / "_generated" / "parts.md").read_text()
+
+
+GPU_ROW = {"what": "postprocess", "source": "drawn", "dtype": "float32", "batch": 1, "score_threshold": 0.3}
+
+
+@pytest.fixture
+def gpu_results(tmp_path: Path) -> Path:
+    """A results folder with GPU times of two sizes: the kernels on both, PyTorch on one."""
+    kernels = {**GPU_ROW, "implementation": "odtrt", "p50_us": 30.0, "floor_us": 2.0}
+    results = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "command": "python measure.py",
+        "device": {"cores": 2, "gpu": "NVIDIA Example", "driver": "1.2"},
+        "versions": {},
+        "rows": [
+            {**kernels, "anchors": 1917, "graph_p50_us": 10.0},
+            {**kernels, "anchors": 12804, "graph_p50_us": 20.0},
+            {**GPU_ROW, "anchors": 1917, "implementation": "PyTorch", "p50_us": 2000.0},
+            {**kernels, "anchors": 12804, "graph_p50_us": 999.0, "batch": 8},
+        ],
+    }
+    (tmp_path / "nms.h200.json").write_text(json.dumps(results))
+    return tmp_path
+
+
+def test_the_gpu_figure_draws_every_time_of_one_image_in_order(gpu_results: Path):
+    figure = book_plots.nms_gpu(gpu_results)
+    assert re.findall(r"<title>(.*?)</title>", figure) == [
+        "floor: 2 us",
+        "above 0.3: 10 us",
+        "PyTorch, above 0.3: 2000 us",
+        "floor: 2 us",
+        "above 0.3: 20 us",
+    ]
+    assert "NVIDIA Example" in figure
+    dots = [
+        float(x) for x in re.findall(r'<circle class="dot a" cx="([\d.]+)" cy="\d+" r="6"><title>', figure)
+    ]
+    assert dots == sorted(dots) and len(dots) == 2
+
+
+def test_a_table_of_gpu_times_names_the_gpu_and_only_its_own_rows(gpu_results: Path):
+    columns = (book_tables.Column("anchors", "anchors"), book_tables.Column("graph", "graph_p50_us", ".1f"))
+    table = book_tables.Table("nms.h200.json", columns, only={"implementation": ("odtrt",), "batch": (1,)})
+    text = book_tables.markdown(table, gpu_results)
+    assert "| 12804 | 20.0 |" in text and "999" not in text
+    assert "on one NVIDIA Example, driver 1.2" in text and "processor" not in text
+
+
+def test_a_figure_that_a_row_lacks_is_an_error_unless_it_is_optional(gpu_results: Path):
+    column = book_tables.Column("graph", "graph_p50_us", ".1f")
+    row = {"implementation": "PyTorch"}
+    with pytest.raises(KeyError):
+        book_tables.cell(row, column)
+    assert book_tables.cell(row, book_tables.Column("graph", "graph_p50_us", is_optional=True)) == "–"
 
 
 @pytest.mark.parametrize(

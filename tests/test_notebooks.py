@@ -390,8 +390,10 @@ def test_a_notebook_that_breaks_the_rule_is_caught(rule: Rule, defect: Defect):
     assert rule(notebook) != []
 
 
-def test_notebooks_are_numbered_without_a_gap():
-    assert [int(path.name[:2]) for path in PATHS] == list(range(len(PATHS)))
+def test_notebooks_are_numbered_as_their_chapters():
+    numbers = [path.name[:2] for path in PATHS]
+    pages = {path.name[2:4] for path in (ROOT / "book").glob("ch[0-9][0-9]_*.md")}
+    assert len(set(numbers)) == len(numbers) and set(numbers) <= {"00", *pages}
     assert {path.name for path in (ROOT / "notebooks").glob("*.ipynb")} == {path.name for path in PATHS}
 
 
