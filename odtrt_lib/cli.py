@@ -165,7 +165,10 @@ AnnotationsOption = typer.Option(
     ..., "--annotations", metavar="JSON", help="A COCO instances file.", show_default=False
 )
 ImagesRootOption = typer.Option(
-    None, "--images", metavar="DIR", help="Where its images lie. Default: beside the JSON file."
+    None,
+    "--images",
+    metavar="DIR",
+    help="Where its images lie, in any subfolder: they are found by name. Default: beside the JSON file.",
 )
 LimitOption = typer.Option(
     None, "--limit", min=1, metavar="N", help="Only the first N images, for a quick look."
