@@ -324,7 +324,7 @@ def _quiet_polygraphy(flavour: str) -> Iterator[None]:
         yield
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def _refusals(flavour: str) -> Any:
     """An error recorder: TensorRT tells a builder's recorder, but not its caller, why a build failed.
 

@@ -173,7 +173,14 @@ def test_a_missing_measurement_is_said_not_hidden(tmp_path: Path):
     assert "Not measured yet" in (tmp_path / "book" / "_generated" / "parts.md").read_text()
 
 
-GPU_ROW = {"what": "postprocess", "source": "drawn", "dtype": "float32", "batch": 1, "score_threshold": 0.3}
+GPU_ROW = {
+    "model": "8 objects",
+    "what": "postprocess",
+    "source": "drawn",
+    "dtype": "float32",
+    "batch": 1,
+    "score_threshold": 0.3,
+}
 
 
 @pytest.fixture
