@@ -242,12 +242,9 @@ def run(
     from odtrt_lib import convert as convert_stage
     from odtrt_lib import engine
     from odtrt_lib import export as export_stage
-    from odtrt_lib.preprocess import load_image
     from odtrt_lib.report import write_report
 
-    for path in image:  # a picture that cannot be read is said now, not after the stages
-        _require_file(path)
-        load_image(path)
+    named = _read_pictures(image)  # one that cannot be read is said now, not after the stages
     folder = output or _OUT / _model_name(model)
     size = _parse_size(input_size)
     results: Dict[str, StageResult] = {}
@@ -269,7 +266,7 @@ def run(
         _say_skipped("engine", skipped["engine"])
     pictures: List[Tuple[str, np.ndarray]] = []
     detections: List[Detections] = []
-    scenes = _pictures_to_look_at(folder, image)
+    scenes = named or _demonstration_scenes(folder)
     if scenes:
         with _progress("detect"):
             results["detect"], pictures, detections = _look_at(folder, scenes)
@@ -575,15 +572,19 @@ class _Scene:
     truth: Optional[List[Dict[str, Any]]]
 
 
-def _pictures_to_look_at(folder: Path, images: Sequence[Path]) -> List[_Scene]:
-    """The images named or, for a model of the shipped parts, scenes that it was not trained on."""
+def _read_pictures(paths: Sequence[Path]) -> List[_Scene]:
     from odtrt_lib import folder as folders
     from odtrt_lib.preprocess import load_image
-    from odtrt_lib.spec import load_spec
 
-    if images:
-        return [_Scene(path.name, load_image(path), folders.sha256(path), None) for path in images]
+    for path in paths:
+        _require_file(path)
+    return [_Scene(path.name, load_image(path), folders.sha256(path), None) for path in paths]
+
+
+def _demonstration_scenes(folder: Path) -> List[_Scene]:
+    """For a model of the shipped parts, scenes that it was not trained on."""
     from odtrt_lib import datasets
+    from odtrt_lib.spec import load_spec
 
     if tuple(label.name for label in load_spec(folder / "spec.json").labels) != datasets.PARTS_CLASSES:
         return []

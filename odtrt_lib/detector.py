@@ -69,7 +69,7 @@ class Detector:
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is unknown; expected one of: {', '.join(BACKENDS)}")
         spec = load_spec(require(folder, "spec.json", "export"))
-        anchors = _load_anchors(require(folder, "anchors.npy", "export"), spec)
+        anchors = load_anchors(require(folder, "anchors.npy", "export"), spec)
         return cls(spec, anchors, BACKENDS[backend](folder, spec))
 
     def detect(self, image: np.ndarray) -> Detections:
@@ -111,18 +111,22 @@ class Detector:
         return detections
 
 
-def _load_anchors(path: Path, spec: DetectorSpec) -> np.ndarray:
+def load_anchors(path: Path, spec: DetectorSpec) -> np.ndarray:
+    """The anchors of a model folder, float32 [N, 4], ``(ycenter, xcenter, height, width)``.
+
+    Raises InputError where the file is damaged or not what ``spec`` describes.
+    """
     try:
         anchors = np.load(str(path), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
-            f"{path}: not a NumPy array file ({_first_line(error)}); run `odtrt export` again"
+            f"{path}: not a numpy array ({_first_line(error)}); run `odtrt export` again"
         ) from error
     expected = (spec.heads.num_anchors, 4)
     if anchors.shape != expected or anchors.dtype != np.float32:
         raise InputError(
-            f"{path}: {anchors.dtype} {list(anchors.shape)}, expected float32 {list(expected)} "
-            "as spec.json says; run `odtrt export` again"
+            f"{path}: {anchors.dtype} {list(anchors.shape)}, expected float32 {list(expected)}; "
+            "run `odtrt export` again"
         )
     return anchors
 

@@ -40,7 +40,9 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union
 import numpy as np
 
 from odtrt_lib import folder as folders
+from odtrt_lib.detector import load_anchors
 from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, one_line
+from odtrt_lib.native import MOST_DETECTIONS, SCORE_CONVERTERS
 from odtrt_lib.spec import DetectorSpec, load_spec
 
 if TYPE_CHECKING:
@@ -53,8 +55,6 @@ CLIP_WINDOWS = "clip_windows"
 OUTPUTS = ("num_detections", "boxes", "scores", "classes")
 INTEGER_OUTPUTS = ("num_detections", "classes")
 
-_SCORE_CONVERTERS = ("sigmoid", "softmax", "identity")  # odtrt_score_converter in plugins/kernels/odtrt.h
-_MOST_DETECTIONS = 4096
 _STAGES = {"plugin": "fuse", "onnx": "fuse_onnx"}
 _RTX: List[Any] = []  # what must stay for as long as the process lives
 _NOT_SELECTED = float(np.finfo(np.float32).min)
@@ -85,7 +85,7 @@ def fuse(folder: Union[str, Path], *, form: str = "plugin", force: bool = False)
 
     name = FORMS[form]
     heads = _load_heads(heads_path, spec)
-    anchors = _load_anchors(anchors_path, spec)
+    anchors = load_anchors(anchors_path, spec)
     with folders.staging(folder) as staged:
         fused = with_plugin(heads, spec, anchors) if form == "plugin" else with_onnx_nms(heads, spec, anchors)
         _require_valid(folder / name, fused)
@@ -121,19 +121,19 @@ def plugin_attributes(spec: DetectorSpec) -> Dict[str, Any]:
     Raises InputError where ``spec`` asks for more than the plugin does.
     """
     nms, coder = spec.nms, spec.box_coder
-    if spec.scores.converter not in _SCORE_CONVERTERS:
+    if spec.scores.converter not in SCORE_CONVERTERS:
         raise InputError(
             f"score converter {spec.scores.converter!r} is unknown; expected one of "
-            f"{', '.join(_SCORE_CONVERTERS)}: run `odtrt export` again"
+            f"{', '.join(SCORE_CONVERTERS)}: run `odtrt export` again"
         )
-    if not 1 <= nms.max_total_detections <= _MOST_DETECTIONS:
+    if not 1 <= nms.max_total_detections <= MOST_DETECTIONS:
         raise InputError(
-            f"max_total_detections is {nms.max_total_detections}, the plugin gives 1 to {_MOST_DETECTIONS}; "
+            f"max_total_detections is {nms.max_total_detections}, the plugin gives 1 to {MOST_DETECTIONS}; "
             "lower it in the pipeline.config and run `odtrt export` again"
         )
     return {
         "background_column": int(spec.heads.background_column),
-        "score_converter": _SCORE_CONVERTERS.index(spec.scores.converter),
+        "score_converter": SCORE_CONVERTERS[spec.scores.converter],
         "logit_factor": float(np.float32(1.0 / spec.scores.logit_scale)),
         "box_scales": [coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale],
         "score_threshold": nms.score_threshold,
@@ -502,22 +502,6 @@ def _load_heads(path: Path, spec: DetectorSpec) -> onnx.ModelProto:
             "run `odtrt convert` again"
         )
     return model
-
-
-def _load_anchors(path: Path, spec: DetectorSpec) -> np.ndarray:
-    try:
-        anchors = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"{path}: not a numpy array ({one_line(error)}); run `odtrt export` again"
-        ) from error
-    expected = (spec.heads.num_anchors, 4)
-    if anchors.shape != expected or anchors.dtype != np.float32:
-        raise InputError(
-            f"{path}: {anchors.dtype} {list(anchors.shape)}, expected float32 {list(expected)}; "
-            "run `odtrt export` again"
-        )
-    return np.asarray(anchors)
 
 
 def _require_valid(name: Path, model: onnx.ModelProto) -> None:

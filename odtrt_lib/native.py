@@ -31,7 +31,7 @@ ENVIRONMENT_VARIABLE = "ODTRT_LIBRARY"
 
 _OK, _INVALID_ARGUMENT, _NO_CUDA = 0, -1, -3
 _DTYPES: Dict[np.dtype, int] = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
-_SCORE_CONVERTERS = {"sigmoid": 0, "softmax": 1, "identity": 2}
+SCORE_CONVERTERS = {"sigmoid": 0, "softmax": 1, "identity": 2}
 
 
 class NativeError(OdtrtError):
@@ -198,7 +198,7 @@ def can_postprocess(spec: DetectorSpec) -> bool:
         1 <= nms.max_total_detections <= MOST_DETECTIONS
         and nms.max_detections_per_class >= 1
         and 1 <= heads.num_anchors * heads.num_columns < 2**31
-        and spec.scores.converter in _SCORE_CONVERTERS
+        and spec.scores.converter in SCORE_CONVERTERS
     )
 
 
@@ -209,7 +209,7 @@ def postprocess_params(spec: DetectorSpec) -> PostprocessParams:
         num_anchors=spec.heads.num_anchors,
         num_columns=spec.heads.num_columns,
         background_column=spec.heads.background_column,
-        score_converter=_SCORE_CONVERTERS[spec.scores.converter],
+        score_converter=SCORE_CONVERTERS[spec.scores.converter],
         logit_factor=1.0 / spec.scores.logit_scale,
         box_scales=(coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale),
         score_threshold=spec.nms.score_threshold,

@@ -44,16 +44,20 @@ from odtrt_lib.results import write_results
 from odtrt_lib.spec import BoxCoder, NmsSpec, load_spec
 
 CALLS, REPLAYS = 20, 200
-SIZES = {
-    "SSD 300": 1917,
-    "FPNLite 320": 12804,
-    "FPNLite 640": 51150,
-    "D0 512": 49104,
-    "D1 640": 76725,
-    "1024": 196416,
-}
+SIZES = (1917, 12804, 51150, 49104, 76725, 196416)
+SIZES_OF_PEER = (1917, 49104, 196416)
 THRESHOLDS = (0.3, 0.05, 1e-8)
 OBJECTS = (8, 30)  # a usual picture, and a crowd
+KEYS_OF_CASE = (
+    "what",
+    "source",
+    "model",
+    "anchors",
+    "classes",
+    "score_threshold",
+    "batch",
+    "dtype",
+)
 
 
 @functools.lru_cache(maxsize=1)
@@ -122,15 +126,20 @@ def device_times(calls: list[Callable[[], None]], replays: int = REPLAYS) -> dic
 def _elapsed(run: Callable[[], Any], replays: int, held_up: bool) -> list[float]:
     times: list[float] = []
     while len(times) < replays + 3 and (len(times) < 23 or sum(times) * CALLS < 400_000):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if held_up:
             torch.cuda._sleep(2_000_000)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / CALLS)
+        times.append(_microseconds(run) / CALLS)
     return times[3:]
+
+
+def _microseconds(run: Callable[[], Any]) -> float:
+    """Between two events on the stream, one before and one after what ``run`` enqueues."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1000
 
 
 def _round(value: float) -> float:
@@ -141,15 +150,8 @@ def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a copy of 2 GiB on the device."""
     source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    times = []
-    for _ in range(12):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return 2 * source.numel() / float(np.median(times[2:]))
+    times = [_microseconds(lambda: target.copy_(source)) for _ in range(12)]
+    return 2 * source.numel() / (float(np.median(times[2:])) / 1e6)
 
 
 def torch_postprocess(case: nms_cases.Case) -> Callable[[], Any]:
@@ -174,16 +176,11 @@ def torch_postprocess(case: nms_cases.Case) -> Callable[[], Any]:
 
 
 def wall_times(run: Callable[[], Any], repeats: int = 50) -> dict[str, float]:
-    """Microseconds by the host's clock around synchronisation: for code that itself waits for the device."""
+    """Microseconds of one call at a time, its waiting included: for code that itself waits for the device."""
     times = []
     for _ in range(repeats + 5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000)
+        times.append(_microseconds(run))
     return {"p50_us": _round(np.percentile(times[5:], 50)), "p99_us": _round(np.percentile(times[5:], 99))}
 
 
@@ -192,6 +189,7 @@ def postprocess_row(case: nms_cases.Case, source: str, bandwidth: float, replays
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     copies = max(1, min(CALLS, -(-2 * cache // logits_bytes)))
     warm = [test_gpu.GpuPostprocess(case)]
+    warm[0].enqueue()
     cold = warm + [test_gpu.GpuPostprocess(case) for _ in range(copies - 1)]
     row = {
         "what": "postprocess",
@@ -202,7 +200,7 @@ def postprocess_row(case: nms_cases.Case, source: str, bandwidth: float, replays
         "score_threshold": case.spec.nms.score_threshold,
         "batch": len(case.class_logits),
         "dtype": case.class_logits.dtype.name,
-        "detections": int(warm[0].result().num_detections[0]) if warm[0].enqueue() is None else -1,
+        "detections": int(warm[0].result().num_detections[0]),
         "implementation": "odtrt",
         **{f"warm_{key}": value for key, value in device_times([c.enqueue for c in warm], replays).items()},
         **device_times([c.enqueue for c in cold], replays),
@@ -211,6 +209,15 @@ def postprocess_row(case: nms_cases.Case, source: str, bandwidth: float, replays
     }
     print(row, flush=True)
     return row
+
+
+def has_peer(case: nms_cases.Case) -> bool:
+    """Whether :func:`torch_postprocess` can do this case and it is one of those that are worth the time."""
+    heads = case.spec.heads
+    is_plain = case.spec.scores.converter == "sigmoid" and not heads.background_column
+    is_one_image = case.class_logits.dtype == np.float32 and len(case.class_logits) == 1
+    is_chosen = heads.num_anchors in SIZES_OF_PEER and case.spec.nms.score_threshold != 0.3
+    return is_plain and is_one_image and is_chosen
 
 
 def nms_row(count: int, replays: int) -> list[dict[str, Any]]:
@@ -298,7 +305,7 @@ def main() -> None:
     for count in (500, 1000, 2000, 4000, 8000):
         rows += nms_row(count, replays)
     cases: list[tuple[Callable[..., nms_cases.Case], tuple[Any, ...], str]] = []
-    for anchors in SIZES.values():
+    for anchors in SIZES:
         for batch in (1, 8) if anchors < 80_000 else (1,):
             for objects in OBJECTS:
                 for threshold in THRESHOLDS:
@@ -314,32 +321,15 @@ def main() -> None:
     for make, arguments_of_case, source in cases:
         case = make(*arguments_of_case)
         rows.append(postprocess_row(case, source, bandwidth, replays))
-        if case.class_logits.dtype == np.float32 and len(case.class_logits) == 1 and not options.quick:
-            if case.spec.heads.num_anchors not in (1917, 49104, 196416):
-                continue
-            plain = case.spec.scores.converter == "sigmoid" and not case.spec.heads.background_column
-            if plain and case.spec.nms.score_threshold != 0.3:
-                shared = {
-                    key: rows[-1][key]
-                    for key in (
-                        "what",
-                        "source",
-                        "model",
-                        "anchors",
-                        "classes",
-                        "score_threshold",
-                        "batch",
-                        "dtype",
-                    )
+        if has_peer(case) and not options.quick:
+            rows.append(
+                {
+                    **{key: rows[-1][key] for key in KEYS_OF_CASE},
+                    "implementation": "PyTorch, torchvision.ops.batched_nms",
+                    **wall_times(torch_postprocess(case)),
                 }
-                rows.append(
-                    {
-                        **shared,
-                        "implementation": "PyTorch, torchvision.ops.batched_nms",
-                        **wall_times(torch_postprocess(case)),
-                    }
-                )
-                print(rows[-1], flush=True)
+            )
+            print(rows[-1], flush=True)
     rows += preprocess_rows(replays)
     name = torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
     output = options.output or str(ROOT / "results" / f"nms.{name}.json")

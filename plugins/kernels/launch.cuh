@@ -14,6 +14,13 @@
 
 namespace odtrt {
 
+// The next `size` bytes of a workspace, aligned for any type.
+__host__ __device__ inline char *take(char *&next, size_t size) {
+  char *taken = next;
+  next += (size + 255) & ~size_t{255};
+  return taken;
+}
+
 struct Device {
   int multiprocessors;
   bool overlaps_launches;  // compute capability 9.0 and newer: programmatic dependent launch

@@ -25,24 +25,17 @@ struct Workspace {
   size_t size;
 };
 
-size_t aligned(size_t size) { return (size + 255) & ~size_t{255}; }
-
 Workspace divide_workspace(const odtrt_nms_params &params, void *memory) {
   char *next = static_cast<char *>(memory);
   const size_t n = static_cast<size_t>(params.num_boxes);
-  auto take = [&next](size_t size) {
-    char *taken = next;
-    next += aligned(size);
-    return static_cast<void *>(taken);
-  };
   Workspace space{};
-  space.counts = static_cast<Counts *>(take(sizeof(Counts)));
-  space.mask = static_cast<uint64_t *>(take(sizeof(uint64_t) * kMaxCandidates * kMaxChunks));
-  space.dead = static_cast<uint64_t *>(take(sizeof(uint64_t) * kMaxChunks));
-  space.boxes = static_cast<Box *>(take(sizeof(Box) * n));
-  space.groups = static_cast<int32_t *>(take(sizeof(int32_t) * n));
-  space.indices = static_cast<int32_t *>(take(sizeof(int32_t) * n));
-  space.kept_ranks = static_cast<int32_t *>(take(sizeof(int32_t) * n));
+  space.counts = reinterpret_cast<Counts *>(take(next, sizeof(Counts)));
+  space.mask = reinterpret_cast<uint64_t *>(take(next, sizeof(uint64_t) * kMaxCandidates * kMaxChunks));
+  space.dead = reinterpret_cast<uint64_t *>(take(next, sizeof(uint64_t) * kMaxChunks));
+  space.boxes = reinterpret_cast<Box *>(take(next, sizeof(Box) * n));
+  space.groups = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * n));
+  space.indices = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * n));
+  space.kept_ranks = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * n));
   space.size = static_cast<size_t>(next - static_cast<char *>(memory));
   return space;
 }
@@ -192,8 +185,7 @@ size_t odtrt_nms_workspace(const odtrt_nms_params *params) {
 odtrt_status odtrt_nms_cuda(const odtrt_nms_params *params, const float *boxes, const float *scores,
                             const int32_t *classes, int32_t *kept, int32_t *num_kept, void *workspace,
                             size_t workspace_size, void *stream) {
-  if (!is_valid(params) || kept == nullptr || num_kept == nullptr || workspace == nullptr ||
-      (params->num_boxes > 0 && (boxes == nullptr || scores == nullptr))) {
+  if (!is_valid(params) || !is_valid_nms_data(*params, boxes, scores, kept, num_kept) || workspace == nullptr) {
     return ODTRT_INVALID_ARGUMENT;
   }
   const Workspace space = divide_workspace(*params, workspace);

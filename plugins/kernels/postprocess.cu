@@ -72,12 +72,6 @@ struct Call {
   int32_t counts_pairs;  // the histogram is of all candidates; else of each anchor's best
 };
 
-ODTRT_HD char *take(char *&next, size_t size) {
-  char *taken = next;
-  next += (size + 255) & ~size_t{255};
-  return taken;
-}
-
 // Returns the bytes that an image takes.
 ODTRT_HD size_t lay_out(const Call &call, char *memory, Workspace *space) {
   char *next = memory;
