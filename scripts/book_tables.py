@@ -91,9 +91,10 @@ TABLES = {
         "agreement.cpu.json",
         (
             Column("model", "model"),
-            Column("compared with", "reference"),
+            Column("detections of", "reference"),
+            Column("looked for in those of", "compared"),
             Column("images", "images"),
-            Column("its detections", "references", ","),
+            Column("how many", "references", ","),
             Column("found again", "matched", ","),
             Column("found again, IoU above 0.5", "matched_at_iou_half", ","),
             Column("extra", "extra"),
