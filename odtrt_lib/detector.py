@@ -125,8 +125,8 @@ def load_anchors(path: Path, spec: DetectorSpec) -> np.ndarray:
     expected = (spec.heads.num_anchors, 4)
     if anchors.shape != expected or anchors.dtype != np.float32:
         raise InputError(
-            f"{path}: {anchors.dtype} {list(anchors.shape)}, expected float32 {list(expected)}; "
-            "run `odtrt export` again"
+            f"{path}: {anchors.dtype} {list(anchors.shape)}, expected float32 {list(expected)} "
+            "as spec.json says; run `odtrt export` again"
         )
     return anchors
 
