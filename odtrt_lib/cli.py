@@ -233,8 +233,9 @@ def run(
 
     **Reads** a model as the Object Detection API leaves it.
 
-    **Writes** a model folder: spec.json, frozen.pb, heads.onnx, plans/, detections.json and report.html.
-    Without TensorRT the build is left out, and the rest goes on.
+    **Writes** a model folder: spec.json, frozen.pb, heads.onnx, plans/, detections.json and report.html;
+    for the shipped parts also scenes/, pictures to try the detector on. Without TensorRT the build is left
+    out, and the rest goes on.
 
     **Example:** `odtrt run models/parts`, or `odtrt run my_model --image street.jpg --precision fp16`
     """
@@ -268,6 +269,8 @@ def run(
     detections: List[Detections] = []
     scenes = named or _demonstration_scenes(folder)
     if scenes:
+        if not named:
+            _keep_scenes(folder, scenes)
         with _progress("detect"):
             results["detect"], pictures, detections = _look_at(folder, scenes)
         _say_done("detect", results["detect"])
@@ -277,6 +280,8 @@ def run(
     page = write_report(folder, pictures, detections=detections, skipped=skipped)
     _print_stages(folder, results)
     _out().print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
+    if scenes and not named:
+        _say_next(f"odtrt detect {folder} {folder / 'scenes' / '*.png'}")
 
 
 @app.command()
@@ -606,6 +611,17 @@ def _demonstration_scenes(folder: Path) -> List[_Scene]:
             _Scene(f"scene {seed}", scene.image, hashlib.sha256(scene.image.tobytes()).hexdigest(), truth)
         )
     return scenes
+
+
+def _keep_scenes(folder: Path, scenes: Sequence[_Scene]) -> None:
+    """Writes the rendered scenes as ``scenes/*.png``, pixel for pixel."""
+    from PIL import Image
+
+    from odtrt_lib.folder import atomic_write
+
+    for scene in scenes:
+        with atomic_write(folder / "scenes" / f"{scene.title.replace(' ', '_')}.png") as temporary:
+            Image.fromarray(scene.image).save(temporary, "PNG")
 
 
 def _look_at(

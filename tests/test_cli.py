@@ -21,6 +21,7 @@ from odtrt_lib import cli, convert, datasets, detector, doctor, engine, export, 
 from odtrt_lib.detector import Detections
 from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependencyError, UnsupportedError
 from odtrt_lib.folder import StageResult, last_record, write_record
+from odtrt_lib.preprocess import load_image
 
 SPEC = spec.DetectorSpec(
     name="parts",
@@ -203,6 +204,9 @@ class TestRun:
         checks = last_record("out/parts", "detect")["checks"]
         assert checks["objects_in_the_pictures"] == 8
         assert checks["objects_found_with_iou_above_0.5"] == 4, "the second object is missed each time"
+        kept = sorted(Path("out/parts/scenes").glob("*.png"))
+        assert len(kept) == 4, "pictures to try `odtrt detect` on"
+        assert all((load_image(path) == scene.image).all() for path in kept)
 
     def test_a_missing_picture_is_noticed_before_the_work(self, capsys, stages):
         status, _, err = odtrt(capsys, "run", "my_model", "--image", "nowhere.jpg")
