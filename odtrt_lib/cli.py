@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import traceback
 from enum import Enum
 from pathlib import Path
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from odtrt_lib.folder import StageResult
 
 _OUT = Path("out")
-_DEMONSTRATION_SCENES = 4
 _MIN_SCORE = 0.3
 _JPEG_QUALITY = 92
 _PYTHON_OF_TENSORFLOW = (3, 10)
@@ -149,7 +147,7 @@ ImageOption = typer.Option(
     "--image",
     metavar="FILE",
     help="A picture to detect on; can be given several times. Default: for a model of the shipped parts, "
-    f"{_DEMONSTRATION_SCENES} scenes that it was not trained on.",
+    "scenes that it was not trained on.",
     show_default=False,
 )
 BatchOption = typer.Option(
@@ -241,11 +239,12 @@ def run(
     """
     _require_python_of_tensorflow()
     from odtrt_lib import convert as convert_stage
-    from odtrt_lib import engine
+    from odtrt_lib import demonstration, engine
     from odtrt_lib import export as export_stage
+    from odtrt_lib.plots import draw_detections
     from odtrt_lib.report import write_report
 
-    named = _read_pictures(image)  # one that cannot be read is said now, not after the stages
+    named = demonstration.read_pictures(image)  # one that cannot be read is said now, not after the stages
     folder = output or _OUT / _model_name(model)
     size = _parse_size(input_size)
     results: Dict[str, StageResult] = {}
@@ -265,23 +264,25 @@ def run(
     except MissingDependencyError as error:
         skipped["engine"] = str(error)
         _say_skipped("engine", skipped["engine"])
-    pictures: List[Tuple[str, np.ndarray]] = []
+    drawn: List[Tuple[str, np.ndarray]] = []
     detections: List[Detections] = []
-    scenes = named or _demonstration_scenes(folder)
-    if scenes:
-        if not named:
-            _keep_scenes(folder, scenes)
+    pictures = named or demonstration.unseen_scenes(folder)
+    if pictures:
         with _progress("detect"):
-            results["detect"], pictures, detections = _look_at(folder, scenes)
+            results["detect"], detections = demonstration.look_at(folder, pictures)
         _say_done("detect", results["detect"])
+        drawn = [
+            (picture.title, draw_detections(picture.image, found, demonstration.MIN_SCORE))
+            for picture, found in zip(pictures, detections)
+        ]
     else:
         skipped["detect"] = "no picture to look at; name one: `--image FILE`"
         _say_skipped("detect", skipped["detect"])
-    page = write_report(folder, pictures, detections=detections, skipped=skipped)
+    page = write_report(folder, drawn, detections=detections, skipped=skipped)
     _print_stages(folder, results)
     _out().print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
-    if scenes and not named:
-        _say_next(f"odtrt detect {folder} {folder / 'scenes' / '*.png'}")
+    if pictures and not named:
+        _say_next(f"odtrt detect {folder} {demonstration.keep(folder, pictures) / '*.png'}")
 
 
 @app.command()
@@ -397,6 +398,7 @@ def detect(
 
     **Example:** `odtrt detect out/parts scene.jpg --min-score 0.5 --json found.json`
     """
+    from odtrt_lib.demonstration import as_rows, confident
     from odtrt_lib.detector import Detector
     from odtrt_lib.plots import draw_detections
     from odtrt_lib.preprocess import load_image
@@ -410,9 +412,9 @@ def detect(
         detector = Detector.open(folder)
         for path, target in _targets(images, output):
             image = load_image(path)
-            detections = _confident(detector.detect(image), min_score)
+            detections = confident(detector.detect(image), min_score)
             _write_jpeg(target, draw_detections(image, detections, min_score))
-            found += _rows(str(path), detections)
+            found += as_rows(str(path), detections)
             _add_to_table(table, path.name, detections)
             advance()
     if json_file is not None:
@@ -562,133 +564,6 @@ _METRICS = {
     "ar_medium": "recall, medium objects",
     "ar_large": "recall, large objects",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scene:
-    """A picture to look at. sha256: of its file or, if it was rendered, of its pixels.
-
-    truth: what is in it, in COCO's results form, where that is known.
-    """
-
-    title: str
-    image: np.ndarray
-    sha256: str
-    truth: Optional[List[Dict[str, Any]]]
-
-
-def _read_pictures(paths: Sequence[Path]) -> List[_Scene]:
-    from odtrt_lib import folder as folders
-    from odtrt_lib.preprocess import load_image
-
-    for path in paths:
-        _require_file(path)
-    return [_Scene(path.name, load_image(path), folders.sha256(path), None) for path in paths]
-
-
-def _demonstration_scenes(folder: Path) -> List[_Scene]:
-    """For a model of the shipped parts, scenes that it was not trained on."""
-    from odtrt_lib import datasets
-    from odtrt_lib.spec import load_spec
-
-    if tuple(label.name for label in load_spec(folder / "spec.json").labels) != datasets.PARTS_CLASSES:
-        return []
-    import hashlib
-
-    scenes = []
-    for seed in datasets.TEST_SEEDS[:_DEMONSTRATION_SCENES]:
-        scene = datasets.render_scene(seed)
-        truth = [
-            {
-                "image_id": seed,
-                "category_id": int(scene.class_ids[i]),
-                "bbox": [xmin, ymin, xmax - xmin, ymax - ymin],
-                "score": 1.0,
-            }
-            for i, (ymin, xmin, ymax, xmax) in enumerate(scene.boxes.tolist())
-        ]
-        scenes.append(
-            _Scene(f"scene {seed}", scene.image, hashlib.sha256(scene.image.tobytes()).hexdigest(), truth)
-        )
-    return scenes
-
-
-def _keep_scenes(folder: Path, scenes: Sequence[_Scene]) -> None:
-    """Writes the rendered scenes as ``scenes/*.png``, pixel for pixel."""
-    from PIL import Image
-
-    from odtrt_lib.folder import atomic_write
-
-    for scene in scenes:
-        with atomic_write(folder / "scenes" / f"{scene.title.replace(' ', '_')}.png") as temporary:
-            Image.fromarray(scene.image).save(temporary, "PNG")
-
-
-def _look_at(
-    folder: Path, scenes: Sequence[_Scene]
-) -> Tuple[StageResult, List[Tuple[str, np.ndarray]], List[Detections]]:
-    """Detects on the scenes, writes detections.json and the record; returns what the report shows."""
-    import resource
-
-    from odtrt_lib import folder as folders
-    from odtrt_lib.detector import Detector
-    from odtrt_lib.evaluate import agreement, coco_results
-    from odtrt_lib.plots import draw_detections
-    from odtrt_lib.results import versions
-
-    started = time.perf_counter()
-    detector = Detector.open(folder)
-    detections = [_confident(detector.detect(scene.image), _MIN_SCORE) for scene in scenes]
-    rows = [row for i, scene in enumerate(scenes) for row in _rows(scene.title, detections[i])]
-    checks: Dict[str, Any] = {"pictures": len(scenes), "detections": len(rows)}
-    if all(scene.truth is not None for scene in scenes):
-        truth = [{**row, "image_id": i} for i, scene in enumerate(scenes) for row in scene.truth or ()]
-        found = [row for i, each in enumerate(detections) for row in coco_results(i, each)]
-        matches = agreement(truth, found, score_threshold=_MIN_SCORE, iou=0.5, score_tolerance=1.0)
-        checks["objects_in_the_pictures"] = len(truth)
-        checks["objects_found_with_iou_above_0.5"] = matches.matched
-    _write_json(folder / "detections.json", rows)
-    record = folders.write_record(
-        folder,
-        "detect",
-        inputs={
-            **{name: folders.sha256(folder / name) for name in ("heads.onnx", "anchors.npy", "spec.json")},
-            **{scene.title: scene.sha256 for scene in scenes},
-        },
-        settings={"backend": detector.backend.name, "min_score": _MIN_SCORE},
-        outputs=["detections.json"],
-        versions=versions("numpy", "onnxruntime"),
-        seconds=time.perf_counter() - started,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        checks=checks,
-    )
-    pictures = [(s.title, draw_detections(s.image, detections[i], _MIN_SCORE)) for i, s in enumerate(scenes)]
-    return folders.StageResult(record, False), pictures, detections
-
-
-def _confident(detections: Detections, min_score: float) -> Detections:
-    """The detections with at least ``min_score``; they come best first."""
-    count = int((detections.scores >= min_score).sum())
-    return dataclasses.replace(
-        detections,
-        boxes=detections.boxes[:count],
-        scores=detections.scores[:count],
-        class_ids=detections.class_ids[:count],
-        names=detections.names[:count],
-    )
-
-
-def _rows(picture: str, detections: Detections) -> List[Dict[str, Any]]:
-    return [
-        {
-            "image": picture,
-            "class_id": int(detections.class_ids[i]),
-            "name": name,
-            "score": round(float(detections.scores[i]), 6),
-            "box": [round(float(side), 3) for side in detections.boxes[i]],
-        }
-        for i, name in enumerate(detections.names)
-    ]
 
 
 def _add_to_table(table: Table, picture: str, detections: Detections) -> None:

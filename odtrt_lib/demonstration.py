@@ -1,0 +1,144 @@
+"""The last step of ``odtrt run``: the detector looks at pictures, and the record says what it found.
+
+Pictures are the user's, or, for a model of the shipped parts, rendered scenes that it was not trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from odtrt_lib import folder as folders
+from odtrt_lib.detector import Detections, Detector
+from odtrt_lib.errors import InputError
+from odtrt_lib.evaluate import agreement, coco_results
+from odtrt_lib.spec import load_spec
+
+MIN_SCORE = 0.3
+_SCENES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """image: RGB, uint8 [height, width, 3]. sha256: of its file or, if it was rendered, of its pixels.
+
+    truth: what is in it, in COCO's results form, where that is known.
+    """
+
+    title: str
+    image: np.ndarray
+    sha256: str
+    truth: Optional[List[Dict[str, Any]]]
+
+
+def read_pictures(paths: Sequence[Path]) -> List[Picture]:
+    """The pictures in these files. Raises InputError where one is missing or damaged."""
+    from odtrt_lib.preprocess import load_image
+
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: not found; expected a picture")
+    return [Picture(path.name, load_image(path), folders.sha256(path), None) for path in paths]
+
+
+def unseen_scenes(folder: Path) -> List[Picture]:
+    """Scenes that the shipped detector was not trained on; none if the model finds other classes."""
+    from odtrt_lib import datasets
+
+    if tuple(label.name for label in load_spec(folder / "spec.json").labels) != datasets.PARTS_CLASSES:
+        return []
+    scenes = []
+    for seed in datasets.TEST_SEEDS[:_SCENES]:
+        scene = datasets.render_scene(seed)
+        truth = [
+            {
+                "image_id": seed,
+                "category_id": int(scene.class_ids[i]),
+                "bbox": [xmin, ymin, xmax - xmin, ymax - ymin],
+                "score": 1.0,
+            }
+            for i, (ymin, xmin, ymax, xmax) in enumerate(scene.boxes.tolist())
+        ]
+        digest = hashlib.sha256(scene.image.tobytes()).hexdigest()
+        scenes.append(Picture(f"scene {seed}", scene.image, digest, truth))
+    return scenes
+
+
+def keep(folder: Path, scenes: Sequence[Picture]) -> Path:
+    """Writes scenes to ``folder/scenes/*.png``, pixel for pixel, and returns that folder."""
+    from PIL import Image
+
+    for scene in scenes:
+        with folders.atomic_write(folder / "scenes" / f"{scene.title.replace(' ', '_')}.png") as temporary:
+            Image.fromarray(scene.image).save(temporary, "PNG")
+    return folder / "scenes"
+
+
+def look_at(folder: Path, pictures: Sequence[Picture]) -> Tuple[folders.StageResult, List[Detections]]:
+    """Detects on the pictures; writes ``detections.json`` and the record ``detect``.
+
+    Detections below :data:`MIN_SCORE` are left out.
+    """
+    from odtrt_lib.results import versions
+
+    started = time.perf_counter()
+    detector = Detector.open(folder)
+    detections = [confident(detector.detect(picture.image), MIN_SCORE) for picture in pictures]
+    rows = [row for i, picture in enumerate(pictures) for row in as_rows(picture.title, detections[i])]
+    checks: Dict[str, Any] = {"pictures": len(pictures), "detections": len(rows)}
+    if all(picture.truth is not None for picture in pictures):
+        truth = [{**row, "image_id": i} for i, picture in enumerate(pictures) for row in picture.truth or ()]
+        found = [row for i, each in enumerate(detections) for row in coco_results(i, each)]
+        matches = agreement(truth, found, score_threshold=MIN_SCORE, iou=0.5, score_tolerance=1.0)
+        checks["objects_in_the_pictures"] = len(truth)
+        checks["objects_found_with_iou_above_0.5"] = matches.matched
+    with folders.atomic_write(folder / "detections.json") as temporary:
+        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    record = folders.write_record(
+        folder,
+        "detect",
+        inputs={
+            **{name: folders.sha256(folder / name) for name in ("heads.onnx", "anchors.npy", "spec.json")},
+            **{picture.title: picture.sha256 for picture in pictures},
+        },
+        settings={"backend": detector.backend.name, "min_score": MIN_SCORE},
+        outputs=["detections.json"],
+        versions=versions("numpy", "onnxruntime"),
+        seconds=time.perf_counter() - started,
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        checks=checks,
+    )
+    return folders.StageResult(record, False), detections
+
+
+def confident(detections: Detections, min_score: float) -> Detections:
+    """The detections with at least ``min_score``; they come best first."""
+    count = int((detections.scores >= min_score).sum())
+    return dataclasses.replace(
+        detections,
+        boxes=detections.boxes[:count],
+        scores=detections.scores[:count],
+        class_ids=detections.class_ids[:count],
+        names=detections.names[:count],
+    )
+
+
+def as_rows(picture: str, detections: Detections) -> List[Dict[str, Any]]:
+    """The detections of a picture for a JSON file; boxes are [ymin, xmin, ymax, xmax] in its pixels."""
+    return [
+        {
+            "image": picture,
+            "class_id": int(detections.class_ids[i]),
+            "name": name,
+            "score": round(float(detections.scores[i]), 6),
+            "box": [round(float(side), 3) for side in detections.boxes[i]],
+        }
+        for i, name in enumerate(detections.names)
+    ]
