@@ -1,0 +1,134 @@
+"""Which TensorRT a Jetson has, and what that TensorRT offers: the facts behind chapters 3 to 6, as data.
+
+A Jetson's TensorRT comes with its JetPack and is not exchanged alone, so the release decides which plugin
+interface, which way to half precision and which way to INT8 there is. Nothing here was run on a board by us:
+:data:`JETPACKS` says for each row who states it, and ``tests/test_boards.py`` compares :data:`TENSORRT` with
+the names that NVIDIA's own Python bindings have (``results/tensorrt_names.json``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Optional, Tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class JetPack:
+    """A JetPack release.
+
+    l4t: the releases of Jetson Linux that belong to it, as ``/etc/nv_tegra_release`` names them. python: the
+    system's. is_vendor_stated: whether NVIDIA's own pages state the TensorRT version, or only third parties.
+    """
+
+    release: str
+    l4t: Tuple[str, ...]
+    boards: str
+    tensorrt: str
+    cuda: str
+    python: str
+    is_vendor_stated: bool
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRTLine:
+    """What one line of TensorRT releases offers to odtrt.
+
+    since: the first release of the line. plugin: the interface that ``OdtrtDetect`` has there.
+    half_precision, int8: who makes them. is_supported: whether odtrt builds engines there.
+    """
+
+    name: str
+    since: Tuple[int, int]
+    plugin: str
+    half_precision: str
+    int8: str
+    has_version_compatible: bool
+    has_hardware_compatible: bool
+    has_progress: bool
+    is_supported: bool
+
+
+JETPACKS: Tuple[JetPack, ...] = (
+    JetPack("4.6", ("R32.6.1",), "Nano, TX1, TX2, Xavier", "8.0.1", "10.2", "3.6", True, "JetPack archive"),
+    JetPack(
+        "4.6.1 to 4.6.4",
+        ("R32.7.1", "R32.7.2", "R32.7.3", "R32.7.4"),
+        "Nano, TX1, TX2, Xavier",
+        "8.2.1",
+        "10.2",
+        "3.6",
+        True,
+        "JetPack archive",
+    ),
+    JetPack("5.0.2", ("R35.1.0",), "Xavier, Orin", "8.4.1", "11.4", "3.8", True, "JetPack archive"),
+    JetPack(
+        "5.1 to 5.1.2",
+        ("R35.2.1", "R35.3.1", "R35.4.1"),
+        "Xavier, Orin",
+        "8.5.2",
+        "11.4",
+        "3.8",
+        True,
+        "JetPack archive",
+    ),
+    JetPack(
+        "6.0", ("R36.3.0",), "Orin", "8.6.2", "12.2", "3.10", False, "package names in jetson-containers"
+    ),
+    JetPack("6.1", ("R36.4.0",), "Orin", "10.3", "12.6", "3.10", True, "Torch-TensorRT's page on JetPack"),
+    JetPack(
+        "6.2, 6.2.1",
+        ("R36.4.3", "R36.4.4"),
+        "Orin",
+        "10.3",
+        "12.6",
+        "3.10",
+        True,
+        "Torch-TensorRT's page on JetPack",
+    ),
+    JetPack(
+        "7.0, 7.1",
+        ("R38.2.0", "R38.2.1", "R38.4.0"),
+        "Thor",
+        "10.13",
+        "13.0",
+        "3.12",
+        False,
+        "not seen on a page of NVIDIA's",
+    ),
+    JetPack("7.2", ("R39.2.0",), "Orin, Thor", "10.16", "13.2", "3.12", False, "public build logs"),
+)
+"""JetPack releases, oldest first. A release that is not here may exist: ask the board, not this table."""
+
+TENSORRT: Tuple[TensorRTLine, ...] = (
+    TensorRTLine("8.0 to 8.4", (8, 0), "none", "none", "none", False, False, False, False),
+    TensorRTLine(
+        "8.5", (8, 5), "IPluginV2DynamicExt", "builder flag", "calibrator or Q/DQ", False, False, False, True
+    ),
+    TensorRTLine(
+        "8.6, 9", (8, 6), "IPluginV2DynamicExt", "builder flag", "calibrator or Q/DQ", True, True, False, True
+    ),
+    TensorRTLine(
+        "10", (10, 0), "IPluginV3", "builder flag or ONNX", "calibrator or Q/DQ", True, True, True, True
+    ),
+    TensorRTLine("11", (11, 0), "IPluginV3", "ONNX", "Q/DQ", True, True, True, True),
+)
+"""Lines of TensorRT releases, oldest first, as far as they differ for odtrt."""
+
+
+def jetpack(l4t: str) -> Optional[JetPack]:
+    """The JetPack of a Jetson Linux release such as ``R36.4.3``; None for one that :data:`JETPACKS` lacks."""
+    return next((one for one in JETPACKS if l4t in one.l4t), None)
+
+
+def tensorrt_line(version: str) -> TensorRTLine:
+    """The line that a TensorRT version such as ``10.3.0`` belongs to.
+
+    Raises ValueError where ``version`` is not one, or older than the oldest line.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    lines = [line for line in TENSORRT if found and line.since <= (int(found[1]), int(found[2]))]
+    if not lines:
+        raise ValueError(f"{version!r}: expected a TensorRT version from {TENSORRT[0].name} on")
+    return lines[-1]
