@@ -18,7 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
+from odtrt_lib.boards import jetpack, tensorrt_line
 from odtrt_lib.errors import OdtrtError
+from odtrt_lib.passport import this_machine
 from odtrt_lib.results import device_info
 
 _INSTALL = "pip install -e '.[{}]'"
@@ -174,7 +176,17 @@ def machine() -> Dict[str, str]:
     found["Native library"] = native_library()
     if "l4t" in info:
         found["Jetson"] = f"{info.get('board', 'board unknown')}, L4T {info['l4t']}"
+        found["JetPack"] = _jetpack(this_machine().l4t)
     return found
+
+
+def _jetpack(l4t: Optional[str]) -> str:
+    known = jetpack(l4t) if l4t else None
+    if known is None:
+        return "not in odtrt's table; `apt show nvidia-jetpack` says which"
+    line = tensorrt_line(known.tensorrt)
+    works = "" if line.is_supported else ", too old for odtrt"
+    return f"{known.release}, which has TensorRT {known.tensorrt} and Python {known.python}{works}"
 
 
 def _examine(package: Package) -> Finding:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -44,9 +46,10 @@ def sha256(path: Union[str, Path]) -> str:
 def staging(folder: Union[str, Path]) -> Iterator[Path]:
     """A temporary folder inside ``folder``; its files move into ``folder`` when the block ends well.
 
-    Any exception, Ctrl-C included, removes what was written, and ``folder`` itself if this call made it.
-    What an earlier process that was killed left behind is removed at the start. Raises InputError where
-    ``folder`` cannot be written or the disk is full.
+    Each file is on the disk before it gets its name; the files appear one after the other. Any exception,
+    Ctrl-C included, removes what was written, and ``folder`` itself if this call made it. What an earlier
+    process that was killed left behind is removed at the start. Raises InputError where ``folder`` cannot be
+    written or the disk is full.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -55,11 +58,17 @@ def staging(folder: Union[str, Path]) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_orphans(folder)
         temporary = Path(tempfile.mkdtemp(prefix=f".staging-{os.getpid()}-", dir=str(folder)))
-        yield temporary
-        for source in sorted(path for path in temporary.rglob("*") if path.is_file()):
-            target = folder / source.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source, target)
+        with exclusive(temporary):
+            yield temporary
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            for source in files:
+                sync(source)
+            targets = [folder / source.relative_to(temporary) for source in files]
+            for source, target in zip(files, targets):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+            for parent in {target.parent for target in targets}:
+                sync(parent)
         made = []
     except OSError as error:
         raise cannot_write(folder, error) from error
@@ -73,18 +82,58 @@ def staging(folder: Union[str, Path]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_write(path: Union[str, Path]) -> Iterator[Path]:
-    """A temporary path beside ``path`` that becomes ``path`` when the block ends well, else vanishes."""
+    """A temporary path beside ``path`` that becomes ``path`` when the block ends well, else vanishes.
+
+    The bytes are on the disk before they get their name, so that a power cut leaves the old file or the new
+    one. What an earlier process that was killed left behind is removed.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if not _is_alive(orphan.name.split(".")[-2]):
+                orphan.unlink()
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def exclusive(folder: Union[str, Path]) -> Iterator[None]:
+    """Holds the lock of an existing folder while the block runs; other processes and threads wait for it.
+
+    The lock is flock(2)'s on the folder itself: it leaves no file behind and ends with the process, however
+    that ends. Not reentrant. Where the folder cannot be locked (some network file systems), the block runs
+    without.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(str(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def sync(path: Union[str, Path]) -> None:
+    """Waits until a file's bytes, or the names in a folder, are on the disk.
+
+    Raises OSError where a file could not be stored: a full disk can show as late as here.
+    """
+    descriptor = os.open(str(path), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not Path(path).is_dir():  # some file systems cannot do this for folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def cannot_write(path: Path, error: OSError) -> OdtrtError:
@@ -113,6 +162,8 @@ def write_record(
 ) -> Dict[str, Any]:
     """Appends the record of a finished stage to ``log.jsonl`` and returns it.
 
+    Stages that finish at the same time wait for one another, so that no record is lost.
+
     inputs: what the stage read, name -> SHA-256. outputs: names of files in ``folder``, hashed here.
     checks: what was verified, with its figures.
     """
@@ -128,9 +179,10 @@ def write_record(
         "peak_rss_mb": round(peak_rss_mb, 1),
         "checks": dict(checks),
     }
-    previous = (folder / LOG).read_text() if (folder / LOG).exists() else ""
-    with atomic_write(folder / LOG) as temporary:
-        temporary.write_text(previous + json.dumps(record) + "\n")
+    with exclusive(folder):
+        previous = (folder / LOG).read_text() if (folder / LOG).exists() else ""
+        with atomic_write(folder / LOG) as temporary:
+            temporary.write_text(previous + json.dumps(record) + "\n")
     return record
 
 
@@ -177,7 +229,30 @@ def _plain(settings: Mapping[str, Any]) -> Any:
 
 
 def _remove_orphans(folder: Path) -> None:
+    """Removes staging folders whose process is dead and that nobody holds.
+
+    The process alone does not tell: in another container it is alive and not to be seen from here.
+    """
     for path in folder.glob(".staging-*"):
-        process = path.name.split("-")[1]
-        if not process.isdigit() or not Path(f"/proc/{process}").exists():
+        if not _is_alive(path.name.split("-")[1]) and not _is_held(path):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: str) -> bool:
+    return process.isdigit() and Path(f"/proc/{process}").exists()
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        descriptor = os.open(str(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
