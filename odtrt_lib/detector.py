@@ -1,25 +1,48 @@
 """Image in, detections out: preprocessing, network and post-processing behind one class.
 
-The network is run by a backend, a function from a batch of inputs to the two raw heads; what comes before
-and after it is the same for all of them, and runs in the native library where that was built, else in
-numpy. ``onnxruntime`` runs ``heads.onnx`` on the CPU.
+The network is run by a :class:`Backend`; what comes before it, and for raw heads what comes after it, is the
+same for all of them, and runs in the native library where that was built, else in numpy.
+
+* ``onnxruntime`` runs ``heads.onnx`` on the CPU.
+* ``tensorrt`` and ``tensorrt_rtx`` run the newest plan in ``plans/`` that may be used here
+  (:func:`odtrt_lib.portability.check`), split or fused; see :mod:`odtrt_lib.runtime`.
+* ``auto``, unless another is asked for: the newest plan of the TensorRT that is installed, where there is an
+  NVIDIA GPU, else ONNX Runtime. Where that plan is stale, an older one or ONNX Runtime serves while another
+  process rebuilds it; the new plan is loaded behind the running detector and takes over between two calls.
 """
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
+import threading
+import warnings
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from odtrt_lib.errors import InputError, MissingDependencyError
+from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one_line
 from odtrt_lib.folder import require
-from odtrt_lib.nms import postprocess
+from odtrt_lib.nms import Postprocessed, postprocess
 from odtrt_lib.preprocess import boxes_to_pixels, preprocess
 from odtrt_lib.spec import DetectorSpec, load_spec
 
+if TYPE_CHECKING:
+    from odtrt_lib.passport import Passport
+    from odtrt_lib.portability import Here
+
 Heads = Tuple[np.ndarray, np.ndarray]
+
+BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt_rtx")
+MOST_WAITING = 16
+"""Calls of :meth:`Detector.submit` that may be unfinished; the next one waits."""
+
+_POLL_SECONDS = 0.5
+_HEADS, _FUSED = "heads.onnx", "detector.onnx"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,41 +59,150 @@ class Detections:
     names: Tuple[str, ...]
 
 
+def _nothing_to_close() -> None:
+    pass
+
+
 @dataclasses.dataclass(frozen=True)
 class Backend:
     """Something that runs the network.
 
     infer: float32 [B, 3, height, width] -> (box_encodings float32 [B, N, 4], class_logits float32
-    [B, N, columns]), see :class:`odtrt_lib.spec.HeadsSpec`. B is ``InputSpec.batch`` where that is fixed.
+    [B, N, columns]), see :class:`odtrt_lib.spec.HeadsSpec`. B is ``InputSpec.batch`` where that is fixed. A
+    fused plan has no heads to give and raises UnsupportedError. run: the same images and ``clip_windows``
+    float32 [B, 4] -> detections; None where post-processing follows ``infer``. close: gives its memory back.
+    description: what runs, for people. plan: the fingerprint, where it is a plan.
     """
 
     name: str
     infer: Callable[[np.ndarray], Heads]
+    run: Optional[Callable[[np.ndarray, np.ndarray], Postprocessed]] = None
+    close: Callable[[], None] = _nothing_to_close
+    description: str = ""
+    plan: Optional[str] = None
 
 
 @dataclasses.dataclass(frozen=True)
+class Status:
+    """What serves now, and why nothing better does.
+
+    backend, description, plan: of :class:`Backend`. reasons: why a plan that was preferred is not used, in
+    words; empty where the best one serves. rebuild: ``none``, ``running``, ``done`` or ``failed``; progress:
+    0 to 1 while it runs, where it is known. message: what the rebuild says, e.g. why it failed.
+    """
+
+    backend: str
+    description: str
+    plan: Optional[str]
+    reasons: Tuple[str, ...] = ()
+    rebuild: str = "none"
+    progress: Optional[float] = None
+    message: str = ""
+
+
+@dataclasses.dataclass(eq=False)
+class _Serving:
+    """What changes while a detector runs. ``lock`` guards the exchange of the backend, not its use."""
+
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    stop: threading.Event = dataclasses.field(default_factory=threading.Event)
+    watcher: Optional[threading.Thread] = None
+    worker: Optional[ThreadPoolExecutor] = None
+    free_places: threading.Semaphore = dataclasses.field(
+        default_factory=lambda: threading.Semaphore(MOST_WAITING)
+    )
+    reasons: Tuple[str, ...] = ()
+    rebuild: str = "none"
+    progress: Optional[float] = None
+    message: str = ""
+
+
+@dataclasses.dataclass(eq=False)
 class Detector:
-    """One detector, ready to run. anchors: float32 [N, 4], ``(ycenter, xcenter, height, width)``."""
+    """One detector, ready to run, from any number of threads.
+
+    anchors: float32 [N, 4], ``(ycenter, xcenter, height, width)``. A call of :meth:`detect` or
+    :meth:`detect_batch` is answered by one backend as a whole, also where a new plan takes over meanwhile.
+    """
 
     spec: DetectorSpec
     anchors: np.ndarray
     backend: Backend
+    _serving: _Serving = dataclasses.field(default_factory=_Serving, init=False, repr=False)
 
     @classmethod
-    def open(cls, folder: Union[str, Path], backend: str = "onnxruntime") -> Detector:
+    def open(
+        cls,
+        folder: Union[str, Path],
+        backend: str = "auto",
+        *,
+        plugin: Union[str, Path, None] = None,
+        precision: Optional[str] = None,
+    ) -> Detector:
         """Opens a model folder.
 
-        backend: a name in :data:`BACKENDS`.
+        backend: a name in :data:`BACKENDS`; the module says what each does. plugin:
+        ``libodtrt_tensorrt.so``; with it a fused plan is preferred to a split one, without it not looked at.
+        precision: only plans of this one; None: of any.
 
-        Raises InputError where a file is missing, damaged or does not agree with ``spec.json``, and
-        MissingDependencyError where the backend is not installed.
+        Raises InputError where a file is missing, damaged or does not agree with ``spec.json``, and, naming
+        every plan and why it may not be used, where a TensorRT was asked for and no plan is left;
+        MissingDependencyError where the backend is not installed or there is no GPU for it. ``auto`` falls
+        back to ONNX Runtime instead, and :attr:`status` says why.
         """
         folder = Path(folder)
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is unknown; expected one of: {', '.join(BACKENDS)}")
         spec = load_spec(require(folder, "spec.json", "export"))
         anchors = load_anchors(require(folder, "anchors.npy", "export"), spec)
-        return cls(spec, anchors, BACKENDS[backend](folder, spec))
+        if backend == "onnxruntime":
+            return cls(spec, anchors, _open_onnxruntime(folder, spec))
+        here = _here(backend, plugin)
+        if here is None:
+            return cls(spec, anchors, _open_onnxruntime(folder, spec))
+        wanted = _Wanted(folder, here, plugin, precision)
+        found = _open_best_plan(wanted, spec, anchors)
+        if backend != "auto":
+            if found.backend is None:
+                raise InputError(
+                    f"{folder}: no plan that {backend} {here.version} can use here: "
+                    f"{'; '.join(found.reasons)}"
+                )
+            return cls(spec, anchors, found.backend)
+        is_started = found.stale is not None and _start_rebuild(wanted, found.stale)
+        serving = found.backend
+        if serving is None:
+            try:
+                serving = _open_onnxruntime(folder, spec)
+            except MissingDependencyError as error:
+                raise MissingDependencyError(f"{error}; {'; '.join(found.reasons)}") from error
+        detector = cls(spec, anchors, serving)
+        detector._serving.reasons = found.reasons
+        if found.stale is not None:
+            _watch_rebuild(detector, wanted, found.stale, is_started)
+        return detector
+
+    @property
+    def status(self) -> Status:
+        """What serves now, and what a rebuild is doing."""
+        backend, serving = self.backend, self._serving
+        with serving.lock:
+            return Status(
+                backend.name,
+                backend.description,
+                backend.plan,
+                serving.reasons,
+                serving.rebuild,
+                serving.progress,
+                serving.message,
+            )
+
+    def wait_for_rebuild(self, timeout: Optional[float] = None) -> Status:
+        """Waits until no rebuild is under way and its plan serves, ``timeout`` seconds at most."""
+        watcher = self._serving.watcher
+        if watcher is not None:
+            watcher.join(timeout)
+        return self.status
 
     def detect(self, image: np.ndarray) -> Detections:
         """The detections in an RGB image, uint8 [height, width, 3]."""
@@ -81,21 +213,72 @@ class Detector:
 
         They go through the network together; where its batch size is fixed, that many at a time.
         """
+        backend = self.backend
         at_a_time = self.spec.input.batch or len(images)
         found: List[Detections] = []
         while len(found) < len(images):
-            found += self._detect_at_once(images[len(found) : len(found) + at_a_time])
+            found += self._detect_at_once(backend, images[len(found) : len(found) + at_a_time])
         return found
 
-    def _detect_at_once(self, images: Sequence[np.ndarray]) -> List[Detections]:
+    def submit(self, image: np.ndarray) -> Future[Detections]:
+        """:meth:`detect` in the background: ``result()`` gives the detections, or raises what it raised.
+
+        One call after the other, in the order of submission. Do not write into the image before its result
+        is there: it is not copied. While :data:`MOST_WAITING` results are unfinished this waits, so a
+        camera that is faster than the detector does not fill the memory.
+        """
+        return self._in_background(self.detect, image)
+
+    def submit_batch(self, images: Sequence[np.ndarray]) -> Future[List[Detections]]:
+        """:meth:`detect_batch` in the background, as :meth:`submit`."""
+        return self._in_background(self.detect_batch, images)
+
+    def close(self) -> None:
+        """Finishes what was submitted, and gives the network's memory back. A rebuild goes on by itself."""
+        serving = self._serving
+        serving.stop.set()
+        with serving.lock:
+            worker = serving.worker
+        if worker is not None:
+            worker.shutdown(wait=True)
+        _stop_watching(serving)
+        backend, self.backend = self.backend, _CLOSED
+        backend.close()
+
+    def __enter__(self) -> Detector:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _in_background(self, function: Callable[[Any], Any], argument: Any) -> Future[Any]:
+        serving = self._serving
+        serving.free_places.acquire()
+        try:
+            with serving.lock:
+                if serving.stop.is_set():
+                    raise _closed_error()
+                if serving.worker is None:
+                    serving.worker = ThreadPoolExecutor(1, thread_name_prefix="odtrt-detect")
+                future = serving.worker.submit(function, argument)
+        except BaseException:
+            serving.free_places.release()
+            raise
+        future.add_done_callback(lambda _: serving.free_places.release())
+        return future
+
+    def _detect_at_once(self, backend: Backend, images: Sequence[np.ndarray]) -> List[Detections]:
         network = self.spec.input
         batch = np.zeros((network.batch or len(images), 3, network.height, network.width), np.float32)
         frames = [preprocess(image, network, out=batch[i])[1] for i, image in enumerate(images)]
-        box_encodings, class_logits = self.backend.infer(batch)
         windows = np.array([frame.clip_window for frame in frames], np.float32)
-        found = postprocess(
-            box_encodings[: len(images)], class_logits[: len(images)], self.anchors, self.spec, windows
-        )
+        if backend.run is not None:
+            found = backend.run(batch[: len(images)], windows)
+        else:
+            box_encodings, class_logits = backend.infer(batch)
+            found = postprocess(
+                box_encodings[: len(images)], class_logits[: len(images)], self.anchors, self.spec, windows
+            )
         detections = []
         for i, frame in enumerate(frames):
             count = found.num_detections[i]
@@ -165,7 +348,7 @@ def _open_onnxruntime(folder: Path, spec: DetectorSpec) -> Backend:
         box_encodings, class_logits = session.run(outputs, {spec.input.name: images})
         return box_encodings, class_logits
 
-    return Backend("onnxruntime", infer)
+    return Backend("onnxruntime", infer, description=f"ONNX Runtime {onnxruntime.__version__} on the CPU")
 
 
 def _check_tensors(
@@ -197,5 +380,226 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-BACKENDS: Dict[str, Callable[[Path, DetectorSpec], Backend]] = {"onnxruntime": _open_onnxruntime}
-"""What can run the network: name -> function that opens a model folder's network."""
+def _closed_error() -> InputError:
+    return InputError("this detector is closed; open the folder again")
+
+
+def _refuse_when_closed(images: np.ndarray) -> Heads:
+    raise _closed_error()
+
+
+_CLOSED = Backend("closed", _refuse_when_closed)
+
+
+# ---- Plans ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Which plans come into question."""
+
+    folder: Path
+    here: Here
+    plugin: Union[str, Path, None]
+    precision: Optional[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """backend: of the best plan that could be loaded. reasons: why no better one. stale: what to rebuild."""
+
+    backend: Optional[Backend]
+    reasons: Tuple[str, ...]
+    stale: Optional[Passport]
+
+
+def _here(backend: str, plugin: Union[str, Path, None]) -> Optional[Here]:
+    """This machine with the TensorRT that ``backend`` means; None where ``auto`` finds no GPU.
+
+    TensorRT is imported only where there is one.
+    """
+    from odtrt_lib import passport, portability, runtime
+
+    if passport.this_machine().gpu is None:
+        if backend == "auto":
+            return None
+        raise MissingDependencyError(
+            f'backend {backend!r} needs an NVIDIA GPU and its driver, none was found; use "onnxruntime"'
+        )
+    here = portability.here(plugin)
+    if backend in ("auto", here.flavour):
+        return here
+    version = runtime.import_library(backend).__version__
+    return dataclasses.replace(here, flavour=backend, version=version)
+
+
+def _open_best_plan(
+    wanted: _Wanted, spec: DetectorSpec, anchors: np.ndarray, *, of_any_kind: bool = True
+) -> _Found:
+    """Loads the newest plan that may be used. Its kind is its model and precision: the newest plan's kind is
+    preferred, and without ``of_any_kind`` nothing else will do.
+
+    A plan is stale where no plan of its kind may be used: a folder can hold plans for several machines, and
+    those of the others are no reason to rebuild.
+    """
+    from odtrt_lib.passport import passports, survey
+
+    if wanted.here.flavour is None:
+        reason = "there is a GPU, but neither tensorrt nor tensorrt_rtx can be imported"
+        return _Found(None, (reason,), None)
+    for _ in range(3):
+        present, damaged = survey(wanted.folder)
+        found = _open_best_of(present, tuple(damaged.values()), wanted, spec, anchors, of_any_kind)
+        if found.stale is None or passports(wanted.folder) == present:
+            break  # else a plan was replaced meanwhile
+    return found
+
+
+def _open_best_of(
+    passports: Sequence[Passport],
+    reasons: Tuple[str, ...],
+    wanted: _Wanted,
+    spec: DetectorSpec,
+    anchors: np.ndarray,
+    of_any_kind: bool,
+) -> _Found:
+    from odtrt_lib.portability import Action, check
+
+    in_question = [one for one in passports if _comes_into_question(one, wanted)]
+    if not in_question:
+        return _Found(None, (*reasons, f"{wanted.folder} has no plan for it: run `odtrt build`"), None)
+    if wanted.plugin is not None:
+        in_question.sort(key=lambda one: one.model != _FUSED)
+    best_kind = [one for one in in_question if _kind(one) == _kind(in_question[0])]
+    others = [one for one in in_question if one not in best_kind] if of_any_kind else []
+    stale: List[Passport] = []
+    is_stale = True
+    for one in (*best_kind, *others):
+        verdict = check(wanted.folder, one, wanted.here)
+        if verdict.action is not Action.OK:
+            reasons += (f"plan {one.fingerprint}: {', '.join(verdict.reasons)}",)
+            if verdict.rebuild_helps and one in best_kind:
+                stale.append(one)
+            continue
+        is_stale = is_stale and one not in best_kind
+        try:
+            backend = _open_plan(wanted, one, spec, anchors)
+        except OdtrtError as error:
+            reasons += (str(error),)
+            warnings.warn(f"a plan that may be used here cannot be: {error}", RuntimeWarning, stacklevel=4)
+            continue
+        if one in best_kind:
+            return _Found(backend, (), None)
+        return _Found(backend, reasons, stale[0] if stale and is_stale else None)
+    return _Found(None, reasons, stale[0] if stale and is_stale else None)
+
+
+def _comes_into_question(one: Passport, wanted: _Wanted) -> bool:
+    if wanted.precision is not None and one.precision != wanted.precision:
+        return False
+    return one.model == _HEADS or (one.model == _FUSED and wanted.plugin is not None)
+
+
+def _kind(one: Passport) -> Tuple[str, str]:
+    return one.model, one.precision
+
+
+def _open_plan(wanted: _Wanted, one: Passport, spec: DetectorSpec, anchors: np.ndarray) -> Backend:
+    from odtrt_lib import runtime
+    from odtrt_lib.passport import FLAVOURS
+
+    plan = runtime.load(wanted.folder, one, spec, anchors, plugin=wanted.plugin)
+    return Backend(
+        one.flavour,
+        plan.infer,
+        plan.run,
+        plan.close,
+        f"{FLAVOURS[one.flavour]} {wanted.here.version}, plan {one.fingerprint}, {one.precision}, "
+        f"post-processing {plan.postprocessing}",
+        one.fingerprint,
+    )
+
+
+def _start_rebuild(wanted: _Wanted, stale: Passport) -> bool:
+    """False where another process rebuilds in the folder, or where it failed before or cannot be tried."""
+    from odtrt_lib import portability
+
+    return portability.start_rebuild(wanted.folder, stale, plugin=wanted.plugin) is not None
+
+
+def _watch_rebuild(detector: Detector, wanted: _Wanted, stale: Passport, is_started: bool) -> None:
+    """Starts the thread that lets the rebuilt plan take over. It does not keep the detector alive."""
+    serving = detector._serving
+    serving.rebuild = "running"
+    serving.watcher = threading.Thread(
+        target=_await_rebuild,
+        args=(weakref.ref(detector), serving, wanted, stale, is_started),
+        name="odtrt-rebuild",
+        daemon=True,
+    )
+    serving.watcher.start()
+    # TensorRT must not be at work in a thread while the interpreter and CUDA go down around it.
+    stop = functools.partial(_stop_watching, serving)
+    atexit.register(stop)
+    weakref.finalize(detector, atexit.unregister, stop).atexit = False
+
+
+def _stop_watching(serving: _Serving) -> None:
+    serving.stop.set()
+    if serving.watcher is not None:
+        serving.watcher.join()
+
+
+def _await_rebuild(
+    detector_alive: Callable[[], Optional[Detector]],
+    serving: _Serving,
+    wanted: _Wanted,
+    stale: Passport,
+    is_started: bool,
+) -> None:
+    from odtrt_lib import portability
+
+    while not serving.stop.wait(_POLL_SECONDS) and detector_alive() is not None:
+        state = portability.rebuild_status(wanted.folder)
+        with serving.lock:
+            serving.progress, serving.message = state.progress, state.message
+        if state.state == "running":
+            continue
+        try:
+            problem = _take_over(detector_alive(), wanted)
+        except Exception as error:  # nobody would see it leave this thread
+            problem = f"{type(error).__name__}: {one_line(error)}"
+        if problem is None:
+            return
+        if not is_started and _start_rebuild(wanted, stale):  # what ended was the rebuild of another plan
+            is_started = True
+            continue
+        with serving.lock:
+            serving.rebuild, serving.progress = "failed", None
+            serving.message = f"{state.message or 'no rebuild could be started'}; {problem}"
+        warnings.warn(
+            f"{wanted.folder}: the plan was not rebuilt, the detector goes on as it is: {serving.message}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+
+
+def _take_over(detector: Optional[Detector], wanted: _Wanted) -> Optional[str]:
+    """Loads the plan that a rebuild left behind, beside the one that serves, and exchanges them.
+
+    Returns why there is none.
+    """
+    if detector is None:
+        return None
+    found = _open_best_plan(wanted, detector.spec, detector.anchors, of_any_kind=False)
+    if found.backend is None:
+        return "; ".join(found.reasons)
+    serving = detector._serving
+    with serving.lock:
+        if not serving.stop.is_set():
+            detector.backend = found.backend  # whoever is using the old one still holds it
+            serving.rebuild, serving.progress, serving.reasons = "done", None, ()
+            return None
+    found.backend.close()
+    return None

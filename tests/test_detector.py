@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from odtrt_lib import preprocess as preprocess_room
 from odtrt_lib.detector import Backend, Detections, Detector
 from odtrt_lib.errors import InputError, MissingDependencyError
 from odtrt_lib.evaluate import agreement, coco_results, load_detections
+from odtrt_lib.nms import postprocess
 from odtrt_lib.spec import load_spec
 
 
@@ -211,6 +213,116 @@ def test_a_network_that_does_not_fit_the_spec(tiny, tmp_path, part, changes, fou
     assert found in message and expected in message and "spec.json" in message
 
 
+# --- in the background
+
+
+def background_detector(tiny: Path, infer) -> Detector:
+    """The tiny model, its network run by ``infer(images, run)``; ``run`` is ONNX Runtime's."""
+    detector = Detector.open(tiny)
+    run = detector.backend.infer
+    return dataclasses.replace(detector, backend=Backend("wrapped", lambda images: infer(images, run)))
+
+
+def test_what_is_submitted_comes_back_in_order(tiny):
+    images = pictures(6)
+    threads = []
+
+    def infer(images: np.ndarray, run):
+        threads.append(threading.current_thread().name)
+        return run(images)
+
+    alone = Detector.open(tiny).detect_batch(images)
+    with background_detector(tiny, infer) as detector:
+        futures = [detector.submit(image) for image in images]
+        batch = detector.submit_batch(images[:2])
+        for future, expected in zip(futures, alone, strict=True):
+            assert_same(future.result(), expected, 0.0)
+        for one, expected in zip(batch.result(), alone, strict=False):
+            assert_same(one, expected, 0.0)
+    assert len(set(threads)) == 1 and threads[0].startswith("odtrt-detect")
+
+
+def test_an_error_arrives_in_the_result_and_the_next_call_goes_on(tiny):
+    image = pictures(1)[0]
+    with Detector.open(tiny) as detector:
+        wrong, right = detector.submit(image.astype(np.float32)), detector.submit(image)
+        with pytest.raises(InputError):
+            wrong.result()
+        assert_same(right.result(), detector.detect(image), 0.0)
+
+
+def test_submit_waits_while_too_many_are_unfinished(tiny):
+    """The camera's thread stops at the first frame too many, and goes on when the network is free again."""
+    go_on, submitted, all_in = threading.Event(), [], threading.Event()
+    image = pictures(1)[0]
+
+    def infer(images: np.ndarray, run):
+        assert go_on.wait(30)
+        return run(images)
+
+    detector = background_detector(tiny, infer)
+    for _ in range(detector_room.MOST_WAITING):
+        submitted.append(detector.submit(image))
+    assert not detector._serving.free_places.acquire(blocking=False)
+
+    def camera() -> None:
+        submitted.append(detector.submit(image))
+        all_in.set()
+
+    thread = threading.Thread(target=camera)
+    thread.start()
+    assert not all_in.is_set()
+    go_on.set()
+    assert all_in.wait(30)
+    thread.join()
+    assert len({tuple(future.result().scores) for future in submitted}) == 1
+    later = [detector.submit(image) for _ in range(2 * detector_room.MOST_WAITING)]
+    assert all(future.result() for future in later), "places come back"
+    detector.close()
+
+
+def test_closing_finishes_what_was_submitted_and_closes_the_backend(tiny):
+    closed = []
+    image = pictures(1)[0]
+    detector = Detector.open(tiny)
+    detector.backend = dataclasses.replace(detector.backend, close=lambda: closed.append(True))
+    futures = [detector.submit(image) for _ in range(3)]
+    detector.close()
+    detector.close()
+    assert closed == [True]
+    for future in futures:
+        assert len(future.result().scores) > 3
+    for use in (detector.detect, detector.submit):
+        with pytest.raises(InputError, match="closed"):
+            use(image)
+    assert detector.status.backend == "closed"
+
+
+def test_a_backend_that_runs_everything_gets_images_and_their_windows(tiny):
+    single = Detector.open(tiny)
+    images = pictures(3)
+    seen = []
+
+    def run(batch: np.ndarray, windows: np.ndarray):
+        seen.append((batch.shape, windows.shape, windows.dtype))
+        return postprocess(*single.backend.infer(batch), single.anchors, single.spec, windows)
+
+    backend = dataclasses.replace(single.backend, run=run)
+    for one, other in zip(
+        dataclasses.replace(single, backend=backend).detect_batch(images),
+        single.detect_batch(images),
+        strict=True,
+    ):
+        assert_same(one, other, 0.0)
+    assert seen == [((1, 3, 96, 128), (1, 4), np.float32)] * 3
+
+
+def test_what_serves_is_named(tiny):
+    status = Detector.open(tiny).status
+    assert (status.backend, status.plan, status.rebuild, status.reasons) == ("onnxruntime", None, "none", ())
+    assert status.description.startswith("ONNX Runtime ")
+
+
 # --- the checkpoints of strangers
 
 
@@ -360,6 +472,7 @@ def import_all_rooms() -> str:
 
 def test_the_device_rooms_load_nothing_heavy():
     heavy = ["tensorflow", "tf_keras", "onnx", "onnxruntime", "cv2", "PIL", "pycocotools", "tensorrt"]
+    heavy += ["tensorrt_rtx", "polygraphy"]
     script = f"{import_all_rooms()}; import sys; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

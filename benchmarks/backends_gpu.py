@@ -1,0 +1,246 @@
+"""Serving on a GPU: start, time and memory of each backend, and whether it finds what ONNX Runtime finds.
+
+    python benchmarks/backends_gpu.py FOLDER... --images DIR [--precision fp32 fp16] [--plugin FILE]
+
+writes results/backends.<gpu>.json, and prints each row as JSON; where odtrt is not installed, from its
+checkout with PYTHONPATH=. in front. FOLDER: a model folder after `odtrt convert`; plans
+are built into it where it has none. DIR: pictures (JPEG, PNG, or uint8 [height, width, 3] in .npy). FILE:
+libodtrt_tensorrt.so; with it fused plans are built and served too. Needs no TensorFlow. Build times and the
+raw heads are benchmarks/engine_gpu.py's subject.
+
+A row is one model on one backend, batch 1:
+
+* ``agrees`` and what follows: its detections beside ONNX Runtime's, by :func:`odtrt_lib.evaluate.agreement`,
+  at the IoU and the score tolerance that the row says.
+* ``detect_*``: :meth:`Detector.detect` from decoded pixels to boxes; ``network_*``: the network alone, its
+  inputs already on the GPU, from the call until the stream is idle; wall clock, microseconds.
+  ``detect8_*``: one of eight images that go through together, where the batch is dynamic.
+* ``first_start_*``, ``second_start_*``: a fresh process, seconds from opening the folder to the first
+  detections, without and with the kernels that TensorRT-RTX kept from the first; the driver's own cache of
+  compiled code is empty both times.
+* ``device_memory_mb``: what the loaded detector takes after its first detections, besides CUDA's own context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from odtrt_lib import engine, passport, portability, runtime
+from odtrt_lib.detector import Detector, load_anchors
+from odtrt_lib.errors import OdtrtError
+from odtrt_lib.evaluate import agreement, coco_results
+from odtrt_lib.preprocess import load_image
+from odtrt_lib.results import write_results
+from odtrt_lib.spec import load_spec
+
+ROOT = Path(__file__).resolve().parents[1]
+# TF32 rounds to 10 bits as FP16 does, but only the factors of a product.
+TOLERANCES = {"fp32": (0.95, 0.01), "fp16": (0.9, 0.05)}
+WARM_UP, LEAST_RUNS, MOST_RUNS, SECONDS = 20, 30, 1000, 5.0
+BATCH = 8
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.start is not None:
+        return print(json.dumps(start(arguments)))
+    images = read_images(arguments.images)
+    rows: list[dict[str, Any]] = []
+    for folder in arguments.folders:
+        reference = Detector.open(folder, "onnxruntime")
+        expected = detections(reference, images)
+        rows.append({**about(folder, reference, "fp32"), **timed_detect(reference, images)})
+        print(json.dumps(rows[-1]), flush=True)
+        for precision in arguments.precision:
+            for plugin in (None, arguments.plugin) if arguments.plugin else (None,):
+                try:
+                    row = serve(folder, precision, plugin, images, expected)
+                except OdtrtError as error:
+                    form = "split" if plugin is None else "fused"
+                    row = {"model": folder.name, "precision": precision, "form": form, "error": str(error)}
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    gpu = (passport.this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
+    command = "python benchmarks/backends_gpu.py FOLDER... --images DIR"
+    write_results(ROOT / "results" / f"backends.{gpu}.json", "backends", command, rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--precision", nargs="+", choices=list(TOLERANCES), default=list(TOLERANCES))
+    parser.add_argument("--plugin", type=Path)
+    parser.add_argument("--start", choices=list(TOLERANCES), help="open FOLDER once, print the times")
+    return parser.parse_args()
+
+
+def read_images(folder: Path) -> list[np.ndarray]:
+    paths = sorted(path for path in folder.iterdir() if path.suffix in (".npy", ".jpg", ".jpeg", ".png"))
+    if not paths:
+        sys.exit(f"{folder}: no .npy, .jpg, .jpeg or .png in it")
+    return [np.load(path) if path.suffix == ".npy" else load_image(path) for path in paths]
+
+
+def serve(
+    folder: Path,
+    precision: str,
+    plugin: Path | None,
+    images: list[np.ndarray],
+    expected: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """One row: a plan of the TensorRT that is installed here."""
+    engine.build(folder, precision=precision, plugin=plugin)
+    here = portability.here(plugin)
+    model = "heads.onnx" if plugin is None else "detector.onnx"
+    plan = portability.best_plan(folder, here, model, precision)
+    if plan is None or here.flavour is None:
+        raise OdtrtError(f"{folder}: the plan that was just built may not be used here")
+    row: dict[str, Any] = {}
+    for kept in (folder / passport.PLANS).glob(f"{Path(plan.plan).stem}.*.kernels"):
+        kept.unlink()
+    for name in ("first_start", "second_start"):
+        for key, seconds in in_a_fresh_process(folder, precision, plugin).items():
+            row[f"{name}_{key}"] = seconds
+
+    before = free_device_mb()
+    with Detector.open(folder, here.flavour, plugin=plugin, precision=precision) as detector:
+        detector.detect(images[0])
+        row["device_memory_mb"] = round(before - free_device_mb(), 1)
+        row["plan_mb"] = round(plan.plan_bytes / 2**20, 1)
+        iou, tolerance = TOLERANCES[precision]
+        most = detector.spec.nms.max_total_detections
+        compared = agreement(
+            expected,
+            detections(detector, images),
+            iou=iou,
+            score_tolerance=tolerance,
+            max_detections=most,
+        )
+        row.update(
+            agrees=compared.agrees,
+            iou=iou,
+            score_tolerance=tolerance,
+            images=compared.images,
+            references=compared.references,
+            matched=compared.matched,
+            missing=len(compared.missing),
+            extra=len(compared.extra),
+            max_score_difference=compared.max_score_difference,
+            min_iou=compared.min_iou,
+        )
+        row = {**about(folder, detector, precision), **row, **timed_detect(detector, images)}
+    spec = load_spec(folder / "spec.json")
+    anchors = load_anchors(folder / "anchors.npy", spec)
+    loaded = runtime.load(folder, plan, spec, anchors, plugin=plugin)
+    row.update({f"network_{name}": value for name, value in times(loaded.run_again).items()})
+    loaded.close()
+    return row
+
+
+def about(folder: Path, detector: Detector, precision: str) -> dict[str, Any]:
+    status, network = detector.status, detector.spec.input
+    return {
+        "model": folder.name,
+        "backend": status.backend,
+        "description": status.description,
+        "precision": precision,
+        "height": network.height,
+        "width": network.width,
+        "num_anchors": detector.spec.heads.num_anchors,
+        "num_classes": detector.spec.heads.num_classes,
+    }
+
+
+def detections(detector: Detector, images: list[np.ndarray]) -> list[dict[str, Any]]:
+    return [row for i, image in enumerate(images) for row in coco_results(i, detector.detect(image))]
+
+
+def timed_detect(detector: Detector, images: list[np.ndarray]) -> dict[str, float]:
+    turn = iter(range(10**9))
+    row = {
+        f"detect_{name}": value
+        for name, value in times(lambda: detector.detect(images[next(turn) % len(images)])).items()
+    }
+    if detector.spec.input.batch is None:
+        batch = [images[i % len(images)] for i in range(BATCH)]
+        for name, value in times(lambda: detector.detect_batch(batch)).items():
+            row[f"detect{BATCH}_{name}"] = value if name == "runs" else round(value / BATCH, 1)
+    return row
+
+
+def times(call: Callable[[], Any]) -> dict[str, float]:
+    """Median, 99th percentile and least of many calls, in microseconds."""
+    started = time.perf_counter()
+    for _ in range(WARM_UP):
+        call()
+        if time.perf_counter() - started > SECONDS:
+            break
+    taken: list[float] = []
+    started = time.perf_counter()
+    while len(taken) < LEAST_RUNS or (len(taken) < MOST_RUNS and time.perf_counter() - started < SECONDS):
+        before = time.perf_counter()
+        call()
+        taken.append(1e6 * (time.perf_counter() - before))
+    p50, p99 = np.percentile(taken, (50, 99))
+    return {
+        "p50_us": round(float(p50), 1),
+        "p99_us": round(float(p99), 1),
+        "min_us": round(min(taken), 1),
+        "runs": len(taken),
+    }
+
+
+def free_device_mb() -> float:
+    from polygraphy import cuda
+
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    library = cuda.wrapper()
+    library.check(library.handle.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)))
+    return free.value / 2**20
+
+
+def in_a_fresh_process(folder: Path, precision: str, plugin: Path | None) -> dict[str, float]:
+    command = [sys.executable, __file__, str(folder), "--images", str(folder), "--start", precision]
+    command += [] if plugin is None else ["--plugin", str(plugin)]
+    with tempfile.TemporaryDirectory() as empty:
+        environment = {**os.environ, "CUDA_CACHE_PATH": empty}
+        answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if answer.returncode:
+        raise OdtrtError(f"{folder}: a fresh process failed: {answer.stderr.strip().splitlines()[-1:]}")
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def start(arguments: argparse.Namespace) -> dict[str, float]:
+    """What a service does when it comes up; the library's import is part of it."""
+    image = np.zeros((480, 640, 3), np.uint8)
+    started = time.perf_counter()
+    flavour = portability.here(arguments.plugin).flavour
+    imported = time.perf_counter()
+    detector = Detector.open(
+        arguments.folders[0], flavour or "auto", plugin=arguments.plugin, precision=arguments.start
+    )
+    opened = time.perf_counter()
+    detector.detect(image)
+    ended = time.perf_counter()
+    return {
+        "import_seconds": round(imported - started, 3),
+        "open_seconds": round(opened - imported, 3),
+        "first_detect_seconds": round(ended - opened, 4),
+    }
+
+
+if __name__ == "__main__":
+    main()
