@@ -1,0 +1,1038 @@
+"""Chapter 5: a model folder as one file to carry to the device, and what is done with it there.
+
+``pack`` writes a zip archive; ``python3 parts.odtrt.zip`` on the device unpacks it, ``python3 build_here.py``
+in the unpacked folder builds all that belongs to that machine. Neither needs TensorFlow, a network, or odtrt
+installed: the archive carries the device side's source (:data:`DEVICE_ROOMS`) and runs itself.
+
+::
+
+    manifest.json  LICENSE  README.txt  __main__.py  build_here.py
+    model/         spec.json, anchors.npy, heads.onnx; detector.onnx and int8/ where the folder has them
+    odtrt_lib/     the device side        plugins/    kernels and TensorRT plugin, to compile there
+    triton/        on request: a Triton model repository
+    deepstream/    on request: nvinfer's configuration, labels and output parser
+
+Plans are not carried: a plan belongs to one TensorRT version and, unless it was built to be compatible, to
+one GPU, and only the device knows its memory. It builds its own from the same ONNX.
+
+Members are stored, not compressed: weights hardly compress, the same folder gives the same bytes on every
+machine, and an archive cannot grow when it is read. ``manifest.json`` gives every member's size and SHA-256,
+and nothing appears before all of them agree. That guards against damage, not against malice: to run an
+archive is to run its author's code.
+
+This module needs the standard library only; ``pack`` and ``build_here`` use other rooms, which need numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+
+from odtrt_lib import __version__
+from odtrt_lib.errors import (
+    BuildError,
+    CheckError,
+    InputError,
+    MissingDependencyError,
+    OdtrtError,
+    UnsupportedError,
+    one_line,
+)
+from odtrt_lib.folder import atomic_write, cannot_write, last_record, require, sha256, sync
+from odtrt_lib.spec import DetectorSpec, load_spec
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+SUFFIX = ".odtrt.zip"
+MODEL = "model"
+# The modules of odtrt that run on a device: Python 3.8, numpy and the device's own TensorRT.
+DEVICE_ROOMS = (
+    "__init__",
+    "boards",
+    "builder",
+    "bundle",
+    "cli",
+    "demonstration",
+    "detector",
+    "doctor",
+    "engine",
+    "errors",
+    "evaluate",
+    "folder",
+    "fuse",
+    "native",
+    "nms",
+    "passport",
+    "portability",
+    "preprocess",
+    "report",
+    "results",
+    "runtime",
+    "spec",
+    "zoo",
+)
+
+_MOST_MANIFEST_BYTES = 1 << 22
+_BLOCK = 1 << 20
+_LOCAL_HEADER_BYTES = 30
+_WRITE_HALF_PRECISION = ("onnx", "onnxconverter_common")
+_PLUGIN_SOURCES = ("CMakeLists.txt", "kernels/*", "tensorrt/*.cpp", "tensorrt/*.map")
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One file of a bundle. path: relative, with ``/``; size: bytes; sha256: 64 hexadecimal digits."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds, ``manifest.json`` itself left out.
+
+    odtrt: the version that packed it. name, spec_sha256: the detector's.
+    """
+
+    odtrt: str
+    name: str
+    spec_sha256: str
+    members: Tuple[Member, ...]
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        return json.dumps({"schema": SCHEMA_VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """What ``pack`` wrote. is_up_to_date: the file was there already, byte for byte."""
+
+    archive: Path
+    sha256: str
+    bytes: int
+    manifest: Manifest
+    is_up_to_date: bool
+
+
+def pack(
+    folder: Union[str, Path],
+    archive: Union[str, Path],
+    *,
+    triton: bool = False,
+    deepstream: bool = False,
+    force: bool = False,
+) -> Packed:
+    """Writes a model folder and what a device needs to use it into one file; the same input, the same bytes.
+
+    triton: add a Triton model repository: ``heads.onnx`` for ONNX Runtime, and a model with the same inputs
+    and outputs for the plan that ``build_here.py`` puts there. deepstream: add a configuration for
+    DeepStream's nvinfer. force: write over a file that is not a bundle.
+
+    Raises InputError where a file is missing, damaged or not made from the others, or ``archive`` is in the
+    way or cannot be written; UnsupportedError where nvinfer cannot express what ``spec.json`` asks for.
+    """
+    folder, archive = Path(folder), Path(archive)
+    if archive.is_dir():
+        raise InputError(f"{archive}: a folder; expected a file name such as {archive.name}{SUFFIX}")
+    if archive.exists() and not force and not _is_bundle(archive):
+        raise InputError(f"{archive}: exists and is no bundle; choose another name, or force it")
+    spec = load_spec(require(folder, "spec.json", "export"))
+    sources: Dict[str, Union[Path, bytes]] = dict(_model_files(folder, spec))
+    sources.update(_device_side())
+    if triton:
+        sources.update(_triton_repository(folder, spec))
+    if deepstream:
+        sources.update(_deepstream_files(folder, spec))
+    members = tuple(_described(path, sources[path]) for path in sorted(sources))
+    manifest = Manifest(__version__, spec.name, sha256(folder / "spec.json"), members)
+    sources[MANIFEST] = manifest.to_json().encode()
+    with atomic_write(archive) as temporary:
+        _write_zip(temporary, sources, manifest)
+        digest = sha256(temporary)
+        is_up_to_date = archive.is_file() and sha256(archive) == digest
+    return Packed(archive, digest, archive.stat().st_size, manifest, is_up_to_date)
+
+
+def unpack(archive: Union[str, Path], folder: Union[str, Path], *, force: bool = False) -> Manifest:
+    """Unpacks a bundle into ``folder``, which appears whole or not at all.
+
+    Every member is checked against the manifest before the first one appears. force: unpack over an earlier
+    bundle; what was built in it (plans, compiled libraries) stays, files that the new bundle lacks go, and
+    each file is replaced whole. Only a folder that a bundle was unpacked into is written over.
+
+    Raises InputError, naming the member, where the archive is damaged or is not what its manifest says, and
+    where ``folder`` is in the way or cannot be written.
+    """
+    archive, folder = Path(archive), Path(folder).resolve()
+    is_occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    earlier: Tuple[Member, ...] = ()
+    if is_occupied:
+        if not (folder / MANIFEST).is_file():
+            raise InputError(f"{folder}: exists and was not unpacked from a bundle; choose another folder")
+        earlier = _read_manifest(folder / MANIFEST).members
+        if not force:
+            raise InputError(f"{folder}: a bundle was unpacked here; choose another folder, or force it")
+    with _opened(archive) as (zipped, manifest, entries):
+        with _staged(folder) as content:
+            for member in manifest.members:
+                _extract(archive, zipped, entries[member.path], member, content / member.path)
+            (content / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            for path in content.rglob("*"):
+                sync(path)
+            if is_occupied:
+                _replace_files(content, folder, manifest, earlier)
+            else:
+                os.replace(content, folder)
+                sync(folder.parent)
+    return manifest
+
+
+def verify(folder: Union[str, Path]) -> Manifest:
+    """Compares an unpacked bundle with its manifest; what was built in it since does not matter.
+
+    Raises InputError naming the first file that is missing or not the one that was packed.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder / MANIFEST)
+    for member in manifest.members:
+        path = folder / member.path
+        if not path.is_file():
+            raise InputError(f"{path}: not found; expected it from the bundle: unpack it again")
+        if path.stat().st_size != member.size or sha256(path) != member.sha256:
+            raise InputError(f"{path}: not the file that was packed; unpack the bundle again")
+    return manifest
+
+
+def build_here(
+    folder: Union[str, Path],
+    *,
+    precision: str = "fp32",
+    memory: Optional[str] = None,
+    image: Union[str, Path, None] = None,
+    say: Callable[[str], None] = print,
+) -> Dict[str, Any]:
+    """Builds what belongs to this machine from an unpacked bundle, and detects once as a check.
+
+    Compiles the kernels and, where there is a GPU, the CUDA kernels and the TensorRT plugin against this
+    machine's own headers; builds the plan of ``detector.onnx`` where there is a plugin, and of ``heads.onnx``
+    where there is none or Triton wants it; and runs the detector on ``image``, or, without one, on a pattern.
+    precision, memory: of the plan and of its build, see :func:`odtrt_lib.engine.build`. say: is told, a line
+    at a time, what was done and what could not be.
+
+    Returns what ``built.json`` says: ``precision``, ``plans`` (model -> path in the folder), ``library`` and
+    ``plugin`` (such paths, or None), ``serving`` (copies of plans for Triton and DeepStream), ``backend``,
+    ``image`` and ``detections``: ``class_id``, ``name``, ``score`` and ``box``, ``[ymin, xmin, ymax, xmax]``
+    in pixels.
+
+    Raises InputError where the bundle is not as packed, MissingDependencyError naming every Python module
+    that is missing and what installs it, BuildError where the compiler fails, what
+    :func:`odtrt_lib.engine.build` and :class:`odtrt_lib.detector.Detector` raise, and CheckError where a
+    detection cannot be one.
+    """
+    folder = Path(folder)
+    manifest = verify(folder)
+    say(f"{manifest.name}: {len(manifest.members)} files as packed by odtrt {manifest.odtrt}")
+    missing = missing_modules(precision)
+    for name, advice in missing.items():
+        say(f"missing: {name} ({advice})")
+    if missing:
+        raise MissingDependencyError(f"{folder}: nothing was built; install first: {', '.join(missing)}")
+
+    from odtrt_lib import engine
+    from odtrt_lib.detector import Detector
+    from odtrt_lib.passport import passports, this_machine
+    from odtrt_lib.preprocess import load_image
+
+    model = folder / MODEL
+    pixels = _pattern(load_spec(model / "spec.json")) if image is None else load_image(image)
+    library, plugin = _compile(folder, say)
+    is_fused = plugin is not None and (model / "detector.onnx").is_file()
+    plans = {}
+    if not is_fused or (folder / "triton").is_dir():
+        plans["heads.onnx"] = engine.build(
+            model, precision=precision, memory=memory, progress=_in_tenths("heads.onnx", say)
+        )
+    if is_fused:
+        plans["detector.onnx"] = engine.build(
+            model,
+            precision=precision,
+            plugin=plugin,
+            memory=memory,
+            progress=_in_tenths("detector.onnx", say),
+        )
+    paths = {}
+    for name, result in plans.items():
+        paths[name] = next(model / output for output in result.record["outputs"] if output.endswith(".plan"))
+        say(f"{paths[name]}: {'up to date' if result.is_up_to_date else 'built'} from {name}")
+    flavour = next(one.flavour for one in passports(model) if (model / "plans" / one.plan) in paths.values())
+    serving = _place_plans(folder, paths, flavour, say)
+
+    # Not "auto", which would serve with ONNX Runtime where the new plan does not run.
+    backend = "onnxruntime" if this_machine().gpu is None else flavour
+    used = plugin if is_fused else None
+    with Detector.open(model, backend, plugin=used, precision=precision) as detector:
+        found = detector.detect(pixels)
+        _check_detections(found, pixels.shape[:2], detector.spec)
+        shown = "a pattern" if image is None else str(image)
+        say(f"{len(found.scores)} detections in {shown} by {backend}")
+    built = {
+        "precision": precision,
+        "plans": {name: _inside(path, folder) for name, path in paths.items()},
+        "library": None if library is None else _inside(library, folder),
+        "plugin": None if plugin is None else _inside(plugin, folder),
+        "serving": [_inside(path, folder) for path in serving],
+        "backend": backend,
+        "image": None if image is None else str(image),
+        "detections": [
+            {"class_id": int(class_id), "name": name, "score": float(score), "box": [float(x) for x in box]}
+            for class_id, name, score, box in zip(found.class_ids, found.names, found.scores, found.boxes)
+        ],
+    }
+    with atomic_write(folder / "built.json") as temporary:
+        temporary.write_text(json.dumps(built, indent=1) + "\n", encoding="utf-8")
+    return built
+
+
+def missing_modules(precision: str) -> Dict[str, str]:
+    """The Python modules that ``build_here`` lacks here, each with what installs it.
+
+    Polygraphy gives a plan its device memory, ONNX Runtime takes the GPU's place where there is none, and
+    onnx writes half precision into the model for a TensorRT with typed networks (9 and newer).
+    """
+    from odtrt_lib.passport import this_machine
+
+    missing = {}
+    if not _can_find("numpy"):
+        missing["numpy"] = "`sudo apt install python3-numpy`, or `python3 -m pip install numpy`"
+    flavour = next((name for name in ("tensorrt", "tensorrt_rtx") if _can_find(name)), None)
+    if flavour is None:
+        missing["TensorRT's Python module"] = (
+            "on a Jetson `sudo apt install nvidia-jetpack`, and make virtual environments with "
+            "--system-site-packages; on a PC `python3 -m pip install tensorrt`"
+        )
+    if this_machine().gpu is not None:
+        needs = {"polygraphy": "to run a plan"}
+    else:
+        needs = {"onnxruntime": "to detect without a GPU"}
+    can_write_half_precision = all(map(_can_find, _WRITE_HALF_PRECISION))
+    if precision == "fp16" and not can_write_half_precision and not _has_half_precision_flag(flavour):
+        needs.update(dict.fromkeys(_WRITE_HALF_PRECISION, "for fp16"))
+    for module, purpose in needs.items():
+        if not _can_find(module):
+            package = module.replace("_", "-")
+            missing[package] = f"{purpose}: `python3 -m pip install {package}`"
+    return missing
+
+
+def run_archive(arguments: Sequence[str]) -> int:
+    """``python3 parts.odtrt.zip [FOLDER]``: unpacks the archive that is being run; the exit status."""
+    archive = Path(arguments[0])
+    name = archive.name[: -len(SUFFIX)] if archive.name.endswith(SUFFIX) else archive.stem
+    parser = argparse.ArgumentParser(prog=f"python3 {archive}", description="Unpacks this bundle.")
+    parser.add_argument("folder", nargs="?", default=name, help="where to (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="over a bundle that was unpacked there before")
+    options = parser.parse_args(arguments[1:])
+
+    def work() -> None:
+        manifest = unpack(archive, options.folder, force=options.force)
+        print(f"{options.folder}: {manifest.name}, {len(manifest.members)} files, all as packed")
+        print(f"next: cd {options.folder} && python3 build_here.py")
+
+    return _exit_status(work)
+
+
+def run_build_here(arguments: Sequence[str]) -> int:
+    """``python3 build_here.py``: :func:`build_here` for the folder that the script is in. The exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python3 build_here.py",
+        description="Compiles the kernels, builds the plan for this machine, and detects once as a check.",
+    )
+    parser.add_argument("--precision", default="fp32", help="of the plan: fp32 (default) or fp16")
+    parser.add_argument(
+        "--memory", help="the most that the build may take: 1500MiB, 2GiB, or 60%% of what is free"
+    )
+    parser.add_argument("--image", help="a JPEG, PNG or BMP file to detect in; needs Pillow")
+    options = parser.parse_args(arguments[1:])
+    folder = Path(arguments[0]).resolve().parent
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    return _exit_status(
+        lambda: build_here(
+            folder, precision=options.precision, memory=options.memory, image=options.image, say=say
+        )
+    )
+
+
+def triton_config(spec: DetectorSpec, name: str, platform: str) -> str:
+    """The ``config.pbtxt`` of one Triton model over ``heads.onnx``: a text-format ``inference.ModelConfig``.
+
+    name: of the model's folder. platform: ``onnxruntime_onnx`` or ``tensorrt_plan``. With a fixed batch size
+    the batch is one more dimension and Triton does no batching.
+
+    Both platforms answer with raw heads, so that a client sees no difference and Triton needs no plugin;
+    :func:`odtrt_lib.nms.postprocess` makes detections of them.
+    """
+    from odtrt_lib.engine import DYNAMIC_BATCH
+
+    network, heads = spec.input, spec.heads
+    tensors = (
+        ("input", network.name, (3, network.height, network.width)),
+        ("output", heads.box_encodings, (heads.num_anchors, 4)),
+        ("output", heads.class_logits, (heads.num_anchors, heads.num_columns)),
+    )
+    lines = [
+        f"# {_comment(spec.name)}: written by odtrt {__version__} from spec.json.",
+        f"# `{network.name}` is what odtrt_lib.preprocess.preprocess makes of an image; the outputs are raw",
+        "# heads, and odtrt_lib.nms.postprocess makes detections of them.",
+    ]
+    if platform == "tensorrt_plan":
+        lines.append("# build_here.py puts the plan at 1/model.plan; until then Triton refuses this model.")
+    lines += [
+        f'name: "{name}"',
+        f'platform: "{platform}"',
+        f"max_batch_size: {DYNAMIC_BATCH[-1] if network.batch is None else 0}",
+    ]
+    for kind, tensor, shape in tensors:
+        dims = shape if network.batch is None else (network.batch, *shape)
+        text = ", ".join(map(str, dims))
+        lines.append(f'{kind} {{\n  name: "{tensor}"\n  data_type: TYPE_FP32\n  dims: [ {text} ]\n}}')
+    return "\n".join(lines) + "\n"
+
+
+def nvinfer_config(spec: DetectorSpec) -> str:
+    """The configuration file of DeepStream's nvinfer for ``detector.onnx``.
+
+    Raises UnsupportedError, naming the field of ``spec.json``, for what nvinfer cannot express: its
+    normalisation is ``net-scale-factor * (pixel - offset)`` with one factor for all channels, and it pads the
+    image before it normalises, without telling the network where the padding begins.
+    """
+    scale, offset = spec.input.scale, spec.input.offset
+    if spec.input.resizer.kind != "fixed_shape":
+        raise UnsupportedError(
+            f"spec.json: input.resizer.kind is {spec.input.resizer.kind}, but nvinfer pads before it "
+            "normalises and gives the network no clip_windows; expected fixed_shape: use odtrt's own Detector"
+        )
+    if len(set(scale)) != 1:
+        raise UnsupportedError(
+            f"spec.json: input.scale is {list(scale)}, but nvinfer has one net-scale-factor for all "
+            "channels; use odtrt's own Detector"
+        )
+    means = ";".join(_number(-one / scale[0]) for one in offset)
+    return f"""\
+# {_comment(spec.name)}: DeepStream nvinfer, written by odtrt {__version__} from spec.json.
+#
+# Not as in training: nvinfer resizes with NvBufSurfTransform, which samples at pixel centres; the OD API's
+# output pixel i samples the input at i * in / out. Where images are shrunk, boxes shift by up to half a
+# network pixel, and scores change: measure it with your own images, or preprocess with odtrt's kernels.
+# Detections come out of the plugin in the network: nvinfer must not cluster them again (cluster-mode 4).
+#
+# The parser is compiled on the device, once, in this folder; it also loads odtrt's plugin into TensorRT:
+#   g++ -std=c++17 -O2 -shared -fPIC nvdsinfer_odtrt.cpp -o libnvdsinfer_odtrt.so \\
+#     -I/opt/nvidia/deepstream/deepstream/sources/includes -I/usr/local/cuda/include -ldl
+# build_here.py puts the plan at detector.plan.
+
+[property]
+gpu-id=0
+gie-unique-id=1
+process-mode=1
+onnx-file=../model/detector.onnx
+model-engine-file=detector.plan
+labelfile-path=labels.txt
+batch-size={spec.input.batch or 1}
+infer-dims=3;{spec.input.height};{spec.input.width}
+network-type=0
+network-mode=0
+model-color-format=0
+net-scale-factor={_number(scale[0])}
+offsets={means}
+maintain-aspect-ratio=0
+symmetric-padding=0
+num-detected-classes={spec.heads.num_classes}
+cluster-mode=4
+output-blob-names=num_detections;boxes;scores;classes
+parse-bbox-func-name=NvDsInferParseOdtrt
+custom-lib-path=libnvdsinfer_odtrt.so
+
+[class-attrs-all]
+pre-cluster-threshold={_number(spec.nms.score_threshold)}
+"""
+
+
+_README = """\
+{name}: an object detector packed by odtrt {version}.
+
+    python3 build_here.py                   compile, build the plan for this machine, detect once as a check
+    python3 build_here.py --precision fp16 --image picture.jpg
+
+It needs Python 3.8 or newer with numpy and TensorRT (on a Jetson: JetPack's own) and says what else is
+missing. From then on, in this folder, or with it in PYTHONPATH:
+
+    from odtrt_lib.detector import Detector
+    detector = Detector.open("model", plugin=None)
+    found = detector.detect(image)    # uint8 [height, width, 3], RGB
+
+With plugin="plugins/build/libodtrt_tensorrt.so" it prefers the plan with the post-processing inside.
+
+model/ is the detector, odtrt_lib/ and plugins/ are odtrt's source, under LICENSE. manifest.json lists every
+file with its SHA-256.
+"""
+
+# Python 2 and 3.6 (JetPack 4) must be able to read these two.
+_START = """\
+{docstring}
+import sys
+
+if sys.version_info < (3, 8):
+    sys.exit("error: Python %d.%d is too old, expected 3.8 or newer" % sys.version_info[:2])
+
+from odtrt_lib.bundle import {function}
+
+sys.exit({function}(sys.argv))
+"""
+_MAIN = _START.format(docstring='"""Unpacks the archive that this file is in."""', function="run_archive")
+_BUILD_HERE = _START.format(
+    docstring='"""Compiles, builds the plan for this machine and detects once. --help says more."""',
+    function="run_build_here",
+)
+
+_NVINFER_PARSER = """\
+// Hands the detections of odtrt's TensorRT plugin to DeepStream's nvinfer; nvinfer.txt says how to compile.
+// boxes are [ymin, xmin, ymax, xmax], normalised to the network input; nvinfer wants pixels of that input.
+#include <dlfcn.h>
+
+#include <cstring>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "NvInferRuntime.h"
+#include "nvdsinfer_custom_impl.h"
+
+namespace {
+
+const void* buffer_of(const std::vector<NvDsInferLayerInfo>& layers, const char* name) {
+  for (const NvDsInferLayerInfo& layer : layers) {
+    if (std::strcmp(layer.layerName, name) == 0) return layer.buffer;
+  }
+  std::cerr << "odtrt: the network has no output `" << name << "`; expected detector.onnx\\n";
+  return nullptr;
+}
+
+// nvinfer loads this library before it reads the plan, and the plan needs the plugin.
+__attribute__((constructor)) void load_plugin() {
+  Dl_info here;
+  if (dladdr(reinterpret_cast<const void*>(&buffer_of), &here) == 0) return;
+  const std::string path(here.dli_fname);
+  const std::size_t slash = path.rfind('/');
+  const std::string plugin = (slash == std::string::npos ? "" : path.substr(0, slash + 1)) +
+                             "../plugins/build/libodtrt_tensorrt.so";
+#if NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR >= 806
+  const bool is_loaded = getPluginRegistry()->loadLibrary(plugin.c_str()) != nullptr;
+#else
+  const bool is_loaded = dlopen(plugin.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr;
+#endif
+  if (!is_loaded) std::cerr << "odtrt: " << plugin << " cannot be loaded; run build_here.py\\n";
+}
+
+}  // namespace
+
+extern "C" bool NvDsInferParseOdtrt(const std::vector<NvDsInferLayerInfo>& layers,
+                                    const NvDsInferNetworkInfo& network,
+                                    const NvDsInferParseDetectionParams& params,
+                                    std::vector<NvDsInferObjectDetectionInfo>& objects) {
+  const auto* count = static_cast<const int*>(buffer_of(layers, "num_detections"));
+  const auto* boxes = static_cast<const float*>(buffer_of(layers, "boxes"));
+  const auto* scores = static_cast<const float*>(buffer_of(layers, "scores"));
+  const auto* classes = static_cast<const int*>(buffer_of(layers, "classes"));
+  if (!count || !boxes || !scores || !classes) return false;
+  for (int i = 0; i < *count; ++i) {
+    const auto class_id = static_cast<unsigned int>(classes[i]);
+    if (class_id >= params.numClassesConfigured) {
+      std::cerr << "odtrt: class " << class_id << ", but num-detected-classes is "
+                << params.numClassesConfigured << "\\n";
+      return false;
+    }
+    if (scores[i] < params.perClassPreclusterThreshold[class_id]) continue;
+    const float* box = boxes + 4 * i;
+    NvDsInferObjectDetectionInfo object{};
+    object.classId = class_id;
+    object.detectionConfidence = scores[i];
+    object.top = box[0] * network.height;
+    object.left = box[1] * network.width;
+    object.height = (box[2] - box[0]) * network.height;
+    object.width = (box[3] - box[1]) * network.width;
+    objects.push_back(object);
+  }
+  return true;
+}
+
+CHECK_CUSTOM_PARSE_FUNC_PROTOTYPE(NvDsInferParseOdtrt);
+"""
+
+
+def _model_files(folder: Path, spec: DetectorSpec) -> Iterator[Tuple[str, Union[Path, bytes]]]:
+    """The model's files, by their names in the bundle, each checked against what it was made from."""
+    from odtrt_lib.detector import load_anchors
+
+    load_anchors(require(folder, "anchors.npy", "export"), spec)
+    require(folder, "heads.onnx", "convert")
+    _require_current(folder, "detector.onnx", "fuse", ("heads.onnx", "anchors.npy", "spec.json"))
+    for name in ("spec.json", "anchors.npy", "heads.onnx", "detector.onnx"):
+        if (folder / name).is_file():
+            yield f"{MODEL}/{name}", folder / name
+    for path in sorted((folder / "int8").rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            yield f"{MODEL}/{path.relative_to(folder).as_posix()}", path
+    yield "README.txt", _README.format(name=spec.name, version=__version__).encode()
+
+
+def _require_current(folder: Path, name: str, stage: str, inputs: Sequence[str]) -> None:
+    record = last_record(folder, stage)
+    if record is None or not (folder / name).is_file() or name not in record["outputs"]:
+        return
+    for made_from in inputs:
+        if record["inputs"].get(made_from) != sha256(folder / made_from):
+            raise InputError(
+                f"{folder / name}: made from another {made_from} than the one beside it; "
+                f"run `odtrt {stage}` again"
+            )
+
+
+def _device_side() -> Iterator[Tuple[str, Union[Path, bytes]]]:
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    for room in DEVICE_ROOMS:
+        yield f"odtrt_lib/{room}.py", _require_source(package / f"{room}.py")
+    for pattern in _PLUGIN_SOURCES:
+        found = sorted(path for path in (checkout / "plugins").glob(pattern) if path.is_file())
+        for path in found or [_require_source(checkout / "plugins" / pattern)]:
+            yield path.relative_to(checkout).as_posix(), path
+    yield "LICENSE", _require_source(checkout / "LICENSE")
+    yield "__main__.py", _MAIN.encode()
+    yield "build_here.py", _BUILD_HERE.encode()
+
+
+def _require_source(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"{path}: not found; a bundle carries odtrt's source: pack from a checkout of odtrt")
+    return path
+
+
+def _triton_repository(folder: Path, spec: DetectorSpec) -> Iterator[Tuple[str, Union[Path, bytes]]]:
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", spec.name).strip(".") or "detector"
+    yield f"triton/{name}/config.pbtxt", triton_config(spec, name, "tensorrt_plan").encode()
+    onnx_name = f"{name}_onnx"
+    yield f"triton/{onnx_name}/config.pbtxt", triton_config(spec, onnx_name, "onnxruntime_onnx").encode()
+    yield f"triton/{onnx_name}/1/model.onnx", folder / "heads.onnx"
+
+
+def _deepstream_files(folder: Path, spec: DetectorSpec) -> Iterator[Tuple[str, Union[Path, bytes]]]:
+    configuration = nvinfer_config(spec)
+    require(folder, "detector.onnx", "fuse")
+    labels = [re.sub(r"[\s;]+", " ", label.name).strip() for label in spec.labels]
+    yield "deepstream/nvinfer.txt", configuration.encode()
+    yield "deepstream/labels.txt", ("\n".join(labels) + "\n").encode()
+    yield "deepstream/nvdsinfer_odtrt.cpp", _NVINFER_PARSER.encode()
+
+
+def _comment(text: str) -> str:
+    return one_line(text) if text.strip() else "a detector"
+
+
+def _number(value: float) -> str:
+    return repr(float(value) + 0.0)
+
+
+def _described(path: str, source: Union[Path, bytes]) -> Member:
+    if isinstance(source, bytes):
+        return Member(path, len(source), hashlib.sha256(source).hexdigest())
+    return Member(path, source.stat().st_size, sha256(source))
+
+
+def _write_zip(target: Path, sources: Mapping[str, Union[Path, bytes]], manifest: Manifest) -> None:
+    expected = {member.path: member for member in manifest.members}
+    with target.open("wb") as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as zipped:
+            for path in sorted(sources):
+                source = sources[path]
+                entry = zipfile.ZipInfo(path, (1980, 1, 1, 0, 0, 0))
+                entry.create_system = 3
+                entry.external_attr = (stat.S_IFREG | 0o644) << 16
+                if isinstance(source, bytes):
+                    zipped.writestr(entry, source)
+                    continue
+                entry.file_size = expected[path].size
+                digest = hashlib.sha256()
+                with source.open("rb") as original, zipped.open(entry, "w") as copy:
+                    for block in iter(lambda: original.read(_BLOCK), b""):
+                        digest.update(block)
+                        copy.write(block)
+                if digest.hexdigest() != expected[path].sha256:
+                    raise InputError(f"{source}: changed while it was packed; pack again")
+
+
+def _is_bundle(path: Path) -> bool:
+    try:
+        with _opened(path):
+            return True
+    except InputError:
+        return False
+
+
+@contextlib.contextmanager
+def _opened(
+    archive: Path,
+) -> Iterator[Tuple[zipfile.ZipFile, Manifest, Dict[str, zipfile.ZipInfo]]]:
+    """An archive whose directory agrees with its manifest: no member too many or too few, none unsafe."""
+    try:
+        size = archive.stat().st_size
+        zipped = zipfile.ZipFile(archive)
+    except OSError as error:
+        raise InputError(f"{archive}: cannot be read ({error.strerror}); expected a bundle") from error
+    except Exception as error:  # zipfile raises whatever the damage leads to
+        raise InputError(f"{archive}: damaged, or no bundle ({one_line(error)}); copy it again") from error
+    with zipped:
+        entries = zipped.infolist()
+        by_name = {entry.filename: entry for entry in entries}
+        if MANIFEST not in by_name:
+            raise InputError(f"{archive}: has no {MANIFEST}; expected a file that `odtrt pack` wrote")
+        _check_entries(archive, entries, size)
+        if by_name[MANIFEST].file_size > _MOST_MANIFEST_BYTES:
+            raise InputError(f"{archive}: {MANIFEST} is too large to be one; expected a bundle")
+        text = b"".join(_blocks(archive, zipped, by_name[MANIFEST], by_name[MANIFEST].file_size))
+        manifest = _parse_manifest(f"{archive}: {MANIFEST}", text)
+        named = {member.path: member for member in manifest.members}
+        for path in sorted(set(named) ^ (set(by_name) - {MANIFEST})):
+            problem = "missing from the archive" if path in named else f"not in {MANIFEST}"
+            raise InputError(f"{archive}: {path!r} is {problem}; copy or pack it again")
+        for path, member in named.items():
+            if by_name[path].file_size != member.size:
+                raise InputError(
+                    f"{archive}: {path!r} has {by_name[path].file_size} bytes, {MANIFEST} says "
+                    f"{member.size}; copy or pack it again"
+                )
+        yield zipped, manifest, by_name
+
+
+def _check_entries(archive: Path, entries: Sequence[zipfile.ZipInfo], archive_size: int) -> None:
+    """Refuses what ``pack`` never writes: unsafe or doubled names, links, compression, overlaps."""
+    ends, seen = 0, set()
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        what = f"{archive}: member {entry.filename!r}"
+        _check_path(what, entry.filename)
+        if entry.filename in seen:
+            raise InputError(f"{what} is there twice; expected every file once: pack it again")
+        seen.add(entry.filename)
+        kind = stat.S_IFMT(entry.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG) or entry.is_dir():
+            raise InputError(f"{what} is a link, folder or device; expected files only: pack it again")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise InputError(f"{what} is compressed; expected stored members: pack it again")
+        if entry.header_offset < ends:
+            raise InputError(f"{what} overlaps another one; the archive is damaged: copy or pack it again")
+        ends = entry.header_offset + _LOCAL_HEADER_BYTES + entry.file_size
+        if ends > archive_size:
+            raise InputError(f"{what} is cut off; the archive is damaged: copy or pack it again")
+    for name in seen:
+        for parent in PurePosixPath(name).parents:
+            if str(parent) in seen:
+                raise InputError(f"{archive}: {str(parent)!r} is both a file and a folder; pack it again")
+
+
+def _check_path(what: str, path: str) -> None:
+    parts = path.split("/")
+    if any(part in ("", ".", "..") or re.search(r"[\\:\x00-\x1f\x7f]", part) for part in parts):
+        raise InputError(f"{what} is not a plain relative path; nothing was unpacked: do not trust this file")
+
+
+def _parse_manifest(where: str, text: bytes) -> Manifest:
+    again = "copy or pack the bundle again"
+    try:
+        data = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({one_line(error)}); {again}") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA_VERSION:
+        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"{where}: schema {found!r}, expected {SCHEMA_VERSION}; {again}")
+    texts: List[Any] = [data.get(key) for key in ("odtrt", "name", "spec_sha256")]
+    listed = data.get("members")
+    if not all(isinstance(value, str) for value in texts) or not isinstance(listed, list):
+        raise InputError(f"{where}: odtrt, name, spec_sha256 or members is missing; {again}")
+    members = []
+    for item in listed:
+        is_member = (
+            isinstance(item, dict)
+            and isinstance(item.get("path"), str)
+            and type(item.get("size")) is int
+            and item["size"] >= 0
+            and isinstance(item.get("sha256"), str)
+            and re.fullmatch("[0-9a-f]{64}", item["sha256"])
+        )
+        if not is_member:
+            raise InputError(f"{where}: {str(item)[:80]!r} is no member with path, size and sha256; {again}")
+        _check_path(f"{where}: member {item['path']!r}", item["path"])
+        members.append(Member(item["path"], item["size"], item["sha256"]))
+    paths = [member.path for member in members]
+    if len(set(paths)) != len(paths):
+        raise InputError(f"{where}: names a member twice; {again}")
+    if texts[2] != next((member.sha256 for member in members if member.path == f"{MODEL}/spec.json"), None):
+        raise InputError(f"{where}: spec_sha256 is not that of {MODEL}/spec.json; {again}")
+    return Manifest(texts[0], texts[1], texts[2], tuple(members))
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected an unpacked bundle") from error
+    return _parse_manifest(str(path), text)
+
+
+def _blocks(archive: Path, zipped: zipfile.ZipFile, entry: zipfile.ZipInfo, size: int) -> Iterator[bytes]:
+    """The content of a member, which has ``size`` bytes, no more and no fewer."""
+    left = size
+    try:
+        with zipped.open(entry) as stream:
+            for block in iter(lambda: stream.read(_BLOCK), b""):
+                left -= len(block)
+                if left < 0:
+                    break
+                yield block
+    except Exception as error:  # zipfile raises whatever the damage leads to
+        raise InputError(
+            f"{archive}: {entry.filename!r} is damaged ({one_line(error)}); copy or pack it again"
+        ) from error
+    if left:
+        raise InputError(f"{archive}: {entry.filename!r} has not the {size} bytes it should; copy it again")
+
+
+def _extract(
+    archive: Path, zipped: zipfile.ZipFile, entry: zipfile.ZipInfo, member: Member, target: Path
+) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with target.open("xb") as file:
+        for block in _blocks(archive, zipped, entry, member.size):
+            digest.update(block)
+            file.write(block)
+    if digest.hexdigest() != member.sha256:
+        raise InputError(
+            f"{archive}: {member.path!r} has SHA-256 {digest.hexdigest()[:12]}..., {MANIFEST} says "
+            f"{member.sha256[:12]}...; copy or pack it again"
+        )
+
+
+@contextlib.contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder``, on the same disk; gone after the block unless it was moved."""
+    prefix = f".{folder.name}.unpack-"
+    made = [path for path in folder.parents if not path.exists()]
+    workplace = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for path in folder.parent.glob(f"{prefix}*"):
+            process = path.name[len(prefix) :].split("-")[0]
+            if process.isdigit() and not Path(f"/proc/{process}").exists():
+                shutil.rmtree(path, ignore_errors=True)
+        workplace = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=str(folder.parent)))
+        content = workplace / "content"
+        content.mkdir()
+        yield content
+        made = []
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    finally:
+        if workplace is not None:
+            shutil.rmtree(workplace, ignore_errors=True)
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _replace_files(content: Path, folder: Path, manifest: Manifest, earlier: Sequence[Member]) -> None:
+    """Moves files over those of an earlier bundle, the manifest last: half of it is then noticed."""
+    kept = {member.path for member in manifest.members}
+    for member in manifest.members:
+        target = folder / member.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(content / member.path, target)
+    for old in earlier:
+        if old.path not in kept:
+            with contextlib.suppress(FileNotFoundError):
+                (folder / old.path).unlink()
+    os.replace(content / MANIFEST, folder / MANIFEST)
+    sync(folder)
+
+
+def _has_half_precision_flag(flavour: Optional[str]) -> bool:
+    """Asked in a process of its own, because a builder should be the first to load TensorRT."""
+    question = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r}); "
+        f"import {flavour} as trt; from odtrt_lib.builder import is_weakly_typed; "
+        "sys.exit(not is_weakly_typed(trt))"
+    )
+    return flavour is not None and subprocess.run([sys.executable, "-c", question]).returncode == 0
+
+
+def _can_find(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _compile(folder: Path, say: Callable[[str], None]) -> Tuple[Optional[Path], Optional[Path]]:
+    """Compiles ``plugins/``: libodtrt.so and libodtrt_tensorrt.so, or None for what cannot be made here."""
+    from odtrt_lib.passport import this_machine
+
+    programs = {
+        "cmake": (shutil.which("cmake"), "sudo apt install cmake"),
+        "a C++ compiler": (os.environ.get("CXX") or shutil.which("c++"), "sudo apt install g++"),
+    }
+    lacking = [name for name, (found, _) in programs.items() if not found]
+    for name in lacking:
+        say(
+            f"missing: {name} (`{programs[name][1]}`); without it numpy does what the kernels do, slower, "
+            "and the plan has no post-processing inside"
+        )
+    if lacking:
+        return None, None
+    capability = this_machine().compute_capability
+    options = []
+    if capability is None:
+        say("no NVIDIA GPU found: the kernels are compiled for the CPU only")
+        options.append("-DODTRT_CUDA=OFF")
+    else:
+        options += ["-DODTRT_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={capability.replace('.', '')}"]
+        if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").is_file()):
+            say(
+                "missing: nvcc (`sudo apt install nvidia-jetpack`; on a PC: the CUDA Toolkit); without it "
+                "the post-processing runs on the CPU and the plan has none inside"
+            )
+    build = folder / "plugins" / "build"
+    build.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        (build / "CMakeCache.txt").unlink()  # it would refuse a folder that was moved or copied
+    jobs = str(os.cpu_count() or 1)
+    with (build / "log").open("w") as log:
+        for command in (
+            ["cmake", "-S", str(folder / "plugins"), "-B", str(build), *options],
+            ["cmake", "--build", str(build), "--parallel", jobs],
+        ):
+            if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode != 0:
+                raise BuildError(
+                    f"{build / 'log'}: `{' '.join(command[:2])}` failed ({_reason(build / 'log')}); "
+                    "this log has the compiler's messages"
+                )
+    for line in (build / "log").read_text(errors="replace").splitlines():
+        if line.startswith("odtrt: "):
+            say(line[len("odtrt: ") :])
+    made = [build / "libodtrt.so", build / "libodtrt_tensorrt.so"]
+    library, plugin = (path if path.is_file() else None for path in made)
+    return library, plugin
+
+
+def _reason(log: Path) -> str:
+    """The first error in what cmake and the compiler said; theirs are on a line, or on two."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    for number, line in enumerate(lines):
+        if "error" in line.lower() and "***" not in line:
+            return one_line(" ".join(lines[number : number + 1 + line.startswith("CMake Error")]))[:200]
+    return one_line(lines[-1]) if lines else "it said nothing"
+
+
+def _place_plans(
+    folder: Path, plans: Mapping[str, Path], flavour: str, say: Callable[[str], None]
+) -> List[Path]:
+    """Copies the plans to where Triton and nvinfer look for them."""
+    wanted = [
+        (path.parent / "1" / "model.plan", "heads.onnx")
+        for path in sorted((folder / "triton").glob("*/config.pbtxt"))
+        if 'platform: "tensorrt_plan"' in path.read_text(encoding="utf-8")
+    ]
+    if (folder / "deepstream").is_dir():
+        wanted.append((folder / "deepstream" / "detector.plan", "detector.onnx"))
+    placed = []
+    for target, model in wanted:
+        if flavour != "tensorrt":
+            say(f"{target}: not written; it must be a plan of TensorRT, and this one is {flavour}'s")
+        elif model not in plans:
+            say(f"{target}: not written; it must be a plan of {model}, which needs the plugin")
+        else:
+            with atomic_write(target) as temporary:
+                shutil.copyfile(str(plans[model]), str(temporary))
+            placed.append(target)
+    return placed
+
+
+def _pattern(spec: DetectorSpec) -> Any:
+    """An image that needs no file: uint8 [height, width, 3], the same on every machine."""
+    import numpy as np
+
+    height, width = spec.input.height, spec.input.width
+    y, x, c = np.ogrid[:height, :width, :3]
+    return ((x * x * 3 + y * y * 5 + x * y * (c + 1)) // 32 % 256).astype(np.uint8)
+
+
+def _check_detections(found: Any, size: Tuple[int, int], spec: DetectorSpec) -> None:
+    import numpy as np
+
+    boxes, scores = found.boxes, found.scores
+    # Boxes are clipped to the image, to within a rounding error of float32.
+    limit = 1.0001 * np.array([size[0], size[1], size[0], size[1]])
+    is_sound = (
+        len(scores) <= spec.nms.max_total_detections
+        and bool(np.isfinite(boxes).all() and np.isfinite(scores).all())
+        and bool((boxes >= -1e-3 * limit).all() and (boxes <= limit).all())
+        and bool((boxes[:, 2:] > boxes[:, :2]).all())
+        and bool((scores > spec.nms.score_threshold).all() and (np.diff(scores) <= 0).all())
+    )
+    if not is_sound:
+        raise CheckError(
+            f"{spec.name}: {len(scores)} detections that cannot be right (not finite, outside of the image, "
+            "unordered or below the threshold); build again with fp32, and report it if that is wrong too"
+        )
+
+
+def _in_tenths(model: str, say: Callable[[str], None]) -> Callable[[str, float], None]:
+    """A listener for the build's progress that speaks up at every phase and tenth of it."""
+    told = set()
+
+    def tell(phase: str, fraction: float) -> None:
+        tenth = int(fraction * 10)
+        if (phase, tenth) not in told:
+            told.add((phase, tenth))
+            say(f"{model}: {phase}, {tenth * 10} %")
+
+    return tell
+
+
+def _inside(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _exit_status(work: Callable[[], Any]) -> int:
+    try:
+        work()
+    except OdtrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,1138 @@
+"""Chapter 5's bundle: what travels, what is refused, what strangers' tools read in it, and a fresh device."""
+
+from __future__ import annotations
+
+import configparser
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import stat
+import struct
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from odtrt_lib import bundle, fuse, spec
+from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependencyError, UnsupportedError
+
+onnx = pytest.importorskip("onnx")
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SPEC = spec.DetectorSpec(
+    name="tiny one",
+    source=spec.Source("0" * 64, "ckpt-0", "0" * 64, "ssd", "2.8.0", "2.20.0"),
+    input=spec.InputSpec(16, 24, spec.Resizer("fixed_shape"), (2 / 255,) * 3, (-1.0, -0.5, -1.0)),
+    heads=spec.HeadsSpec(num_anchors=16 * 24, num_classes=2, background_column=True),
+    box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
+    scores=spec.ScoreSpec("sigmoid", 1.0),
+    nms=spec.NmsSpec(0.25, 0.5, 10, 10, False, True),
+    labels=(spec.Label(1, "a nut"), spec.Label(2, "bolt; hex\nhead")),
+)
+
+
+def heads_model(batch):
+    """Two heads over the pixels of a 16 x 24 image; batch: a size, or None for any."""
+    nodes, constants, outputs = [], [], []
+    for name, columns in (("box_encodings", 4), ("class_logits", 3)):
+        weights = np.random.default_rng(columns).normal(size=(columns, 3, 1, 1)).astype(np.float32)
+        constants.append(numpy_helper.from_array(weights, f"{name}_weights"))
+        constants.append(numpy_helper.from_array(np.array([0, -1, columns]), f"{name}_shape"))
+        nodes += [
+            helper.make_node("Conv", ["image", f"{name}_weights"], [f"{name}_map"]),
+            helper.make_node("Transpose", [f"{name}_map"], [f"{name}_last"], perm=[0, 2, 3, 1]),
+            helper.make_node("Reshape", [f"{name}_last", f"{name}_shape"], [name]),
+        ]
+        shape = [batch or "batch", 16 * 24, columns]
+        outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch or "batch", 3, 16, 24])
+    graph = helper.make_graph(nodes, "heads", [image], outputs, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def model_folder(path, detector=SPEC, fused=True):
+    """A model folder as the stages before leave it, with a plan and a log that must not travel."""
+    (path / "plans").mkdir(parents=True)
+    (path / "int8").mkdir()
+    (path / "spec.json").write_text(detector.to_json())
+    onnx.save(heads_model(detector.input.batch), path / "heads.onnx")
+    anchors = np.random.default_rng(1).uniform(0.1, 0.9, (16 * 24, 4)).astype(np.float32)
+    np.save(path / "anchors.npy", anchors)
+    if fused:
+        pytest.importorskip("onnx_graphsurgeon")
+        fuse.fuse(path)
+    (path / "plans" / "0123456789abcdef-01234567.plan").write_bytes(b"of this machine")
+    (path / "int8" / "calibration.json").write_text("{}")
+    (path / "frozen.pb").write_bytes(b"TensorFlow's")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def archive(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("packed") / "tiny.odtrt.zip"
+    bundle.pack(folder, path, triton=True, deepstream=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unpacked(archive, tmp_path_factory):
+    path = tmp_path_factory.mktemp("unpacked") / "tiny"
+    bundle.unpack(archive, path)
+    return path
+
+
+def contents(path):
+    return {
+        file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()
+    }
+
+
+def one_line_error(work, *kinds):
+    with pytest.raises(kinds or InputError) as caught:
+        work()
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+# --- what travels
+
+
+def test_the_same_folder_gives_the_same_bytes(folder, archive, tmp_path):
+    copy = tmp_path / "elsewhere" / "another name"
+    shutil.copytree(folder, copy)
+    for path in copy.rglob("*"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        path.chmod(0o777)
+    again = bundle.pack(copy, tmp_path / "b.zip", triton=True, deepstream=True)
+    assert (tmp_path / "b.zip").read_bytes() == archive.read_bytes()
+    assert again.sha256 == hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert again.bytes == archive.stat().st_size
+    with zipfile.ZipFile(archive) as zipped:
+        assert zipped.namelist() == sorted(zipped.namelist())
+        assert {info.date_time for info in zipped.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    assert not again.is_up_to_date
+    assert bundle.pack(copy, tmp_path / "b.zip", triton=True, deepstream=True).is_up_to_date
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.zip", "elsewhere"]
+
+
+def test_another_weight_gives_other_bytes(folder, archive, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    anchors = np.load(copy / "anchors.npy")
+    anchors[0, 0] += 1e-3
+    np.save(copy / "anchors.npy", anchors)
+    (copy / "detector.onnx").unlink()
+    changed = bundle.pack(copy, tmp_path / "b.zip")
+    member = next(m for m in changed.manifest.members if m.path == "model/anchors.npy")
+    assert member.sha256 == hashlib.sha256((copy / "anchors.npy").read_bytes()).hexdigest()
+
+
+def test_the_manifest_describes_every_member(folder, archive):
+    with zipfile.ZipFile(archive) as zipped:
+        assert zipped.testzip() is None
+        manifest = json.loads(zipped.read("manifest.json"))
+        listed = {item["path"]: item for item in manifest["members"]}
+        assert sorted(zipped.namelist()) == sorted([*listed, "manifest.json"])
+        for path, item in listed.items():
+            content = zipped.read(path)
+            assert (item["size"], item["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert manifest["schema"] == 1
+    assert manifest["name"] == SPEC.name
+    assert manifest["spec_sha256"] == hashlib.sha256((folder / "spec.json").read_bytes()).hexdigest()
+    assert manifest["odtrt"] == bundle.__version__
+
+
+def test_what_travels_and_what_stays(folder, unpacked):
+    found = contents(unpacked)
+    model = {path: content for path, content in found.items() if path.startswith("model/")}
+    expected = {"spec.json", "anchors.npy", "heads.onnx", "detector.onnx", "int8/calibration.json"}
+    assert model == {f"model/{name}": (folder / name).read_bytes() for name in expected}
+    for path, content in found.items():
+        if path.startswith(("odtrt_lib/", "plugins/")) or path == "LICENSE":
+            assert content == (ROOT / path).read_bytes()
+    sources = {path for path in found if path.startswith("plugins/")}
+    for kind in ("kernels/*", "tensorrt/*.*"):
+        assert sources >= {
+            p.relative_to(ROOT).as_posix() for p in (ROOT / "plugins").glob(kind) if p.is_file()
+        }
+    assert not [path for path in found if path.endswith((".plan", ".pb", ".so", ".pyc", "log.jsonl"))]
+
+
+def test_the_device_rooms_are_those_of_pyproject():
+    text = (ROOT / "pyproject.toml").read_text()
+    names = re.search(r'"odtrt_lib/\{(.+)\}\.py" = "py38"', text).group(1).split(",")
+    assert sorted(bundle.DEVICE_ROOMS) == sorted(names)
+
+
+def test_a_detector_without_its_fused_form_travels_too(tmp_path):
+    model_folder(tmp_path / "tiny", fused=False)
+    bundle.pack(tmp_path / "tiny", tmp_path / "a.zip", triton=True)
+    bundle.unpack(tmp_path / "a.zip", tmp_path / "out")
+    assert not (tmp_path / "out" / "model" / "detector.onnx").exists()
+    assert not (tmp_path / "out" / "deepstream").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda f: (f / "heads.onnx").unlink(), r"heads\.onnx: not found; run `odtrt convert`"),
+        (lambda f: (f / "spec.json").write_text("{"), r"spec\.json: not JSON"),
+        (lambda f: (f / "anchors.npy").write_bytes(b"no"), r"anchors\.npy: not a numpy array"),
+        (
+            lambda f: np.save(f / "anchors.npy", np.zeros((3, 4), np.float32)),
+            r"anchors\.npy: float32 \[3, 4\]",
+        ),
+        (
+            lambda f: onnx.save(heads_model(None), f / "heads.onnx"),
+            r"detector\.onnx: made from another heads\.onnx than the one beside it; run `odtrt fuse` again",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_packed(folder, tmp_path, damage, named):
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    damage(copy)
+    message = one_line_error(lambda: bundle.pack(copy, tmp_path / "a.zip"))
+    assert re.search(named, message)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_file_that_is_no_bundle_is_not_written_over(folder, archive, tmp_path):
+    mine = tmp_path / "holiday.zip"
+    mine.write_bytes(b"pictures")
+    assert "no bundle" in one_line_error(lambda: bundle.pack(folder, mine))
+    assert mine.read_bytes() == b"pictures"
+    assert "a folder" in one_line_error(lambda: bundle.pack(folder, tmp_path))
+    bundle.pack(folder, mine, triton=True, deepstream=True, force=True)
+    assert mine.read_bytes() == archive.read_bytes()
+
+
+# --- unpacking, and what is refused
+
+
+def test_unpacking_over_an_earlier_bundle(folder, archive, tmp_path):
+    target = tmp_path / "device"
+    bundle.unpack(archive, target)
+    (target / "model" / "plans").mkdir()
+    (target / "model" / "plans" / "mine.plan").write_bytes(b"47 minutes")
+    (target / "model" / "heads.onnx").write_bytes(b"half of it")
+    assert "was unpacked here" in one_line_error(lambda: bundle.unpack(archive, target))
+    bundle.pack(folder, tmp_path / "plain.zip")
+    bundle.unpack(tmp_path / "plain.zip", target, force=True)
+    found = contents(target)
+    assert found.pop("model/plans/mine.plan") == b"47 minutes"
+    with zipfile.ZipFile(tmp_path / "plain.zip") as zipped:
+        assert found == {name: zipped.read(name) for name in zipped.namelist()}
+    assert not [path for path in found if path.startswith(("triton/", "deepstream/"))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["device", "plain.zip"]
+
+
+def test_a_folder_with_other_things_is_not_written_over(archive, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("mine")
+    for force in (False, True):
+        message = one_line_error(lambda force=force: bundle.unpack(archive, tmp_path / "home", force=force))
+        assert "was not unpacked from a bundle" in message
+    assert contents(tmp_path / "home") == {"thesis.tex": b"mine"}
+
+
+def test_an_empty_folder_may_be_there(archive, unpacked, tmp_path):
+    (tmp_path / "empty").mkdir()
+    bundle.unpack(archive, tmp_path / "empty")
+    assert contents(tmp_path / "empty") == contents(unpacked)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "empty").stat().st_mode) == 0o777 & ~mask
+
+
+def test_a_plain_unzip_is_verified_too(archive, tmp_path):
+    with zipfile.ZipFile(archive) as zipped:
+        zipped.extractall(tmp_path / "out")
+    assert bundle.verify(tmp_path / "out").name == SPEC.name
+    anchors = tmp_path / "out" / "model" / "anchors.npy"
+    content = bytearray(anchors.read_bytes())
+    content[200] ^= 1
+    anchors.write_bytes(content)
+    message = one_line_error(lambda: bundle.build_here(tmp_path / "out"))
+    assert f"{anchors}: not the file that was packed" in message
+    anchors.unlink()
+    assert f"{anchors}: not found" in one_line_error(lambda: bundle.verify(tmp_path / "out"))
+
+
+def entry(name, mode=stat.S_IFREG | 0o644):
+    info = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    info.create_system, info.external_attr = 3, mode << 16
+    return info
+
+
+class Forgery:
+    """A bundle's members, to be changed before they are zipped again; listed: the manifest agrees with it."""
+
+    def __init__(self, archive):
+        with zipfile.ZipFile(archive) as zipped:
+            self.members = [(entry(i.filename), zipped.read(i)) for i in zipped.infolist()]
+        self.manifest = json.loads({i.filename: c for i, c in self.members}["manifest.json"])
+        self.members = [(i, c) for i, c in self.members if i.filename != "manifest.json"]
+        self.compression = {}
+
+    def add(self, name, content=b"evil", listed=True, **how):
+        self.members.append((entry(name, **how), content))
+        if listed:
+            digest = hashlib.sha256(content).hexdigest()
+            self.manifest["members"].append({"path": name, "size": len(content), "sha256": digest})
+
+    def item(self, name):
+        return next(item for item in self.manifest["members"] if item["path"] == name)
+
+    def write(self, path, manifest=None):
+        text = json.dumps(self.manifest) if manifest is None else manifest
+        with zipfile.ZipFile(path, "w") as zipped:
+            for info, content in [*self.members, (entry("manifest.json"), text)]:
+                zipped.writestr(info, content, self.compression.get(info.filename, zipfile.ZIP_STORED))
+
+
+def traversal(name):
+    return lambda forgery: forgery.add(name)
+
+
+def drop(forgery):
+    forgery.members = [pair for pair in forgery.members if pair[0].filename != "model/anchors.npy"]
+
+
+def twice(forgery):
+    forgery.members += [pair for pair in forgery.members if pair[0].filename == "model/anchors.npy"]
+
+
+def wrong_hash(forgery):
+    forgery.item("model/anchors.npy")["sha256"] = "0" * 64
+
+
+def other_content(forgery):
+    forgery.members = [
+        (i, c[:-1] + b"!" if i.filename == "model/heads.onnx" else c) for i, c in forgery.members
+    ]
+
+
+def larger_than_it_says(forgery):
+    forgery.item("model/heads.onnx")["size"] -= 1
+
+
+def smaller_than_it_says(forgery):
+    forgery.item("model/heads.onnx")["size"] = 10**12
+
+
+def bomb(forgery):
+    forgery.add("model/zeros", bytes(20_000_000))
+    forgery.compression["model/zeros"] = zipfile.ZIP_DEFLATED
+
+
+def bomb_that_lies(forgery):
+    bomb(forgery)
+    forgery.item("model/zeros")["size"] = 100
+
+
+def listed_twice(forgery):
+    forgery.manifest["members"].append(forgery.item("model/anchors.npy"))
+
+
+def negative_size(forgery):
+    forgery.item("model/anchors.npy")["size"] = -1
+
+
+def file_and_folder(forgery):
+    forgery.add("model/anchors.npy/inside")
+
+
+FORGERIES = {
+    "parent": (traversal("../evil"), "'../evil' is not a plain relative path"),
+    "parent inside": (traversal("model/../../evil"), "is not a plain relative path"),
+    "absolute": (traversal("/tmp/odtrt-evil"), "'/tmp/odtrt-evil' is not a plain relative path"),
+    "drive": (traversal("C:evil"), "is not a plain relative path"),
+    "backslash": (traversal("..\\evil"), "is not a plain relative path"),
+    "dot": (traversal("model/./evil"), "is not a plain relative path"),
+    "double slash": (traversal("model//evil"), "is not a plain relative path"),
+    "line break": (traversal("model/e\nvil"), "is not a plain relative path"),
+    "folder": (traversal("model/evil/"), "is not a plain relative path"),
+    "symlink": (
+        lambda f: f.add("model/plans", b"/etc", mode=stat.S_IFLNK | 0o777),
+        "'model/plans' is a link, folder or device",
+    ),
+    "device": (lambda f: f.add("model/null", b"", mode=stat.S_IFCHR | 0o666), "is a link, folder or device"),
+    "twice": (twice, "'model/anchors.npy' is there twice"),
+    "listed twice": (listed_twice, "names a member twice"),
+    "file and folder": (file_and_folder, "'model/anchors.npy' is both a file and a folder"),
+    "missing": (drop, "'model/anchors.npy' is missing from the archive"),
+    "extra": (lambda f: f.add("model/extra", listed=False), "'model/extra' is not in manifest.json"),
+    "wrong hash": (wrong_hash, "'model/anchors.npy' has SHA-256"),
+    "other content": (other_content, "'model/heads.onnx' has SHA-256"),
+    "larger": (larger_than_it_says, "'model/heads.onnx' has"),
+    "smaller": (smaller_than_it_says, "manifest.json says 1000000000000"),
+    "bomb": (bomb, "'model/zeros' is compressed"),
+    "bomb that lies": (bomb_that_lies, "'model/zeros' is compressed"),
+    "negative size": (negative_size, "is no member with path, size and sha256"),
+    "other schema": (lambda f: f.manifest.update(schema=2), "schema 2, expected 1"),
+    "another spec": (lambda f: f.manifest.update(spec_sha256="0" * 64), "is not that of model/spec.json"),
+    "no members": (lambda f: f.manifest.pop("members"), "members is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_a_forged_archive_is_refused_and_nothing_appears(archive, tmp_path, kind):
+    forge, said = FORGERIES[kind]
+    forgery = Forgery(archive)
+    forge(forgery)
+    place = tmp_path / "in" / "here"
+    place.mkdir(parents=True)
+    forged = tmp_path / "forged.zip"
+    if kind == "twice":
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            forgery.write(forged)
+    else:
+        forgery.write(forged)
+    message = one_line_error(lambda: bundle.unpack(forged, place / "out"))
+    assert said in message and str(forged) in message
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["forged.zip", "here", "in"]
+    assert not Path("/tmp/odtrt-evil").exists()
+
+
+def test_an_archive_forged_without_a_change_is_taken(archive, unpacked, tmp_path):
+    """What the forgeries are refused for is what is forged in them."""
+    Forgery(archive).write(tmp_path / "same.zip")
+    bundle.unpack(tmp_path / "same.zip", tmp_path / "out")
+    assert bundle.verify(tmp_path / "out") == bundle.verify(unpacked)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "schema 'list', expected 1"),
+        ('{"schema": 1, "odtrt": "", "name": "", "spec_sha256": "", "members": [7]}', "'7' is no member"),
+        (" " * (1 << 23), "is too large to be one"),
+    ],
+)
+def test_a_manifest_that_is_none(archive, tmp_path, manifest, said):
+    Forgery(archive).write(tmp_path / "forged.zip", manifest)
+    assert said in one_line_error(lambda: bundle.unpack(tmp_path / "forged.zip", tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["forged.zip"]
+
+
+def test_members_that_share_their_bytes_are_refused(tmp_path, archive):
+    """Many directory entries that point to one place make a small file large: Fifield's zip bomb."""
+    forgery = Forgery(archive)
+    forgery.add("model/a", b"x" * 1000)
+    forgery.add("model/b", b"x" * 1000)
+    forgery.write(tmp_path / "forged.zip")
+    content = bytearray((tmp_path / "forged.zip").read_bytes())
+    with zipfile.ZipFile(tmp_path / "forged.zip") as zipped:
+        offset = zipped.getinfo("model/a").header_offset
+    at = content.rindex(b"model/b") - 46
+    assert content[at : at + 4] == b"PK\1\2"
+    struct.pack_into("<L", content, at + 42, offset)
+    (tmp_path / "forged.zip").write_bytes(content)
+    message = one_line_error(lambda: bundle.unpack(tmp_path / "forged.zip", tmp_path / "out"))
+    assert "overlaps another one" in message
+
+
+def test_an_encrypted_member_is_refused(tmp_path, archive):
+    content = bytearray(archive.read_bytes())
+    at = content.rindex(b"model/anchors.npy") - 46
+    content[at + 8] |= 1
+    (tmp_path / "forged.zip").write_bytes(content)
+    message = one_line_error(lambda: bundle.unpack(tmp_path / "forged.zip", tmp_path / "out"))
+    assert "is encrypted" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        (b"", "damaged, or no bundle"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "damaged, or no bundle"),
+        (b"PK\5\6" + bytes(18), "has no manifest.json"),
+    ],
+)
+def test_a_file_that_is_no_archive(tmp_path, content, said):
+    path = tmp_path / "a.zip"
+    if content is not None:
+        path.write_bytes(content)
+    assert said in one_line_error(lambda: bundle.unpack(path, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_archive_that_is_a_folder(tmp_path):
+    assert "Is a directory" in one_line_error(lambda: bundle.unpack(tmp_path, tmp_path / "out"))
+
+
+def test_random_damage_is_found_or_harmless(archive, unpacked, tmp_path):
+    """Flipped bits, cuts, and stretches of other bytes: an error on one line, or exactly what was packed."""
+    intact, generator, refused = archive.read_bytes(), random.Random(20261122), 0
+    directory = intact.rindex(b"PK\5\6") - 46 * 60
+    expected = bundle.verify(unpacked)
+    for number in range(300):
+        content = bytearray(intact)
+        where = generator.randrange(directory if number % 2 else 0, len(intact))
+        kind = generator.choice(("bits", "bits", "cut", "stretch"))
+        if kind == "bits":
+            content[where] ^= 1 << generator.randrange(8)
+        elif kind == "cut":
+            del content[where:]
+        else:
+            length = generator.randrange(1, 200)
+            content[where : where + length] = generator.randbytes(length)
+        damaged = tmp_path / "damaged.zip"
+        damaged.write_bytes(content)
+        try:
+            found = bundle.unpack(damaged, tmp_path / "out")
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(damaged) in str(error)
+            assert not (tmp_path / "out").exists()
+        else:
+            assert found == expected == bundle.verify(tmp_path / "out")
+            shutil.rmtree(tmp_path / "out")
+    assert refused > 250
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged.zip"]
+
+
+# --- killed, or out of space
+
+DIE_AFTER = """
+import os, signal, sys
+from odtrt_lib import bundle, detector
+events, last = 0, int(sys.argv[1])
+
+def count(*_):
+    global events
+    events += 1
+    if events == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.setprofile(count)
+{work}
+sys.setprofile(None)
+print(events)
+"""
+
+
+def run_python(script, *arguments, **how):
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, **how)
+
+
+def killed_at(script, times):
+    """Runs the script and kills it after a part of its function calls, ``times`` times; yields after each."""
+    whole = run_python(script, 0)
+    assert whole.returncode == 0, whole.stderr
+    calls = int(whole.stdout)
+    for number in range(times):
+        yield run_python(script, 1 + number * (calls - 1) // times).returncode
+
+
+@pytest.mark.parametrize("is_there_before", [False, True])
+def test_killed_while_packing_leaves_the_old_archive_or_the_new(folder, archive, tmp_path, is_there_before):
+    target = tmp_path / "a.zip"
+    work = f"bundle.pack({str(folder)!r}, {str(target)!r}, triton=True, deepstream=True)"
+    old = None
+    if is_there_before:
+        bundle.pack(folder, target)
+        old = target.read_bytes()
+    states = set()
+    for number, status in enumerate(killed_at(DIE_AFTER.format(work=work), 10)):
+        if number:
+            assert status == -9
+        now = target.read_bytes() if target.exists() else None
+        assert now in (old, archive.read_bytes())
+        states.add(now == old)
+        if old is None:
+            target.unlink(missing_ok=True)
+        else:
+            target.write_bytes(old)
+    assert True in states
+    bundle.pack(folder, target, triton=True, deepstream=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"], "what the dead left is removed"
+
+
+def test_killed_while_unpacking_leaves_nothing_or_all(archive, unpacked, tmp_path):
+    target = tmp_path / "out"
+    work = f"bundle.unpack({str(archive)!r}, {str(target)!r})"
+    for number, status in enumerate(killed_at(DIE_AFTER.format(work=work), 15)):
+        if number:
+            assert status == -9
+            assert not target.exists() or bundle.verify(target) == bundle.verify(unpacked)
+        shutil.rmtree(target, ignore_errors=True)
+    bundle.unpack(archive, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "what the dead left is removed"
+
+
+WITH_LITTLE_SPACE = """
+import resource, signal, sys
+from odtrt_lib import bundle, detector
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+try:
+    {work}
+except bundle.InputError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_nothing(folder, archive, tmp_path):
+    for work in (
+        f"bundle.pack({str(folder)!r}, {str(tmp_path / 'a.zip')!r})",
+        f"bundle.unpack({str(archive)!r}, {str(tmp_path / 'new' / 'out')!r})",
+    ):
+        done = run_python(WITH_LITTLE_SPACE.format(work=work))
+        assert done.returncode == 0, done.stderr
+        assert "cannot be written (File too large)" in done.stdout
+        assert not list(tmp_path.iterdir())
+
+
+# --- what Triton reads
+
+
+def triton_message():
+    """An empty ModelConfig: Triton's own where tritonclient is installed, else its fields as published.
+
+    https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto
+    """
+    try:
+        from tritonclient.grpc import model_config_pb2
+
+        return model_config_pb2.ModelConfig()
+    except ImportError:
+        pass
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto(name="config.proto", package="inference", syntax="proto3")
+    types = file.enum_type.add(name="DataType")
+    for number, name in enumerate(("INVALID", "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16",
+                                   "INT32", "INT64", "FP16", "FP32", "FP64", "STRING", "BF16")):  # fmt: skip
+        types.value.add(name=f"TYPE_{name}", number=number)
+    field = descriptor_pb2.FieldDescriptorProto
+    for name, dims in (("ModelInput", 4), ("ModelOutput", 3)):
+        tensor = file.message_type.add(name=name)
+        tensor.field.add(name="name", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
+        tensor.field.add(name="data_type", number=2, type=field.TYPE_ENUM, type_name=".inference.DataType",
+                         label=field.LABEL_OPTIONAL)  # fmt: skip
+        tensor.field.add(name="dims", number=dims, type=field.TYPE_INT64, label=field.LABEL_REPEATED)
+    config = file.message_type.add(name="ModelConfig")
+    for name, number in (("name", 1), ("platform", 2)):
+        config.field.add(name=name, number=number, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL)
+    config.field.add(name="max_batch_size", number=4, type=field.TYPE_INT32, label=field.LABEL_OPTIONAL)
+    for name, number, kind in (("input", 5, "ModelInput"), ("output", 6, "ModelOutput")):
+        config.field.add(name=name, number=number, type=field.TYPE_MESSAGE, type_name=f".inference.{kind}",
+                         label=field.LABEL_REPEATED)  # fmt: skip
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))()
+
+
+def compare_with_onnx(text, model):
+    """Triton's rule: max_batch_size 0: dims are the shape; else they are it without the first dimension."""
+    from google.protobuf import text_format
+
+    config = text_format.Parse(text, triton_message())
+    types = {11: TensorProto.FLOAT, 8: TensorProto.INT32}
+    for described, values in ((config.input, model.graph.input), (config.output, model.graph.output)):
+        found, expected = {}, {}
+        for tensor in described:
+            batch = [None] if config.max_batch_size else []
+            found[tensor.name] = (types[tensor.data_type], [*batch, *tensor.dims])
+        for value in values:
+            kind = value.type.tensor_type
+            shape = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+            expected[value.name] = (kind.elem_type, shape)
+        assert found == expected
+    return config
+
+
+@pytest.mark.parametrize("batch", [1, 3, None])
+def test_triton_reads_the_inputs_and_outputs_of_the_model(tmp_path, batch):
+    detector = dataclasses.replace(SPEC, input=dataclasses.replace(SPEC.input, batch=batch))
+    model_folder(tmp_path / "tiny", detector, fused=False)
+    bundle.pack(tmp_path / "tiny", tmp_path / "a.zip", triton=True)
+    bundle.unpack(tmp_path / "a.zip", tmp_path / "out")
+    repository = tmp_path / "out" / "triton"
+    platforms = {}
+    for model in repository.iterdir():
+        text = (model / "config.pbtxt").read_text()
+        config = compare_with_onnx(text, onnx.load(tmp_path / "tiny" / "heads.onnx"))
+        assert config.name == model.name and re.fullmatch(r"[\w.-]+", model.name)
+        assert (config.max_batch_size > 1) == (batch is None)
+        platforms[config.platform] = model
+    assert sorted(platforms) == ["onnxruntime_onnx", "tensorrt_plan"]
+    served = platforms["onnxruntime_onnx"] / "1" / "model.onnx"
+    assert served.read_bytes() == (tmp_path / "tiny" / "heads.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('name: "image"', 'name: "images"'),
+        ("dims: [ 1, 3, 16, 24 ]", "dims: [ 1, 3, 24, 16 ]"),
+        ("max_batch_size: 0", "max_batch_size: 8"),
+        ("TYPE_FP32", "TYPE_INT32"),
+        ("output {\n", "input {\n"),
+    ],
+)
+def test_a_wrong_triton_configuration_is_caught(unpacked, folder, old, new):
+    text = (unpacked / "triton" / "tiny_one" / "config.pbtxt").read_text()
+    assert old in text
+    compare_with_onnx(text, onnx.load(folder / "heads.onnx"))
+    with pytest.raises(AssertionError):
+        compare_with_onnx(text.replace(old, new, 1), onnx.load(folder / "heads.onnx"))
+
+
+# --- what DeepStream reads
+
+# Of those in DeepStream's gstnvinfer_property_parser.h; nvinfer only warns of a key that it does not know.
+NVINFER_KEYS = {
+    "property": {
+        "gie-unique-id", "process-mode", "interval", "labelfile-path", "gpu-id", "output-tensor-meta",
+        "batch-size", "network-mode", "model-engine-file", "int8-calib-file", "workspace-size",
+        "output-blob-names", "network-type", "infer-dims", "model-color-format", "net-scale-factor",
+        "offsets", "mean-file", "maintain-aspect-ratio", "symmetric-padding", "scaling-filter",
+        "scaling-compute-hw", "network-input-order", "custom-lib-path", "parse-bbox-func-name",
+        "engine-create-func-name", "onnx-file", "num-detected-classes", "cluster-mode",
+    },
+    "class-attrs-all": {
+        "threshold", "pre-cluster-threshold", "post-cluster-threshold", "nms-iou-threshold", "topk",
+    },
+}  # fmt: skip
+
+
+def nvinfer_settings(path):
+    """A GLib key file, as nvinfer reads it: its lines are groups, key=value, comments that start with #."""
+    lines = path.read_text().splitlines()
+    assert all(re.fullmatch(r"#.*|\[[a-z-]+\]|[a-z-]+=\S.*|", line) for line in lines)
+    parser = configparser.RawConfigParser(delimiters=("=",), comment_prefixes=("#",), strict=True)
+    parser.optionxform = str
+    parser.read_string("\n".join(lines))
+    assert set(parser.sections()) == set(NVINFER_KEYS)
+    for section, keys in NVINFER_KEYS.items():
+        assert set(parser[section]) <= keys
+    return parser
+
+
+def test_nvinfer_normalises_as_the_specification_says(unpacked):
+    settings = nvinfer_settings(unpacked / "deepstream" / "nvinfer.txt")["property"]
+    pixels = np.arange(256)[:, None]
+    means = np.array([float(number) for number in settings["offsets"].split(";")])
+    nvinfer = float(settings["net-scale-factor"]) * (pixels - means)
+    odapi = pixels * np.array(SPEC.input.scale) + np.array(SPEC.input.offset)
+    np.testing.assert_allclose(nvinfer, odapi, rtol=0, atol=1e-12)
+    assert settings["model-color-format"] == "0", "RGB, and the means are in that order"
+
+
+def test_a_misspelt_nvinfer_key_is_caught(unpacked, tmp_path):
+    text = (unpacked / "deepstream" / "nvinfer.txt").read_text()
+    (tmp_path / "nvinfer.txt").write_text(text.replace("net-scale-factor=", "net-scale-factors="))
+    with pytest.raises(AssertionError):
+        nvinfer_settings(tmp_path / "nvinfer.txt")
+
+
+def test_nvinfer_finds_what_it_is_told(unpacked, folder):
+    place = unpacked / "deepstream"
+    settings = nvinfer_settings(place / "nvinfer.txt")["property"]
+    assert (place / settings["onnx-file"]).read_bytes() == (folder / "detector.onnx").read_bytes()
+    labels = (place / settings["labelfile-path"]).read_text().splitlines()
+    assert labels == ["a nut", "bolt hex head"]
+    assert len(labels) == int(settings["num-detected-classes"]) == SPEC.heads.num_classes
+    model = onnx.load(folder / "detector.onnx")
+    assert settings["output-blob-names"].split(";") == [value.name for value in model.graph.output]
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    assert [int(settings["batch-size"]), *map(int, settings["infer-dims"].split(";"))] == shape
+    assert (
+        f'extern "C" bool {settings["parse-bbox-func-name"]}(' in (place / "nvdsinfer_odtrt.cpp").read_text()
+    )
+    assert settings["custom-lib-path"] in (place / "nvinfer.txt").read_text().split("[property]")[0]
+    chosen = {"network-type": "0", "cluster-mode": "4", "maintain-aspect-ratio": "0", "process-mode": "1"}
+    assert {key: settings[key] for key in chosen} == chosen
+    thresholds = nvinfer_settings(place / "nvinfer.txt")["class-attrs-all"]
+    assert float(thresholds["pre-cluster-threshold"]) == SPEC.nms.score_threshold
+
+
+PADDED = spec.Resizer("keep_aspect_ratio", 16, 24, True)
+
+
+@pytest.mark.parametrize(
+    ("network", "field"),
+    [
+        ({"scale": (0.017, 0.0175, 0.0174)}, "input.scale is [0.017, 0.0175, 0.0174]"),
+        ({"resizer": PADDED}, "input.resizer.kind is keep_aspect_ratio"),
+    ],
+)
+def test_what_nvinfer_cannot_do_is_refused_by_its_field(folder, tmp_path, network, field):
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    detector = dataclasses.replace(SPEC, input=dataclasses.replace(SPEC.input, **network))
+    (copy / "spec.json").write_text(detector.to_json())
+    (copy / "detector.onnx").unlink()
+    message = one_line_error(lambda: bundle.pack(copy, tmp_path / "a.zip", deepstream=True), UnsupportedError)
+    assert field in message
+    bundle.pack(copy, tmp_path / "a.zip", triton=True)
+
+
+def test_nvinfer_needs_the_plugin_in_the_model(tmp_path):
+    model_folder(tmp_path / "tiny", fused=False)
+    message = one_line_error(lambda: bundle.pack(tmp_path / "tiny", tmp_path / "a.zip", deepstream=True))
+    assert "detector.onnx: not found; run `odtrt fuse` first" in message
+
+
+NVINFER_HEADER = """
+#pragma once
+#include <type_traits>
+#include <vector>
+// What a parser of boxes uses of DeepStream's nvdsinfer.h and nvdsinfer_custom_impl.h, as documented.
+struct NvDsInferDims { unsigned int numDims; unsigned int d[8]; unsigned int numElements; };
+enum NvDsInferDataType { FLOAT = 0, HALF = 1, INT8 = 2, INT32 = 3 };
+struct NvDsInferLayerInfo { NvDsInferDataType dataType; NvDsInferDims inferDims; int bindingIndex;
+                            const char* layerName; void* buffer; int isInput; };
+struct NvDsInferNetworkInfo { unsigned int width, height, channels; };
+struct NvDsInferParseDetectionParams { unsigned int numClassesConfigured;
+                                       std::vector<float> perClassPreclusterThreshold;
+                                       std::vector<float> perClassPostclusterThreshold; };
+struct NvDsInferObjectDetectionInfo { unsigned int classId; float left, top, width, height;
+                                      float detectionConfidence; };
+typedef bool (*NvDsInferParseCustomFunc)(std::vector<NvDsInferLayerInfo> const&, NvDsInferNetworkInfo const&,
+    NvDsInferParseDetectionParams const&, std::vector<NvDsInferObjectDetectionInfo>&);
+#define CHECK_CUSTOM_PARSE_FUNC_PROTOTYPE(function) \\
+  static_assert(std::is_same<decltype(&function), NvDsInferParseCustomFunc>::value, "another signature")
+"""
+TENSORRT_HEADER = """
+#pragma once
+#define NV_TENSORRT_MAJOR 10
+#define NV_TENSORRT_MINOR 3
+#include <cstdio>
+struct Registry {
+  void* loadLibrary(const char* path) { std::printf("%s\\n", path); return this; }
+};
+inline Registry* getPluginRegistry() { static Registry registry; return &registry; }
+"""
+NVINFER_DRIVER = """
+#include <cstdio>
+#include "nvdsinfer_custom_impl.h"
+extern "C" bool NvDsInferParseOdtrt(const std::vector<NvDsInferLayerInfo>&, const NvDsInferNetworkInfo&,
+    const NvDsInferParseDetectionParams&, std::vector<NvDsInferObjectDetectionInfo>&);
+int main(int argc, char**) {
+  int count = 3, classes[] = {1, 0, 1};
+  float boxes[] = {0.25f, 0.5f, 0.75f, 1.f, 0.f, 0.f, 0.5f, 0.125f, 0.f, 0.f, 1.f, 1.f};
+  float scores[] = {0.9f, 0.5f, 0.2f};
+  std::vector<NvDsInferLayerInfo> layers(4);
+  layers[0].layerName = "scores", layers[0].buffer = scores;
+  layers[1].layerName = argc > 1 ? "another" : "boxes", layers[1].buffer = boxes;
+  layers[2].layerName = "classes", layers[2].buffer = classes;
+  layers[3].layerName = "num_detections", layers[3].buffer = &count;
+  std::vector<NvDsInferObjectDetectionInfo> found;
+  if (!NvDsInferParseOdtrt(layers, {320, 160, 3}, {2, {0.25f, 0.25f}, {}}, found)) return 1;
+  for (const auto& o : found)
+    std::printf("%u %g %g %g %g %g\\n", o.classId, o.detectionConfidence, o.left, o.top, o.width, o.height);
+}
+"""
+
+
+def test_the_nvinfer_parser_gives_pixels_of_the_network_input(unpacked, tmp_path, compiler):
+    (tmp_path / "nvdsinfer_custom_impl.h").write_text(NVINFER_HEADER)
+    (tmp_path / "NvInferRuntime.h").write_text(TENSORRT_HEADER)
+    (tmp_path / "driver.cpp").write_text(NVINFER_DRIVER)
+    source = unpacked / "deepstream" / "nvdsinfer_odtrt.cpp"
+    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{tmp_path}"]
+    library = tmp_path / "libnvdsinfer_odtrt.so"
+    steps = (
+        [compiler, *options, "-shared", "-fPIC", source, "-o", library, "-ldl"],
+        [compiler, *options, "-Wno-missing-field-initializers", tmp_path / "driver.cpp", library,
+         f"-Wl,-rpath,{tmp_path}", "-o", tmp_path / "driver"],
+    )  # fmt: skip
+    for step in steps:
+        done = subprocess.run([str(part) for part in step], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run([tmp_path / "driver"], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        f"{tmp_path}/../plugins/build/libodtrt_tensorrt.so",
+        "1 0.9 160 40 160 80",
+        "0 0.5 0 0 40 80",
+    ]
+    done = subprocess.run([tmp_path / "driver", "x"], capture_output=True, text=True)
+    assert done.returncode == 1 and "no output `boxes`" in done.stderr
+
+
+# --- a device
+
+
+def python_of(version):
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    found = [*versions.glob(f"{version}.*/bin/python{version}"), shutil.which(f"python{version}")]
+    for python in filter(None, found):
+        if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            return str(python)
+    pytest.skip(f"no Python {version} here")
+
+
+def test_an_archive_unpacks_itself_with_python_38_and_nothing_else(archive, unpacked, tmp_path):
+    python = python_of("3.8")
+    shutil.copy(archive, tmp_path)
+    command = [python, "-I", archive.name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "tiny") == contents(unpacked)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert again.stderr.count("\n") == 1 and "was unpacked here" in again.stderr
+    start = [python, "-E", "-S", "tiny/build_here.py"]
+    done = subprocess.run(start, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1, "one line"
+    assert (
+        done.stderr.startswith("error: ") and "install first: numpy, TensorRT's Python module" in done.stderr
+    )
+    for name in ("numpy (`sudo apt install python3-numpy`", "TensorRT's Python module (on a Jetson"):
+        assert sum(line.startswith(f"missing: {name}") for line in done.stdout.splitlines()) == 1
+
+
+def test_a_python_that_is_too_old_is_told_so(archive, unpacked):
+    python = python_of("3.6")
+    for script in (archive, unpacked / "build_here.py"):
+        done = subprocess.run([python, script], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "error: Python 3.6 is too old, expected 3.8 or newer\n"
+
+
+@pytest.mark.parametrize("module", ["numpy", "onnxruntime", "onnx", "onnxconverter_common", "polygraphy"])
+def test_a_missing_module_is_named_with_what_installs_it(monkeypatch, module):
+    from odtrt_lib import passport
+
+    gpu = "Orin" if module == "polygraphy" else None
+    machine = dataclasses.replace(passport.this_machine(), gpu=gpu)
+    monkeypatch.setattr(passport, "this_machine", lambda: machine)
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("what fp16 needs depends on the TensorRT that is installed")
+    before = bundle.missing_modules("fp16")
+    monkeypatch.setitem(sys.modules, module, None)
+    package = module.replace("_", "-")
+    after = bundle.missing_modules("fp16")
+    assert set(after) - set(before) == {package}
+    assert f"`python3 -m pip install {package}`" in after[package]
+    is_for_half_precision_only = module in ("onnx", "onnxconverter_common")
+    assert (package in bundle.missing_modules("fp32")) != is_for_half_precision_only
+
+
+def test_a_missing_tensorrt_is_named(monkeypatch, unpacked):
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    said = []
+    message = one_line_error(lambda: bundle.build_here(unpacked, say=said.append), MissingDependencyError)
+    assert "install first: TensorRT's Python module" in message
+    assert [line for line in said if "sudo apt install nvidia-jetpack" in line]
+    assert not (unpacked / "built.json").exists()
+
+
+def test_a_picture_that_is_not_there_is_noticed_before_the_work(unpacked):
+    pytest.importorskip("tensorrt_rtx")
+    said = []
+    work = lambda: bundle.build_here(unpacked, image=unpacked / "no.png", say=said.append)  # noqa: E731
+    assert "no.png: cannot be read" in one_line_error(work)
+    assert len(said) == 1 and not (unpacked / "plugins" / "build").exists()
+
+
+def test_a_compiler_that_fails_is_quoted_on_one_line(archive, tmp_path):
+    bundle.unpack(archive, tmp_path / "out")
+    source = tmp_path / "out" / "plugins" / "kernels" / "status.cpp"
+    source.write_text("#error the disk ate this file\n")
+    message = one_line_error(lambda: bundle._compile(tmp_path / "out", lambda line: None), BuildError)
+    assert (
+        "the disk ate this file" in message and str(tmp_path / "out" / "plugins" / "build" / "log") in message
+    )
+
+
+def test_plans_of_tensorrt_go_where_triton_and_nvinfer_look(archive, tmp_path):
+    bundle.unpack(archive, tmp_path / "out")
+    plans = {name: tmp_path / f"{name}.plan" for name in ("heads.onnx", "detector.onnx")}
+    for name, path in plans.items():
+        path.write_text(f"plan of {name}")
+    said = []
+    placed = bundle._place_plans(tmp_path / "out", plans, "tensorrt", said.append)
+    assert {path.relative_to(tmp_path / "out").as_posix(): path.read_text() for path in placed} == {
+        "triton/tiny_one/1/model.plan": "plan of heads.onnx",
+        "deepstream/detector.plan": "plan of detector.onnx",
+    }
+    assert said == []
+    del plans["detector.onnx"]
+    placed = bundle._place_plans(tmp_path / "out", plans, "tensorrt", said.append)
+    assert [path.name for path in placed] == ["model.plan"]
+    assert len(said) == 1 and "it must be a plan of detector.onnx, which needs the plugin" in said[0]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"boxes": [[0, 0, np.nan, 8]]},
+        {"boxes": [[0, 0, 99, 8]]},
+        {"boxes": [[8, 0, 4, 8]]},
+        {"scores": [0.1]},
+        {"scores": [np.inf]},
+    ],
+)
+def test_detections_that_cannot_be_right_are_caught(broken):
+    from odtrt_lib.detector import Detections
+
+    def detections(boxes=((0, 0, 4, 8),), scores=(0.5,)):
+        return Detections(np.float32(boxes), np.float32(scores), np.array([1]), ("a nut",))
+
+    bundle._check_detections(detections(), (16, 24), SPEC)
+    with pytest.raises(CheckError, match="1 detections that cannot be right"):
+        bundle._check_detections(detections(**broken), (16, 24), SPEC)
+
+
+def test_the_plugin_is_compiled_and_its_plan_built(archive, tmp_path, monkeypatch):
+    """As on a device with a GPU, which is only pretended: nothing of it runs here."""
+    headers = os.environ.get("TENSORRT_INCLUDE_DIR")
+    if headers is None or shutil.which("nvcc") is None:
+        pytest.skip("the plugin is compiled with nvcc and TensorRT's headers: set TENSORRT_INCLUDE_DIR")
+    pytest.importorskip("polygraphy")
+    from odtrt_lib import passport
+
+    machine, compile_here = (
+        dataclasses.replace(passport.this_machine(), compute_capability="8.7"),
+        bundle._compile,
+    )
+
+    def compile_for_a_gpu(*arguments):
+        with monkeypatch.context() as pretended:
+            pretended.setattr(passport, "this_machine", lambda: machine)
+            return compile_here(*arguments)
+
+    monkeypatch.setattr(bundle, "_compile", compile_for_a_gpu)
+    bundle.unpack(archive, tmp_path / "out")
+    said = []
+    built = bundle.build_here(tmp_path / "out", say=said.append)
+    assert built["plugin"] == "plugins/build/libodtrt_tensorrt.so"
+    assert [line for line in said if line.endswith("architectures 87")]
+    assert sorted(built["plans"]) == ["detector.onnx", "heads.onnx"], "the second is for Triton"
+    sizes = {name: (tmp_path / "out" / plan).stat().st_size for name, plan in built["plans"].items()}
+    assert sizes["detector.onnx"] > sizes["heads.onnx"]
+
+
+def device_environment(path):
+    """A virtual environment with what a device has, linked from this one: no TensorFlow, typer or odtrt."""
+    venv.create(path, with_pip=False, symlinks=True)
+    site = next(path.glob("lib/python3*/site-packages"))
+    wanted = [
+        "numpy", "onnx", "onnxruntime", "onnxconverter-common", "polygraphy", "pillow", "protobuf",
+        "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs",
+    ]  # fmt: skip
+    linked = set()
+    while wanted:
+        name = re.sub(r"[-_.]+", "-", wanted.pop()).lower()
+        if name in linked:
+            continue
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"{name} is not installed: run `pip install -e '.[convert,gpu]'`")
+        linked.add(name)
+        for file in {Path(file.parts[0]) for file in distribution.files if file.parts[0] != ".."}:
+            source = Path(distribution.locate_file(file))
+            if source.exists() and not (site / file).exists():
+                (site / file).symlink_to(source)
+        requires = [text for text in distribution.requires or [] if "extra ==" not in text]
+        wanted += [re.match(r"[\w.-]+", text).group() for text in requires]
+    return path / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def parts_folder(parts, tmp_path_factory):
+    """The shipped detector after export, convert and fuse."""
+    pytest.importorskip("tensorflow")
+    from odtrt_lib.convert import convert
+    from odtrt_lib.export import export
+
+    path = tmp_path_factory.mktemp("model") / "parts"
+    export(parts, path)
+    convert(path)
+    fuse.fuse(path)
+    return path
+
+
+def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(parts_folder, native_library, tmp_path):
+    """Elsewhere: another environment without TensorFlow and odtrt, another folder, only the one file."""
+    from PIL import Image
+
+    from odtrt_lib.datasets import TEST_SEEDS, render_scene
+    from odtrt_lib.detector import Detector
+
+    image = render_scene(TEST_SEEDS[0]).image
+    device = tmp_path / "device"
+    device.mkdir()
+    Image.fromarray(image).save(device / "scene.png")
+    bundle.pack(parts_folder, device / "parts.odtrt.zip", triton=True, deepstream=True)
+    expected = Detector.open(parts_folder).detect(image)
+
+    python = device_environment(tmp_path / "environment")
+    quiet = {"PATH": os.environ["PATH"], "HOME": str(device), "LANG": "C.UTF-8"}
+
+    def on_device(*command, **how):
+        return subprocess.run(
+            [python, *command], cwd=device, env={**quiet, **how}, capture_output=True, text=True, check=False
+        )
+
+    for module in ("tensorflow", "odtrt_lib", "typer", "rich", "cv2"):
+        assert f"No module named '{module}'" in on_device("-c", f"import {module}").stderr
+    assert on_device("parts.odtrt.zip").returncode == 0
+
+    # First without cmake and compiler: said in a line each, and numpy does their work.
+    (tmp_path / "nothing").mkdir()
+    done = on_device("parts/build_here.py", "--image", "scene.png", PATH=str(tmp_path / "nothing"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for missing in ("cmake (`sudo apt install cmake`)", "a C++ compiler (`sudo apt install g++`)"):
+        assert sum(line.startswith(f"missing: {missing}") for line in done.stdout.splitlines()) == 1
+    built = json.loads((device / "parts" / "built.json").read_text())
+    assert built["library"] is None and built["backend"] == "onnxruntime"
+    found = built["detections"]
+    np.testing.assert_allclose([row["box"] for row in found[:5]], expected.boxes[:5], atol=0.05)
+    np.testing.assert_allclose([row["score"] for row in found[:5]], expected.scores[:5], atol=1e-4)
+
+    done = on_device("parts/build_here.py", "--image", "scene.png")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "missing" not in done.stdout
+    built = json.loads((device / "parts" / "built.json").read_text())
+    assert built["library"] == "plugins/build/libodtrt.so"
+    plan = device / "parts" / built["plans"]["heads.onnx"]
+    described = [
+        json.loads(path.read_text())
+        for path in plan.parent.glob("*.json")
+        if "fingerprint" in path.read_text()
+    ]
+    assert hashlib.sha256(plan.read_bytes()).hexdigest() in {entry["plan_sha256"] for entry in described}
+    assert built["serving"] == [], "Triton and nvinfer do not load TensorRT-RTX's plans"
+    assert done.stdout.count("not written; it must be a plan of TensorRT") == 2
+    rows = [
+        {"class_id": int(c), "name": n, "score": float(s), "box": [float(x) for x in b]}
+        for c, n, s, b in zip(
+            expected.class_ids, expected.names, expected.scores, expected.boxes, strict=True
+        )
+    ]
+    assert built["detections"] == rows, "to the last bit"
+    assert rows[0]["score"] > 0.5
+
+    # And the unpacked folder can be moved, and used from Python as its README says.
+    (device / "parts").rename(device / "moved")
+    done = on_device("moved/build_here.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "up to date from heads.onnx" in done.stdout
