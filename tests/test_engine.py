@@ -3,12 +3,15 @@
 import dataclasses
 import importlib
 import json
+import re
+import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from odtrt_lib import engine, spec
+from odtrt_lib import engine, passport, spec
 from odtrt_lib.errors import (
     BuildError,
     CheckError,
@@ -41,14 +44,16 @@ SPEC = spec.DetectorSpec(
 )
 
 
-def heads_model(batch=1, resize=None, nonzero=False, output_type=TensorProto.FLOAT):
+def heads_model(
+    batch=1, resize=None, nonzero=False, output_type=TensorProto.FLOAT, channels=256, size=16, bulk=0
+):
     """Two convolutions and two heads over 16 x 16 anchors, as ONNX that TensorRT takes; or not."""
     random = np.random.default_rng(0)
     weights = {
         "stem": random.normal(size=(64, 3, 3, 3)),
-        "middle": random.normal(size=(256, 64, 3, 3)),
-        "boxes": random.normal(size=(4, 256, 1, 1)),
-        "classes": random.normal(size=(3, 256, 1, 1)),
+        "middle": random.normal(size=(channels, 64, 3, 3)),
+        "boxes": random.normal(size=(4, channels, 1, 1)),
+        "classes": random.normal(size=(3, channels, 1, 1)),
     }
     nodes = [
         helper.make_node("Conv", ["image", "stem"], ["x0"], "stem_conv", pads=[1] * 4),
@@ -57,6 +62,13 @@ def heads_model(batch=1, resize=None, nonzero=False, output_type=TensorProto.FLO
     ]
     constants = [numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items()]
     features = "x2"
+    for i in range(bulk):
+        constants.append(numpy_helper.from_array(np.ones((1, channels, 16, 16), np.float32), f"bulk{i}"))
+        nodes += [
+            helper.make_node("Add", [features, f"bulk{i}"], [f"sum{i}"], f"add{i}"),
+            helper.make_node("Sigmoid", [f"sum{i}"], [f"bulky{i}"], f"sigmoid{i}"),
+        ]
+        features = f"bulky{i}"
     if resize:
         constants.append(numpy_helper.from_array(np.array([1, 1, 1, 1], np.float32), "scales"))
         nodes.append(
@@ -86,7 +98,7 @@ def heads_model(batch=1, resize=None, nonzero=False, output_type=TensorProto.FLO
         else:
             nodes.append(helper.make_node("Cast", [f"{head}_flat"], [output], f"{head}_cast", to=output_type))
         outputs.append(helper.make_tensor_value_info(output, output_type, [batch or "batch", 256, columns]))
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch or "batch", 3, 16, 16])
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch or "batch", 3, 16, size])
     graph = helper.make_graph(nodes, "heads", [image], outputs, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
@@ -114,23 +126,139 @@ def plan_of(folder, result):
     return folder / next(name for name in result.record["outputs"] if name.endswith(".plan"))
 
 
-def test_the_plan_and_its_description(built):
+def test_the_plan_and_its_passport(built):
     folder, results = built
     flavour, version = engine.available_runtimes()[0]
+    assert {path.name for path in (folder / "plans").iterdir()} == {
+        name.split("/")[1] for result in results.values() for name in result.record["outputs"]
+    }
     for precision, result in results.items():
         plan = plan_of(folder, result)
-        described = json.loads(plan.with_suffix(".json").read_text())
+        described = json.loads((plan.parent / f"{plan.stem.split('-')[0]}.json").read_text())
+        assert described["plan"] == plan.name
         assert described["plan_sha256"] == sha256(plan)
         assert described["onnx_sha256"] == sha256(folder / "heads.onnx")
-        assert described["bytes"] == plan.stat().st_size
+        assert described["spec_sha256"] == sha256(folder / "spec.json")
+        assert described["plan_bytes"] == plan.stat().st_size
         assert (described["flavour"], described["version"], described["precision"]) == (
             flavour,
             version,
             precision,
         )
-        assert described["fingerprint"] == plan.stem
-        assert len(plan.stem) == 16
+        assert plan.stem == f"{described['fingerprint']}-{sha256(plan)[:8]}"
+        assert passport.plan_version(plan) == version, "as the plan's own header says"
+        *conversion, attempt = described["attempts"]
+        assert len(conversion) == (precision == "fp16"), "onnx writes half precision, in another process"
+        assert (attempt["name"], attempt["outcome"]) == ("as asked", "built")
+        assert 50 < attempt["peak_rss_mb"] <= result.record["peak_rss_mb"]
+        assert max(rss for _, rss, _ in attempt["samples"]) <= attempt["peak_rss_mb"]
     assert len(files_in(folder)) == 3 + 2 * 2, "spec.json, heads.onnx, log.jsonl and two files a plan"
+
+
+def test_the_layers_say_which_precision_runs(built):
+    """TensorRT-RTX's network as parsed: the heads have 4 convolutions and nothing that must stay float32."""
+    _, results = built
+    layers = {
+        precision: result.record["checks"]["layers_by_precision"] for precision, result in results.items()
+    }
+    assert set(layers["fp32"]) == {"fp32"}
+    assert layers["fp16"]["fp16"] > layers["fp16"].get("fp32", 0)
+
+
+@pytest.fixture(scope="module")
+def bulky(tmp_path_factory):
+    """A model of 60 MiB constants, whose build glibc's heap keeps 50 MiB too much of."""
+    return model_folder(tmp_path_factory.mktemp("bulky") / "bulky", channels=1024, bulk=60)
+
+
+@needs_tensorrt_rtx
+def test_a_limit_that_the_first_rungs_exceed(bulky, tmp_path):
+    """The library's own settings do not lower what TensorRT-RTX takes without a GPU; the heap's do."""
+    folder = tmp_path / "bulky"
+    shutil.copytree(bulky, folder)
+    free = engine.build(folder)
+    limit = int(free.record["peak_rss_mb"]) - 20
+    record = engine.build(folder, memory=f"{limit}MiB", force=True).record
+    (found,) = passport.passports(folder)
+    assert [(attempt["name"], attempt["outcome"].split(":")[0]) for attempt in found.attempts] == [
+        ("as asked", "out of memory"),
+        ("small workspace", "out of memory"),
+        ("no library tactics", "out of memory"),
+        ("lowest optimisation level", "out of memory"),
+        ("frugal heap", "built"),
+    ]
+    assert found.attempts[-1]["peak_rss_mb"] <= limit < found.attempts[0]["peak_rss_mb"]
+    assert record["settings"]["rung"] == "frugal heap"
+    assert passport.verify(folder, found) is None
+
+
+def under_rlimit(folder, megabytes, arguments=""):
+    """Builds in a process with RLIMIT_DATA, as a shell's `ulimit -d` would; returns what it printed."""
+    script = (
+        "import json, resource, sys\n"
+        "from odtrt_lib import engine\n"
+        "from odtrt_lib.errors import OdtrtError\n"
+        f"resource.setrlimit(resource.RLIMIT_DATA, ({megabytes} << 20,) * 2)\n"
+        f"try: print(engine.build(sys.argv[1]{arguments}).record['settings']['rung'])\n"
+        "except OdtrtError as error: print(type(error).__name__, error)\n"
+    )
+    command = [sys.executable, "-c", script, str(folder)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout.strip()
+
+
+@needs_tensorrt_rtx
+def test_an_rlimit_that_the_first_rungs_meet(bulky, tmp_path):
+    folder = tmp_path / "bulky"
+    shutil.copytree(bulky, folder)
+    assert under_rlimit(folder, 250) == "frugal heap"
+    (found,) = passport.passports(folder)
+    assert [attempt["outcome"].split(":")[0] for attempt in found.attempts] == ["out of memory"] * 4 + [
+        "built"
+    ]
+
+
+@needs_tensorrt_rtx
+def test_single_precision_is_given_up_only_where_that_is_allowed(bulky, tmp_path):
+    """Half precision takes less, its writing into the ONNX included."""
+    folder = tmp_path / "bulky"
+    shutil.copytree(bulky, folder)
+    engine.build(folder, precision="fp16")
+    conversion = passport.passports(folder)[0].attempts[0]["peak_rss_mb"]
+    limit = f"{int(conversion) + 10}MiB"
+    with pytest.raises(BuildError, match="does not get by"):
+        engine.build(folder, memory=limit, force=True)
+    record = engine.build(folder, memory=limit, may_give_up=("fp32",), force=True).record
+    assert record["settings"]["precision"] == "fp16" and record["settings"]["rung"] == "half precision"
+    assert record["checks"]["half_precision_weights"] > 0 == record["checks"]["single_precision_weights"]
+    assert engine.build(folder, memory=limit, may_give_up=("fp32",)).is_up_to_date
+    assert engine.build(folder, precision="fp16").is_up_to_date, "it is that plan, however it came about"
+    assert not engine.build(folder, memory="1GiB").is_up_to_date
+
+
+@needs_tensorrt_rtx
+def test_a_limit_that_no_rung_meets_names_every_peak(bulky):
+    before = files_in(bulky)
+    with pytest.raises(BuildError) as caught:
+        engine.build(bulky, memory="150MiB")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "does not get by with the memory of 150 MiB; as asked: " in message
+    for name in ("as asked", "no library tactics", "lowest optimisation level", "frugal heap"):
+        assert re.search(rf"{name}: .*?\(peak 1\d\d MiB\)", message), name
+    assert "raise `memory`" in message and "may_give_up fp32" in message
+    assert files_in(bulky) == before
+
+
+@needs_tensorrt
+def test_progress_never_leaves_0_to_1_and_arrives(tmp_path):
+    told = []
+    engine.build(
+        model_folder(tmp_path / "tiny"), progress=lambda phase, fraction: told.append((phase, fraction))
+    )
+    fractions = [fraction for _, fraction in told]
+    assert fractions == sorted(fractions)
+    assert fractions[0] == 0 and fractions[-1] == 1 and len(fractions) > 10
+    assert all(phase for phase, _ in told)
 
 
 def test_half_precision_makes_a_smaller_plan(built):
@@ -192,6 +320,7 @@ def test_a_damaged_plan_is_built_again(tmp_path):
     folder = model_folder(tmp_path / "tiny")
     plan = plan_of(folder, engine.build(folder))
     intact = plan.read_bytes()
+    assert engine.build(folder).is_up_to_date
     plan.write_bytes(intact[:100])
     assert not engine.build(folder).is_up_to_date
     assert plan.read_bytes() == intact, "the build is deterministic"
@@ -270,6 +399,62 @@ def test_half_precision_outputs_are_caught(tmp_path):
 
 
 @needs_tensorrt
+def test_a_dynamic_height_or_width_is_refused(tmp_path):
+    folder = model_folder(tmp_path / "tiny", size="width")
+    with pytest.raises(UnsupportedError, match=r"`image` has a dynamic height or width.*spec\.input: 16x16"):
+        engine.build(folder)
+
+
+@needs_tensorrt_rtx
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"version_compatible": True}, "makes no version-compatible plans"),
+        ({"hardware_compatibility": "ampere_plus"}, "no hardware compatibility level.*compute_capabilities"),
+        ({"compute_capabilities": ["9.9"]}, r"cannot build for compute capability 9\.9; it knows 7\.5, 8\.0"),
+    ],
+)
+def test_what_rtx_cannot_do_is_said(built, asked, words):
+    with pytest.raises(UnsupportedError, match=words):
+        engine.build(built[0], **asked)
+
+
+@needs_tensorrt_rtx
+def test_other_targets_make_another_plan(tmp_path):
+    folder = model_folder(tmp_path / "tiny")
+    for targets in (None, ["8.9"], ["8.9", "8.6"], ["8.6", "8.9"], ["default"]):
+        engine.build(folder, compute_capabilities=targets)
+    found = {one.compute_capabilities: one for one in passport.passports(folder)}
+    assert sorted(found) == [("8.6", "8.9"), ("8.9",), ("default",)]
+    assert len({one.fingerprint for one in found.values()}) == 3
+    assert "--computeCapabilities=86,89" in found["8.6", "8.9"].trtexec
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"batch": (1, 2, 3)}, "batch is fixed to 1"),
+        ({"hardware_compatibility": "all"}, "expected one of none, ampere_plus"),
+        ({"may_give_up": ("accuracy",)}, "expected one of dynamic_batch, fp32"),
+        ({"compute_capabilities": ["sm86"]}, "expected a form such as 8.6"),
+    ],
+)
+@needs_tensorrt
+def test_arguments_of_another_form(tmp_path, asked, words):
+    with pytest.raises(InputError, match=words):
+        engine.build(model_folder(tmp_path / "tiny"), **asked)
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("batch", [(1, 2), (2, 1, 4), (0, 1, 1), (1, 1.5, 2)])
+def test_other_batches_are_refused(tmp_path, batch):
+    detector = dataclasses.replace(SPEC, input=dataclasses.replace(SPEC.input, batch=None))
+    folder = model_folder(tmp_path / "tiny", detector, batch=None)
+    with pytest.raises(InputError, match="smallest, best-tuned and largest"):
+        engine.build(folder, batch=batch)
+
+
+@needs_tensorrt
 @pytest.mark.parametrize("content", [b"not an onnx model" * 100, b"version https://git-lfs", b"\x00" * 64])
 def test_a_file_that_is_not_onnx(tmp_path, content):
     folder = model_folder(tmp_path / "tiny")
@@ -302,16 +487,23 @@ def test_tensorrt_is_absent(tmp_path, monkeypatch):
         engine.build(folder)
 
 
+def break_import(monkeypatch, tmp_path, module):
+    """Makes ``module`` fail to import in every process that this one starts."""
+    place = tmp_path / "broken" / module
+    place.mkdir(parents=True)
+    (place / "__init__.py").write_text(f"raise ImportError('No module named {module}')\n")
+    monkeypatch.syspath_prepend(str(place.parent))
+
+
 @needs_tensorrt
-@pytest.mark.parametrize(
-    ("module", "precision"),
-    [("polygraphy", "fp32"), ("onnx", "fp32"), ("onnxconverter_common.float16", "fp16")],
-)
-def test_another_package_is_absent(tmp_path, monkeypatch, module, precision):
+@pytest.mark.parametrize("module", ["onnx", "onnxconverter_common"])
+def test_another_package_is_absent(tmp_path, monkeypatch, module):
+    """Half precision needs them; single precision needs TensorRT alone."""
     folder = model_folder(tmp_path / "tiny")
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MissingDependencyError, match="pip install"):
-        engine.build(folder, precision=precision)
+    break_import(monkeypatch, tmp_path, module)
+    with pytest.raises(MissingDependencyError, match=rf"needs onnx.*{module}.*pip install"):
+        engine.build(folder, precision="fp16")
+    assert not engine.build(folder, precision="fp32").is_up_to_date
 
 
 def test_unknown_precision(tmp_path):
@@ -320,16 +512,20 @@ def test_unknown_precision(tmp_path):
 
 
 @needs_tensorrt
-def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_build_leaves_nothing(tmp_path):
     folder = model_folder(tmp_path / "tiny")
     before = files_in(folder)
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    started = []
 
-    monkeypatch.setattr(engine.hashlib, "sha256", interrupt)
+    def interrupt(phase, fraction):
+        started.append(phase)
+        if fraction > 0.3:
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        engine.build(folder)
+        engine.build(folder, progress=interrupt)
+    assert started
     assert files_in(folder) == before
     assert read_log(folder) == []
 

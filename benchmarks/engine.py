@@ -1,0 +1,301 @@
+"""Builds plans by TensorRT-RTX on the CPU and records what each took.
+
+    python benchmarks/engine.py                 writes results/engine.cpu.json; about six minutes, and ten
+                                                more the first time, for the models
+    python benchmarks/engine.py record FOLDER   writes what benchmarks/engine_gpu.py needs into FOLDER
+
+The models are those of the corpus (the folder that ODTRT_CORPUS names) and others derived from their
+configs: weights that were not trained mean nothing for the outputs, but the sizes and times are real. They
+are kept in out/engine/. Rows by ``kind``:
+
+* ``build``: a plan without a limit. ``seconds`` is the median of three builds, ``peak_rss_mb`` the largest
+  peak of the building process; for fp16 ``conversion_peak_rss_mb`` is that of the process that writes half
+  precision into the ONNX.
+* ``setting``: the same with one setting of the ladder alone: what lowers the peak, and what does not.
+* ``sample``: resident memory over the attempts of the first ladder.
+* ``ladder``: one row a rung, under a limit that the first rungs exceed. ``limit_mb`` is the peak without
+  a limit less the share that the row's ``case`` names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from odtrt_lib import engine, passport
+from odtrt_lib.errors import BuildError
+from odtrt_lib.results import write_results
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / "out" / "engine"
+RESULTS = ROOT / "results" / "engine.cpu.json"
+REPEATS = 3
+SAMPLES = 60
+RECORDED_ANCHORS = 4096
+D1_FROM_D0 = (
+    ("efficientnet-b0", "efficientnet-b1"),
+    (r"(min|max)_dimension: 512", r"\1_dimension: 640"),
+    ("num_iterations: 3", "num_iterations: 4"),
+    ("num_filters: 64", "num_filters: 88"),
+    (r"\bdepth: 64", "depth: 88"),
+)
+TO_640 = (("height: 320", "height: 640"), ("width: 320", "width: 640"))
+TO_1024 = ((r"(min|max)_dimension: 640", r"\1_dimension: 1024"),)
+SSD, D0 = "zoo_ssd_mobilenet_v2_fpnlite_320", "zoo_efficientdet_d0"
+# name: where the weights come from. "synthetic" ones satisfy the zoo checkpoint's layout.
+WEIGHTS = {
+    "ssd_mobilenet_v2_fpnlite_320": "synthetic",
+    "ssd_mobilenet_v2_fpnlite_640": "synthetic",
+    "ssd_mobilenet_v1_300": "trained",
+    "efficientdet_d0_512": "synthetic",
+    "efficientdet_d1_640": "random",
+    "efficientdet_d1_1024": "random",
+    "ssd_resnet50_fpn_640": "random",
+}
+# What the limit takes off the peak without one, and what the ladder may give up.
+LADDERS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
+    ("efficientdet_d0_512", 0.04, ()),
+    ("efficientdet_d1_1024", 0.06, ()),
+    ("ssd_resnet50_fpn_640", 0.25, ("fp32",)),
+)
+
+
+def main(arguments: list[str]) -> None:
+    """What the module says."""
+    corpus = Path(os.environ.get("ODTRT_CORPUS", ROOT.parent / "shared" / "corpus"))
+    prepare(corpus)
+    if arguments[:1] == ["record"]:
+        record(Path(arguments[1]))
+        return
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as work:
+        for name in WEIGHTS:
+            for precision in engine.PRECISIONS:
+                rows.append(build_row(name, precision, Path(work)))
+                print(rows[-1], flush=True)
+        for name in dict.fromkeys(name for name, _, _ in LADDERS):
+            rows += setting_rows(name, Path(work))
+        for name, share, may_give_up in LADDERS:
+            has_samples = not any(row["kind"] == "sample" for row in rows)
+            rows += ladder_rows(name, share, may_give_up, Path(work), rows, has_samples)
+    write_results(RESULTS, "engine", "python benchmarks/engine.py", rows)
+
+
+def prepare(corpus: Path) -> None:
+    """Exports and converts every model that is not there yet."""
+    for name in WEIGHTS:
+        folder = MODELS / name
+        if (folder / "heads.onnx").is_file():
+            continue
+        with tempfile.TemporaryDirectory() as work:
+            source, pipeline = sources(corpus, name, Path(work))
+            chosen = [] if pipeline is None else ["--pipeline", str(pipeline)]
+            odtrt = [sys.executable, "-m", "odtrt_lib.cli"]
+            subprocess.run([*odtrt, "export", str(source), "--output", str(folder), *chosen], check=True)
+            subprocess.run([*odtrt, "convert", str(folder)], check=True)
+        (folder / "frozen.pb").unlink()
+
+
+def sources(corpus: Path, name: str, work: Path) -> tuple[Path, Path | None]:
+    """A checkpoint's folder, and the pipeline.config to use instead of its own."""
+    ssd, d0 = (corpus / folder for folder in (SSD, D0))
+    d1 = edited((d0 / "pipeline.config").read_text(), D1_FROM_D0)
+    as_they_are = {
+        "ssd_mobilenet_v2_fpnlite_320": ssd,
+        "ssd_mobilenet_v1_300": corpus / "coco_ssd_mnv1",
+        "efficientdet_d0_512": d0,
+    }
+    if name in as_they_are:
+        return as_they_are[name], None
+    if name == "ssd_mobilenet_v2_fpnlite_640":
+        (work / "pipeline.config").write_text(edited((ssd / "pipeline.config").read_text(), TO_640))
+        return ssd, work / "pipeline.config"
+    (r50,) = (corpus / "configs").glob("*ssd_resnet50*640x640*.config")
+    text = {
+        "efficientdet_d1_640": d1,
+        "efficientdet_d1_1024": edited(d1, TO_1024),
+        "ssd_resnet50_fpn_640": r50.read_text(),
+    }[name]
+    (work / "pipeline.config").write_text(text)
+    make = "import sys; from odtrt_lib.odapi import write_random_checkpoint as w; w(*sys.argv[1:])"
+    command = [sys.executable, "-c", make, work / "pipeline.config", work / "checkpoint"]
+    subprocess.run(command, check=True, capture_output=True)
+    return work, None
+
+
+def edited(text: str, changes: tuple[tuple[str, str], ...]) -> str:
+    """``text`` after the changes, each of which must apply."""
+    for pattern, replacement in changes:
+        text, count = re.subn(pattern, replacement, text)
+        assert count, pattern
+    return text
+
+
+@contextlib.contextmanager
+def model_folder(name: str, work: Path) -> Iterator[Path]:
+    """A copy of a model folder without plans."""
+    folder = work / name
+    folder.mkdir(parents=True)
+    for file in ("heads.onnx", "spec.json", "anchors.npy"):
+        shutil.copy(MODELS / name / file, folder / file)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def build_row(name: str, precision: str, work: Path) -> dict[str, Any]:
+    """A plan without a limit."""
+    with model_folder(name, work) as folder:
+        records = [engine.build(folder, precision=precision, force=True).record for _ in range(REPEATS)]
+        (found,) = passport.passports(folder)
+        sizes = {passport.plan_version(folder / "plans" / found.plan): found.plan_bytes}
+        checks = records[-1]["checks"]
+        return {
+            "kind": "build",
+            "model": name,
+            "weights": WEIGHTS[name],
+            "precision": precision,
+            "seconds": round(statistics.median(one["seconds"] for one in records), 2),
+            "peak_rss_mb": found.attempts[-1]["peak_rss_mb"],
+            "conversion_peak_rss_mb": found.attempts[0]["peak_rss_mb"] if len(found.attempts) > 1 else None,
+            "onnx_mb": round((folder / "heads.onnx").stat().st_size / 1e6, 2),
+            "plan_mb": round(found.plan_bytes / 1e6, 2),
+            "plan_version": next(iter(sizes)),
+            "layers": checks["layers"],
+            "layers_fp32": found.layers.get("fp32", 0),
+            "layers_fp16": found.layers.get("fp16", 0),
+            "layers_counted_in": checks["layers_counted_in"],
+            "timing_cache": found.settings["timing_cache"].partition(":")[0],
+        }
+
+
+def setting_rows(name: str, work: Path) -> list[dict[str, Any]]:
+    """Each setting of the ladder alone."""
+    rows = []
+    whole = engine.RUNGS
+    for rung in (one for one in whole if one.concession is None):
+        with model_folder(name, work) as folder:
+            engine.RUNGS = (rung,)
+            try:
+                engine.build(folder)
+            finally:
+                engine.RUNGS = whole
+            (found,) = passport.passports(folder)
+        rows.append(
+            {
+                "kind": "setting",
+                "model": name,
+                "precision": "fp32",
+                "setting": rung.name,
+                "seconds": found.attempts[-1]["seconds"],
+                "peak_rss_mb": found.attempts[-1]["peak_rss_mb"],
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def ladder_rows(
+    name: str,
+    share: float,
+    may_give_up: tuple[str, ...],
+    work: Path,
+    rows: list[dict[str, Any]],
+    has_samples: bool,
+) -> list[dict[str, Any]]:
+    """The ladder under a limit of the peak without a limit less ``share`` of it."""
+    free = next(row for row in rows if (row["kind"], row["model"]) == ("build", name))
+    limit = int(free["peak_rss_mb"] * (1 - share))
+    attempts: list[dict[str, Any]] = []
+    with model_folder(name, work) as folder:
+        try:
+            engine.build(folder, memory=f"{limit}MiB", may_give_up=may_give_up)
+            attempts += passport.passports(folder)[0].attempts
+        except BuildError as error:
+            pattern = r"([a-z][a-zA-Z ]+): ([^;]*?) \(peak (\d+) MiB\)"
+            for rung, outcome, peak in re.findall(pattern, str(error)):
+                attempts.append(
+                    {"name": rung, "outcome": outcome, "seconds": None, "peak_rss_mb": float(peak)}
+                )
+    made = [
+        {
+            "kind": "ladder",
+            "case": f"{name} less {share:.0%}" + ", may give up ".join(["", *may_give_up]),
+            "model": name,
+            "precision": "fp16" if "half precision" in attempt["name"] else "fp32",
+            "may_give_up": " ".join(may_give_up),
+            "limit_mb": limit,
+            "number": number,
+            "rung": attempt["name"],
+            "outcome": "built" if attempt["outcome"] == "built" else "out of memory",
+            "how": attempt["outcome"].replace("out of memory: ", ""),
+            "seconds": attempt["seconds"],
+            "peak_rss_mb": attempt["peak_rss_mb"],
+        }
+        for number, attempt in enumerate(attempts, 1)
+    ]
+    for row in made:
+        print(row, flush=True)
+    if has_samples:
+        for row, attempt in zip(list(made), attempts, strict=True):
+            made += sample_rows(row, attempt.get("samples", []))
+    return made
+
+
+def sample_rows(row: dict[str, Any], samples: list[list[float]]) -> list[dict[str, Any]]:
+    """The resident memory over one attempt; the first and the last sample are among those kept."""
+    kept = {round(i) for i in np.linspace(0, len(samples) - 1, min(len(samples), SAMPLES))}
+    chosen = [samples[i] for i in sorted(kept)]
+    same = {key: row[key] for key in ("case", "model", "number", "rung")}
+    return [{"kind": "sample", **same, "seconds": seconds, "rss_mb": rss} for seconds, rss, _ in chosen]
+
+
+def record(target: Path) -> None:
+    """Every model folder in single and half precision, with an image and ONNX Runtime's heads for it.
+
+    The heads are recorded for :data:`RECORDED_ANCHORS` anchors of each model, evenly spread.
+    """
+    import onnx
+
+    from odtrt_lib.detector import Detector
+
+    for name in WEIGHTS:
+        detector = Detector.open(MODELS / name, backend="onnxruntime")
+        spec = detector.spec
+        coarse = np.random.default_rng(0).uniform(-1, 1, (1, 3, 16, 16)).astype(np.float32)
+        cells = np.ones((1, 1, -(-spec.input.height // 16), -(-spec.input.width // 16)), np.float32)
+        image = np.ascontiguousarray(np.kron(coarse, cells)[:, :, : spec.input.height, : spec.input.width])
+        box_encodings, class_logits = detector.backend.infer(image)
+        anchors = np.unique(np.linspace(0, spec.heads.num_anchors - 1, RECORDED_ANCHORS).astype(np.int64))
+        for precision in engine.PRECISIONS:
+            folder = target / precision / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in ("spec.json", "anchors.npy"):
+                shutil.copy(MODELS / name / file, folder / file)
+            model = onnx.load(str(MODELS / name / "heads.onnx"))
+            half = engine.half_precision(model) if precision == "fp16" else model
+            onnx.save(half, str(folder / "heads.onnx"))
+            np.savez_compressed(
+                folder / "reference.npz",
+                image=image,
+                anchors=anchors,
+                box_encodings=box_encodings[:, anchors],
+                class_logits=class_logits[:, anchors],
+            )
+        print(f"{name}: recorded", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
