@@ -612,7 +612,7 @@ def count_inspected(text: str) -> Tuple[Counts, Counts]:
 def _trtexec(trt: Any, config: Any, request: Request) -> str:
     """The same build by the tool that comes with the library, with the flags that this library's tool has.
 
-    Flags by NVIDIA/TensorRT, samples/common/sampleOptions.cpp, and the migration guides 8 to 10 and 10 to 11:
+    Flags as NVIDIA/TensorRT, samples/common/sampleOptions.cpp, reads them in 8.5, 8.6, 9.0, 10.0 to 11.1:
     ``--memPoolSize`` from 8.4; ``--plugins``, then ``--staticPlugins``/``--dynamicPlugins`` from 8.6, where
     ``--buildOnly`` became ``--skipInference``; ``--fp16`` up to 10; ``--stronglyTyped`` from 9, and without
     effect in 11. TensorRT-RTX brings ``tensorrt_rtx`` instead, which has no precision flags; what else it

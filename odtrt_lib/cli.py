@@ -38,7 +38,7 @@ from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, Odt
 if TYPE_CHECKING:
     import numpy as np
 
-    from odtrt_lib.detector import Detections
+    from odtrt_lib.detector import Detections, Detector
     from odtrt_lib.folder import StageResult
 
 _OUT = Path("out")
@@ -62,6 +62,30 @@ class Precision(str, Enum):
 
     fp32 = "fp32"
     fp16 = "fp16"
+
+
+class Concession(str, Enum):
+    """What a build may give up where memory does not suffice otherwise."""
+
+    dynamic_batch = "dynamic_batch"
+    fp32 = "fp32"
+
+
+class HardwareCompatibility(str, Enum):
+    """The GPUs that a plan of TensorRT's runs on besides the one that it was built on."""
+
+    none = "none"
+    ampere_plus = "ampere_plus"
+    same_compute_capability = "same_compute_capability"
+
+
+class BackendName(str, Enum):
+    """What runs the network."""
+
+    auto = "auto"
+    onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt_rtx"
 
 
 class Form(str, Enum):
@@ -137,6 +161,54 @@ PluginOption = typer.Option(
     "--plugin",
     metavar="FILE",
     help="libodtrt_tensorrt.so, from `make plugin`: builds detector.onnx, post-processing included.",
+)
+BatchesOption = typer.Option(
+    None,
+    "--batches",
+    metavar="MIN,OPT,MAX",
+    help="The batch sizes of a model exported with `--batch dynamic`: smallest, best tuned, largest.",
+)
+MemoryOption = typer.Option(
+    None,
+    "--memory",
+    metavar="LIMIT",
+    help="The most memory that the build may take: `1500MiB`, `2GiB`, or `60%` of what is free now.",
+)
+MayGiveUpOption = typer.Option(
+    [],
+    "--may-give-up",
+    help="What the build may give up where memory does not suffice otherwise; can be given twice.",
+)
+VersionCompatibleOption = typer.Option(
+    False, "--version-compatible", help="A plan that newer TensorRT versions load as well."
+)
+HardwareCompatibleOption = typer.Option(
+    HardwareCompatibility.none, "--hardware-compatible", help="A plan that other GPUs run as well."
+)
+GpuOption = typer.Option(
+    [],
+    "--gpu",
+    metavar="CC",
+    help="A compute capability that TensorRT-RTX builds for, such as `8.9`; can be given several times.",
+)
+BackendOption = typer.Option(
+    BackendName.auto,
+    "--backend",
+    help="What runs the network. auto: the best plan that is valid here, else ONNX Runtime.",
+)
+PlanPluginOption = typer.Option(
+    None, "--plugin", metavar="FILE", help="The plugin library, for plans that were built with it."
+)
+BundleOption = typer.Option(
+    None, "-o", "--output", metavar="FILE", help="The bundle to write. Default: `<FOLDER>.odtrt.zip`."
+)
+TritonOption = typer.Option(False, "--triton", help="Add a model repository for Triton.")
+DeepStreamOption = typer.Option(False, "--deepstream", help="Add a configuration for DeepStream's nvinfer.")
+BundleArgument = typer.Argument(
+    ..., metavar="BUNDLE", help="A file that `odtrt pack` wrote.", show_default=False
+)
+UnpackOption = typer.Option(
+    None, "-o", "--output", metavar="FOLDER", help="Where to. Default: the bundle's name in this folder."
 )
 ForceOption = typer.Option(False, "--force", help="Do it again even if nothing changed.")
 MinScoreOption = typer.Option(
@@ -364,22 +436,130 @@ def build(
     folder: Path = FolderArgument,
     precision: Precision = PrecisionOption,
     plugin: Optional[Path] = PluginOption,
+    batches: Optional[str] = BatchesOption,
+    memory: Optional[str] = MemoryOption,
+    may_give_up: List[Concession] = MayGiveUpOption,
+    version_compatible: bool = VersionCompatibleOption,
+    hardware_compatible: HardwareCompatibility = HardwareCompatibleOption,
+    gpu: List[str] = GpuOption,
     force: bool = ForceOption,
 ) -> None:
-    """Chapter 3: ONNX to a TensorRT plan.
+    """Chapter 3: ONNX to a TensorRT plan, inside a memory limit.
 
-    **Reads** heads.onnx and spec.json of the model folder, or detector.onnx with `--plugin`. **Writes**
-    `plans/<fingerprint>.plan` and `.json`; plans for other versions and precisions stay beside it. With
-    TensorRT-RTX it needs no GPU.
+    **Reads** heads.onnx and spec.json of the model folder, or detector.onnx with `--plugin`. **Writes** a
+    plan and its passport into `plans/`; plans for other versions and precisions stay beside it. With
+    TensorRT-RTX it needs no GPU. Where memory does not suffice it tries again with settings that take less.
 
-    **Example:** `odtrt build out/my_model --precision fp16`
+    **Example:** `odtrt build out/my_model --precision fp16 --memory 60%`
     """
     from odtrt_lib import engine
 
-    result = _work_on(
-        "engine", lambda: engine.build(folder, precision=precision.value, plugin=plugin, force=force)
-    )
+    with _build_progress("engine") as progress:
+        result = engine.build(
+            folder,
+            precision=precision.value,
+            plugin=plugin,
+            batch=_parse_batches(batches),
+            memory=memory,
+            version_compatible=version_compatible,
+            hardware_compatibility=hardware_compatible.value,
+            compute_capabilities=gpu or None,
+            may_give_up=[one.value for one in may_give_up],
+            force=force,
+            progress=progress,
+        )
+    _say_done("engine", result)
     _print_stages(folder, {"engine": result})
+
+
+@app.command()
+def plans(folder: Path = FolderArgument, plugin: Optional[Path] = PlanPluginOption) -> None:
+    """Chapter 5: may the plans of a model folder be used here and now?
+
+    **Reads** `plans/` and this machine. **Writes** nothing. Each plan gets one of three verdicts: ok,
+    rebuild, or refuse, with the reasons. Plans whose passport is damaged are listed; none is ever loaded.
+
+    **Example:** `odtrt plans out/my_model`
+    """
+    from odtrt_lib import passport as passports
+    from odtrt_lib import portability
+
+    found, damaged = passports.survey(folder)
+    table = Table("plan", "model", "built with", "verdict", "why", title_justify="left", highlight=False)
+    here = portability.here(plugin)
+    for one in found:
+        verdict = portability.check(folder, one, here)
+        colour = _VERDICT_COLOURS[verdict.action.value]
+        table.add_row(
+            one.plan,
+            f"{one.model}, {one.precision}",
+            f"{passports.FLAVOURS[one.flavour]} {one.version}",
+            f"[{colour}]{verdict.action.value}[/]",
+            escape("\n".join(verdict.reasons)),
+        )
+        table.add_section()
+    for name, reason in damaged.items():
+        table.add_row(escape(name), "", "", "[red]refuse[/]", escape(reason))
+    if not found and not damaged:
+        raise InputError(f"{folder / passports.PLANS}: no plan there; run `odtrt build {folder}` first")
+    _out().print(table)
+
+
+@app.command()
+def pack(
+    folder: Path = FolderArgument,
+    output: Optional[Path] = BundleOption,
+    triton: bool = TritonOption,
+    deepstream: bool = DeepStreamOption,
+    force: bool = ForceOption,
+) -> None:
+    """Chapter 5: one file to carry to the device.
+
+    **Reads** the model folder. **Writes** a zip archive with the model, the device side of odtrt, the sources
+    of the kernels and the plugin, and `build_here.py`, which needs no TensorFlow. Plans stay behind: they
+    belong to the machine that built them.
+
+    **Example:** `odtrt pack out/my_model -o my_model.zip`
+    """
+    from odtrt_lib import bundle
+
+    target = output or Path(f"{folder.resolve().name}{bundle.SUFFIX}")
+    with _progress("pack"):
+        packed = bundle.pack(folder, target, triton=triton, deepstream=deepstream, force=force)
+    how = "up to date, " if packed.is_up_to_date else ""
+    _out().print(
+        f"{target}: {how}{len(packed.manifest.members)} files, {_size(target)}, SHA-256 {packed.sha256}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+    _say_next(f"on the device, without odtrt or TensorFlow: python3 {target.name}")
+
+
+@app.command()
+def unpack(
+    bundle: Path = BundleArgument, output: Optional[Path] = UnpackOption, force: bool = ForceOption
+) -> None:
+    """Chapter 5: a bundle back into a folder, every file checked against its hash.
+
+    **Reads** the bundle. **Writes** the folder, whole or not at all.
+
+    **Example:** `odtrt unpack my_model.zip -o my_model`
+    """
+    from odtrt_lib import bundle as bundle_stage
+
+    _require_file(bundle)
+    suffix = bundle_stage.SUFFIX
+    target = output or Path(bundle.name[: -len(suffix)] if bundle.name.endswith(suffix) else bundle.stem)
+    with _progress("unpack"):
+        manifest = bundle_stage.unpack(bundle, target, force=force)
+    _out().print(
+        f"{target}: {len(manifest.members)} files, all as the manifest says",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+    _say_next(f"cd {target} && python3 build_here.py")
 
 
 @app.command()
@@ -389,6 +569,8 @@ def detect(
     output: Optional[Path] = PicturesOption,
     min_score: float = MinScoreOption,
     json_file: Optional[Path] = JsonOption,
+    backend: BackendName = BackendOption,
+    plugin: Optional[Path] = PlanPluginOption,
 ) -> None:
     """Detect on pictures: a table, and the pictures with boxes drawn in.
 
@@ -409,7 +591,7 @@ def detect(
     table = Table("picture", "object", "score", "box", title_justify="left", highlight=False)
     found: List[Dict[str, Any]] = []
     with _progress("detect", len(images)) as advance:
-        detector = Detector.open(folder)
+        detector = Detector.open(folder, backend.value, plugin=plugin)
         for path, target in _targets(images, output):
             image = load_image(path)
             detections = confident(detector.detect(image), min_score)
@@ -420,6 +602,7 @@ def detect(
     if json_file is not None:
         _write_json(json_file, found)
     _out().print(table)
+    _say_backend(detector)
     _out().print(
         f"{len(found)} detection{'s' * (len(found) != 1)} with a score of at least {min_score:g} in "
         f"{len(images)} picture{'s' * (len(images) != 1)}, drawn in {output}",
@@ -436,6 +619,8 @@ def evaluate(
     images: Optional[Path] = ImagesRootOption,
     limit: Optional[int] = LimitOption,
     json_file: Optional[Path] = JsonOption,
+    backend: BackendName = BackendOption,
+    plugin: Optional[Path] = PlanPluginOption,
 ) -> None:
     """Accuracy on a COCO data set: mAP and its relatives, by pycocotools.
 
@@ -453,7 +638,7 @@ def evaluate(
     if not chosen:
         raise InputError(f"{annotations}: lists no images; expected at least one to evaluate")
     found: List[Dict[str, Any]] = []
-    detector = Detector.open(folder)
+    detector = Detector.open(folder, backend.value, plugin=plugin)
     _compare_classes({label.id: label.name for label in detector.spec.labels}, coco.class_names, annotations)
     with _progress("eval", len(chosen)) as advance:
         for image_id, path in chosen:
@@ -466,6 +651,7 @@ def evaluate(
     for name, value in figures.items():
         table.add_row(_METRICS.get(name, name), f"{value:.4f}" if isinstance(value, float) else f"{value:,}")
     _out().print(table)
+    _say_backend(detector)
     if json_file is not None:
         names = {str(label.id): label.name for label in detector.spec.labels}
         of_class = {names.get(str(i), str(i)): value for i, value in per_class.items()}
@@ -550,6 +736,7 @@ def zoo_get(
     _say_next(f"odtrt run {download.path}")
 
 
+_VERDICT_COLOURS = {"ok": "green", "rebuild": "yellow", "refuse": "red"}
 _METRICS = {
     "map": "mAP (IoU 0.50:0.95)",
     "map50": "mAP at IoU 0.50",
@@ -609,6 +796,14 @@ def _require_python_of_tensorflow() -> None:
         )
 
 
+def _parse_batches(text: Optional[str]) -> Optional[Tuple[int, ...]]:
+    if text is None:
+        return None
+    if not re.fullmatch(r"[1-9]\d*,[1-9]\d*,[1-9]\d*", text):
+        raise InputError(f"--batches {text}: expected the smallest, the best and the largest, such as 1,4,8")
+    return tuple(int(size) for size in text.split(","))
+
+
 def _require_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{path}: not found; expected a picture")
@@ -661,6 +856,14 @@ def _say_if_unnamed(folder: Path) -> None:
     if unnamed:
         message = f"{unnamed} of {len(labels)} classes have no name; name their label map with --label-map"
         _out().print(f"[yellow]–[/] labels: {message}", soft_wrap=True, highlight=False)
+
+
+def _say_backend(detector: Detector) -> None:
+    """What ran the network and, where a plan was passed over, why."""
+    status = detector.status
+    lines = [status.description, *status.reasons, *([status.message] if status.message else [])]
+    for line in lines:
+        _out().print(line, style="dim", soft_wrap=True, markup=False, highlight=False)
 
 
 def _say_next(command: str) -> None:
@@ -760,6 +963,27 @@ def _progress(title: str, total: Optional[int] = None) -> Iterator[Callable[[], 
     with progress:
         task = progress.add_task(title, total=total)
         yield lambda: progress.advance(task)
+
+
+@contextlib.contextmanager
+def _build_progress(title: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar that names the builder's phase; its share of the whole is the builder's own estimate."""
+    console = _out()
+    if not console.is_terminal:
+        console.print(f"{title} ...", markup=False, highlight=False)
+        yield lambda phase, fraction: None
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, transient=True, console=console) as progress:
+        task = progress.add_task(title, total=1.0)
+        yield lambda phase, fraction: progress.update(
+            task, description=f"{title}: {phase}", completed=fraction
+        )
 
 
 @contextlib.contextmanager

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from odtrt_lib import cli, convert, datasets, detector, doctor, engine, export, spec, zoo
+from odtrt_lib import bundle, cli, convert, datasets, detector, doctor, engine, export, passport, spec, zoo
 from odtrt_lib.detector import Detections
 from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependencyError, UnsupportedError
-from odtrt_lib.folder import StageResult, last_record, write_record
+from odtrt_lib.folder import StageResult, last_record, sha256, write_record
+from odtrt_lib.passport import Machine
 from odtrt_lib.preprocess import load_image
 
 SPEC = spec.DetectorSpec(
@@ -91,7 +92,9 @@ class Stages:
         (folder / "plans" / "abc.plan").write_bytes(b"plan" * 1000)
         return finish(folder, "engine", ["plans/abc.plan"], self.up_to_date, layers=9)
 
-    def open(self, folder):
+    def open(self, folder, backend="auto", **options):
+        self.calls["open"] = {"backend": backend, **options}
+
         def detect(image):
             height, width = image.shape[:2]
             return Detections(
@@ -102,7 +105,12 @@ class Stages:
             )
 
         return SimpleNamespace(
-            spec=self.detector_spec, backend=SimpleNamespace(name="onnxruntime"), detect=detect
+            spec=self.detector_spec,
+            backend=SimpleNamespace(name="onnxruntime"),
+            detect=detect,
+            status=detector.Status(
+                "onnxruntime", "ONNX Runtime on the CPU", None, reasons=("0123456789abcdef: no GPU here",)
+            ),
         )
 
 
@@ -259,8 +267,51 @@ class TestSingleStages:
         assert (status, stages.calls["convert"]) == (0, {"opset": 15, "force": False})
         assert "next: odtrt build out/my_model" in out
         status, out, _ = odtrt(capsys, "build", "out/my_model")
-        assert (status, stages.calls["build"]) == (0, {"precision": "fp32", "plugin": None, "force": False})
+        asked = stages.calls["build"]
+        assert callable(asked.pop("progress"))
+        assert (status, asked) == (
+            0,
+            {
+                "precision": "fp32",
+                "plugin": None,
+                "batch": None,
+                "memory": None,
+                "version_compatible": False,
+                "hardware_compatibility": "none",
+                "compute_capabilities": None,
+                "may_give_up": [],
+                "force": False,
+            },
+        )
         assert "plans/abc.plan 4.0 kB" in out
+
+    def test_the_options_of_a_build(self, capsys, stages, tmp_path):
+        limits = ["--memory", "60%", "--may-give-up", "fp32", "--may-give-up", "dynamic_batch"]
+        carried = [
+            "--version-compatible",
+            "--hardware-compatible",
+            "ampere_plus",
+            "--gpu",
+            "8.6",
+            "--gpu",
+            "8.9",
+        ]
+        arguments = ["--batches", "1,4,8", *limits, *carried, "--force"]
+        assert odtrt(capsys, "build", tmp_path, *arguments)[0] == 0
+        asked = stages.calls["build"]
+        assert (asked["batch"], asked["memory"], asked["force"]) == ((1, 4, 8), "60%", True)
+        assert asked["may_give_up"] == ["fp32", "dynamic_batch"]
+        assert (asked["version_compatible"], asked["hardware_compatibility"]) == (True, "ampere_plus")
+        assert asked["compute_capabilities"] == ["8.6", "8.9"]
+
+    @pytest.mark.parametrize("sizes", ["8", "1,2", "0,1,2", "1,2,x"])
+    def test_malformed_batches(self, capsys, stages, tmp_path, sizes):
+        status, _, err = odtrt(capsys, "build", tmp_path, "--batches", sizes)
+        assert (status, stages.calls) == (1, {})
+        assert (
+            err
+            == f"error: --batches {sizes}: expected the smallest, the best and the largest, such as 1,4,8\n"
+        )
 
     def test_an_earlier_stage_is_named(self, capsys, tmp_path):
         status, _, err = odtrt(capsys, "build", tmp_path)
@@ -275,6 +326,100 @@ class TestSingleStages:
         assert "export and convert need 9.0 or newer: run them on another machine" in err
 
 
+class TestPlansAndBundles:
+    def test_no_plan(self, capsys, tmp_path):
+        status, _, err = odtrt(capsys, "plans", tmp_path)
+        assert status == 1
+        assert err == f"error: {tmp_path}/plans: no plan there; run `odtrt build {tmp_path}` first\n"
+
+    def test_every_plan_gets_a_verdict_and_a_damaged_passport_is_listed(self, capsys, tmp_path, monkeypatch):
+        folder = plan_of_elsewhere(tmp_path, "10.3.0")
+        (folder / "plans" / "fedcba9876543210.json").write_text("{")
+        monkeypatch.setenv("COLUMNS", "400")
+        status, out, _ = odtrt(capsys, "plans", folder)
+        assert status == 0
+        rows = [line for line in out.splitlines() if "plan" in line and "│" in line]
+        assert any("TensorRT 10.3.0" in row and "rebuild" in row for row in rows), out
+        assert any("fedcba9876543210.json" in row and "refuse" in row for row in rows), out
+
+    def test_a_plan_of_other_bytes_is_refused(self, capsys, tmp_path, monkeypatch):
+        folder = plan_of_elsewhere(tmp_path, "10.3.0")
+        next((folder / "plans").glob("*.plan")).write_bytes(b"ftrt, but not what was built")
+        monkeypatch.setenv("COLUMNS", "400")
+        assert "refuse" in odtrt(capsys, "plans", folder)[1]
+
+    def test_pack_and_unpack(self, capsys, tmp_path, monkeypatch):
+        asked = {}
+        manifest = SimpleNamespace(name="parts", members=(1, 2, 3))
+
+        def stand_in_pack(folder, archive, **options):
+            asked["pack"] = {"folder": folder, "archive": archive, **options}
+            archive.write_bytes(b"zip" * 100)
+            return SimpleNamespace(manifest=manifest, sha256="ab" * 32, is_up_to_date=False)
+
+        def stand_in_unpack(archive, folder, **options):
+            asked["unpack"] = {"archive": archive, "folder": folder, **options}
+            return manifest
+
+        monkeypatch.setattr(bundle, "pack", stand_in_pack)
+        monkeypatch.setattr(bundle, "unpack", stand_in_unpack)
+        monkeypatch.chdir(tmp_path)
+        status, out, _ = odtrt(capsys, "pack", "out/parts", "--triton")
+        assert status == 0
+        assert asked["pack"] == {
+            "folder": Path("out/parts"),
+            "archive": Path("parts.odtrt.zip"),
+            "triton": True,
+            "deepstream": False,
+            "force": False,
+        }
+        assert "parts.odtrt.zip: 3 files, 300 bytes" in out
+        status, out, _ = odtrt(capsys, "unpack", "parts.odtrt.zip")
+        assert (status, asked["unpack"]["folder"]) == (0, Path("parts"))
+        assert "next: cd parts && python3 build_here.py" in out
+        assert odtrt(capsys, "unpack", "nowhere.zip")[0] == 1
+
+
+def plan_of_elsewhere(tmp_path: Path, version: str) -> Path:
+    """A model folder with a plan that TensorRT ``version`` built on another machine."""
+    folder = tmp_path / "model"
+    (folder / "plans").mkdir(parents=True)
+    (folder / "spec.json").write_text(SPEC.to_json())
+    (folder / "heads.onnx").write_bytes(b"onnx")
+    plan = folder / "staged"
+    plan.write_bytes(b"ftrt" + bytes(20) + bytes(int(part) for part in f"{version}.1".split(".")) + bytes(64))
+    digest = sha256(plan)
+    fingerprint = "0123456789abcdef"
+    passport.install(
+        folder,
+        plan,
+        passport.Passport(
+            fingerprint=fingerprint,
+            plan=passport.plan_name(fingerprint, digest),
+            plan_sha256=digest,
+            plan_bytes=plan.stat().st_size,
+            model="heads.onnx",
+            onnx_sha256=sha256(folder / "heads.onnx"),
+            spec_sha256=sha256(folder / "spec.json"),
+            flavour="tensorrt",
+            version=version,
+            precision="fp32",
+            version_compatible=False,
+            hardware_compatibility="none",
+            compute_capabilities=(),
+            plugin=None,
+            machine=Machine("Linux", "aarch64", "Orin", "8.7", 16, 61368, "540.4", "12.6", "R36.4.3"),
+            settings={},
+            layers={"FP32": 9},
+            attempts=(),
+            trtexec="",
+            seconds=1.0,
+            built="2026-11-22T00:00:00+00:00",
+        ),
+    )
+    return folder
+
+
 class TestDetect:
     def test_pictures_table_and_json(self, capsys, stages, tmp_path):
         first, second = picture(tmp_path / "one" / "a.png"), picture(tmp_path / "two" / "a.jpg", 80, 50)
@@ -282,6 +427,9 @@ class TestDetect:
         status, out, _ = odtrt(capsys, "detect", "parts", first, second, *arguments)
         assert status == 0
         assert "4 detections with a score of at least 0.4 in 2 pictures, drawn in drawn" in out
+        assert "ONNX Runtime on the CPU" in out
+        assert "no GPU here" in out, "why no plan is used"
+        assert stages.calls["open"] == {"backend": "auto", "plugin": None}
         assert "0.900" in out
         assert "[1, 2, 39, 58]" in out
         assert sorted(path.name for path in Path("drawn").iterdir()) == ["a-2.jpg", "a.jpg"]
@@ -531,7 +679,21 @@ class TestDoctor:
         monkeypatch.setattr(doctor, "_lines", lambda path: [])
         machine = doctor.machine()
         assert machine["Jetson"] == "board unknown, L4T R36"
+        assert machine["JetPack"] == "not in odtrt's table; `apt show nvidia-jetpack` says which"
         assert machine["Memory"] == "unknown"
+
+    @pytest.mark.parametrize(
+        ("l4t", "said"),
+        [
+            ("R36.4.3", "6.2, 6.2.1, which has TensorRT 10.3 and Python 3.10"),
+            ("R32.7.1", "4.6.1 to 4.6.4, which has TensorRT 8.2.1 and Python 3.6, too old for odtrt"),
+        ],
+    )
+    def test_the_jetpack_of_a_jetson(self, monkeypatch, l4t, said):
+        raw = {"machine": "aarch64", "cpu": "", "cores": 6, "l4t": "R.. (release)"}
+        monkeypatch.setattr(doctor, "device_info", lambda: raw)
+        monkeypatch.setattr(doctor, "this_machine", lambda: Machine("Linux", "aarch64", l4t=l4t))
+        assert doctor.machine()["JetPack"] == said
 
 
 def heed_ctrl_c() -> None:
