@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from odtrt_lib import errors
+from odtrt_lib.complaints import error_recorder
 from odtrt_lib.errors import BuildError, CheckError, InputError, OdtrtError, UnsupportedError, one_line
 from odtrt_lib.folder import atomic_write, cannot_write, exclusive
 
@@ -161,11 +162,12 @@ def _build(request: Request) -> Dict[str, Any]:
         fuse.let_rtx_find_itself()
     trt: Any = importlib.import_module(request.flavour)
     tell = _teller(request.progress)
-    refusals = _recorder(trt)
+    refusals: List[str] = []
+    recorder = error_recorder(trt, refusals)
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
-    builder.error_recorder = refusals
-    _KEPT.extend((refusals, logger, builder))
+    builder.error_recorder = recorder
+    _KEPT.extend((recorder, logger, builder))
     config = builder.create_builder_config()
     _KEPT.append(config)
     tell({"knows": known_settings(config)})
@@ -194,7 +196,7 @@ def _build(request: Request) -> Dict[str, Any]:
         tell({"phase": "building", "fraction": 0.0})
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        reasons = one_line("; ".join(refusals.messages) or "TensorRT gives no reason")
+        reasons = one_line("; ".join(refusals) or "TensorRT gives no reason")
         is_small = is_workspace_too_small(reasons, request.settings.get("workspace_mib"))
         if is_out_of_memory(reasons) or is_small:
             return {"error": "MemoryError", "message": f"{request.who}: {reasons}"}
@@ -323,40 +325,6 @@ def _demand_compatibility(trt: Any, config: Any, request: Request) -> None:
             config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
 
 
-def _recorder(trt: Any) -> Any:
-    """An error recorder: TensorRT tells a builder's recorder, but not its caller, why a build failed."""
-
-    class Refusals(trt.IErrorRecorder):
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: List[Tuple[Any, str]] = []
-
-        @property
-        def messages(self) -> List[str]:
-            return [message for _, message in self.errors]
-
-        def report_error(self, code: Any, message: str) -> bool:
-            self.errors.append((code, message))
-            return True
-
-        def num_errors(self) -> int:
-            return len(self.errors)
-
-        def get_error_code(self, index: int) -> Any:
-            return self.errors[index][0]
-
-        def get_error_desc(self, index: int) -> str:
-            return self.errors[index][1]
-
-        def has_overflowed(self) -> bool:
-            return False
-
-        def clear(self) -> None:
-            self.errors.clear()
-
-    return Refusals()
-
-
 def _parser_error(parser: Any) -> str:
     """What the ONNX parser objects to: the node with its operator, and NVIDIA's reason."""
     if parser.num_errors == 0:
@@ -370,7 +338,7 @@ def _parser_error(parser: Any) -> str:
     return f"{where}: {one_line(error.desc())}"
 
 
-def _load_plugin(trt: Any, builder: Any, request: Request, refusals: Any) -> None:
+def _load_plugin(trt: Any, builder: Any, request: Request, refusals: List[str]) -> None:
     """Makes the plugin known: the registry loads it, or, where it cannot, its static registration does."""
     library = str(request.plugin)
     has_own = hasattr(builder, "get_plugin_registry")
@@ -389,7 +357,7 @@ def _load_plugin(trt: Any, builder: Any, request: Request, refusals: Any) -> Non
     else:
         creator = registry.get_plugin_creator(*key)
     if creator is None:
-        reasons = "; ".join(refusals.messages) or problem or "it gives no reason"
+        reasons = "; ".join(refusals) or problem or "it gives no reason"
         headers = "TensorRT 10 or newer" if hasattr(registry, "get_creator") else "this TensorRT"
         raise BuildError(
             f"{library}: {request.who} cannot load the plugin ({one_line(reasons)}); compile it with the "

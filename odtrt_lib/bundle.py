@@ -66,6 +66,7 @@ DEVICE_ROOMS = (
     "builder",
     "bundle",
     "cli",
+    "complaints",
     "demonstration",
     "detector",
     "doctor",

@@ -762,6 +762,7 @@ def _run(attempt: _Attempt, request: builder.Request, settings: Mapping[str, Any
     request_file = place / f"{request.task}.json"
     request_file.write_text(json.dumps(dataclasses.asdict(request)))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_import_paths())}
+    environment["TMPDIR"] = str(place)  # what a killed process leaves goes with the attempt
     if settings.get("frugal_heap"):
         environment.update(_FRUGAL_HEAP)
     errors_file = place / f"{request.task}.stderr"

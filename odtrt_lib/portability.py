@@ -350,7 +350,7 @@ POLICY: Tuple[Rule, ...] = (
         "other system",
         "another operating system or processor architecture (TensorRT)",
         _REBUILD,
-        "built on {built_system}, this is {system}: a plan never moves between systems",
+        "built on {built_system}, this is {system}: such a plan does not move between systems",
         "SM114",
         lambda case: case.passport.flavour == "tensorrt" and not _is_same_system(case),
     ),

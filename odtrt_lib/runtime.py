@@ -29,11 +29,12 @@ import threading
 import weakref
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Deque, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Iterator, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from odtrt_lib import fuse, native
+from odtrt_lib.complaints import error_recorder
 from odtrt_lib.errors import (
     CheckError,
     InputError,
@@ -556,32 +557,7 @@ def _ears(trt: Any) -> _Ears:
             if severity in serious:
                 messages.append(message)
 
-    class Recorder(trt.IErrorRecorder):
-        def __init__(self) -> None:
-            trt.IErrorRecorder.__init__(self)
-            self.errors: List[Tuple[Any, str]] = []
-
-        def report_error(self, code: Any, message: str) -> bool:
-            messages.append(message)
-            self.errors[:] = [*self.errors[-19:], (code, message)]
-            return True
-
-        def num_errors(self) -> int:
-            return len(self.errors)
-
-        def get_error_code(self, index: int) -> Any:
-            return self.errors[index][0]
-
-        def get_error_desc(self, index: int) -> str:
-            return self.errors[index][1]
-
-        def has_overflowed(self) -> bool:
-            return False
-
-        def clear(self) -> None:
-            self.errors.clear()
-
-    return _Ears(Logger(), Recorder(), messages)
+    return _Ears(Logger(), error_recorder(trt, messages), messages)
 
 
 def _run_error(what: str, reasons: str) -> RunError:
