@@ -20,7 +20,6 @@ A row fails where FP32 differs by more than 1e-3 or FP16 by more than 2e-2; the 
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 import tempfile
@@ -59,7 +58,7 @@ def main(arguments: list[str]) -> int:
                 rows.append(measured(folder, precision))
                 print(rows[-1], flush=True)
     if not chosen:
-        short = re.sub(r"[^a-z0-9]+", "", gpu.lower().replace("nvidia", ""))
+        short = gpu.lower().replace("nvidia", "").split()[0]
         path = ROOT / "results" / f"engine.{short}.json"
         write_results(path, "engine", "python benchmarks/engine_gpu.py FOLDER", rows)
     return 0 if rows and all(row["passed"] for row in rows) else 1

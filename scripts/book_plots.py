@@ -39,11 +39,7 @@ def nms_gpu(results: Path) -> str:
         "kernels at three score thresholds, and PyTorch. The table below has the figures."
     )
     parts = [
-        '<div class="odtrt-plot-frame"><svg xmlns="http://www.w3.org/2000/svg" '
-        f'viewBox="0 0 {WIDTH} {height}" class="odtrt-plot" role="img" '
-        'aria-labelledby="nms-gpu-title nms-gpu-text">',
-        '<title id="nms-gpu-title">Post-processing of one image on the GPU</title>',
-        f'<desc id="nms-gpu-text">{escape(text)}</desc>',
+        *figure("nms-gpu", height, "Post-processing of one image on the GPU", text),
         *legend(),
         *scale.grid(TOP - 14, height - 38),
         f'<text class="soft" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{height - 4}" text-anchor="middle">'
@@ -52,6 +48,165 @@ def nms_gpu(results: Path) -> str:
     for number, size in enumerate(sizes):
         parts += line([row for row in rows if row["anchors"] == size], TOP + LINE * number, scale)
     return "\n".join([*parts, "</svg></div>"]) + "\n"
+
+
+def engine_memory(results: Path) -> str:
+    """Host memory over the time of a build, attempt by attempt, under the limit that it had."""
+    path = results / "engine.cpu.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    samples = [row for row in rows if row["kind"] == "sample"]
+    if not samples:
+        return f"<p><em>Not measured yet: <code>results/{path.name}</code> has no samples.</em></p>\n"
+    case = samples[0]["case"]
+    rungs = [row for row in rows if row["kind"] == "ladder" and row["case"] == case]
+    limit, model = rungs[0]["limit_mb"], rungs[0]["model"]
+    most = max(limit, *(row["rss_mb"] for row in samples)) * 1.08
+    height, bottom, plot_top = 380, 300, 30
+    starts, end = {}, 0.0
+    for rung in rungs:
+        starts[rung["number"]] = end
+        end += max(row["seconds"] for row in samples if row["number"] == rung["number"]) * 1.06
+    left, right = 70, WIDTH - 16
+
+    def x(seconds: float) -> float:
+        return round(left + seconds / end * (right - left), 1)
+
+    def y(megabytes: float) -> float:
+        return round(bottom - megabytes / most * (bottom - plot_top), 1)
+
+    step = 100 if most > 250 else 50
+    parts = [
+        *figure(
+            "engine-memory",
+            height,
+            "Memory of a build under a limit, attempt by attempt",
+            f"Host memory in MB over seconds while {model} is built under a limit of {limit} MB: "
+            + "; ".join(f"{rung['rung']}: {rung['outcome']}" for rung in rungs)
+            + ". The table has the peaks.",
+        ),
+        f'<text class="soft" x="{left}" y="16">memory of the building process, MB</text>',
+    ]
+    for megabytes in range(0, int(most), step):
+        parts.append(f'<path class="grid" d="M{left} {y(megabytes)} H{right}"/>')
+        parts.append(
+            f'<text class="soft" x="{left - 8}" y="{y(megabytes) + 4}" text-anchor="end">{megabytes}</text>'
+        )
+    parts.append(f'<path class="limit" d="M{left} {y(limit)} H{right}"/>')
+    parts.append(
+        f'<text class="soft" x="{right}" y="{y(limit) - 6}" text-anchor="end">limit, {limit} MB</text>'
+    )
+    for rung in rungs:
+        start, number = starts[rung["number"]], rung["number"]
+        own = [row for row in samples if row["number"] == number]
+        points = " ".join(f"{x(start + row['seconds'])},{y(row['rss_mb'])}" for row in own)
+        is_built = rung["outcome"] == "built"
+        parts.append(
+            f'<polyline class="trace {"good" if is_built else "bad"}" points="{points}"><title>'
+            f"{escape(rung['rung'])}: {escape(rung['outcome'])}, peak {rung['peak_rss_mb']:.0f} MB</title>"
+            "</polyline>"
+        )
+        last = own[-1]
+        mark = "✓" if is_built else "✗"
+        parts.append(
+            f'<text class="{"good" if is_built else "bad"} mark" x="{x(start + last["seconds"])}" '
+            f'y="{y(last["rss_mb"]) - 8}" text-anchor="middle">{mark}</text>'
+        )
+        middle = x(start) + 2
+        parts.append(
+            f'<text class="ink" x="{middle}" y="{bottom + 18}" transform="rotate(20 {middle} {bottom + 18})">'
+            f"{escape(rung['rung'])}</text>"
+        )
+    return "\n".join([*parts, "</svg></div>"]) + "\n"
+
+
+# What check() asks, in order, and the rules of odtrt_lib.portability.POLICY that say no.
+QUESTIONS = (
+    (
+        ("Is it the file that its passport describes?", "size, SHA-256, version in the header"),
+        ("plan missing", "plan of another size", "plan damaged", "header disagrees"),
+    ),
+    (
+        ("Is the plugin there, with the interface it was built for?", "only for a plan with a plugin inside"),
+        ("plugin missing", "plugin of another ABI"),
+    ),
+    (
+        ("Same ONNX model, spec.json and plugin?", "by their SHA-256"),
+        ("model changed", "other plugin"),
+    ),
+    (
+        ("Same operating system and processor architecture?", "TensorRT-RTX: same architecture"),
+        ("other system", "other architecture, RTX"),
+    ),
+    (
+        ("Same library version, or a newer one and version-compatible?", "8 to 10, 10 to 11, within a major"),
+        (
+            *("no library", "other flavour", "other version, RTX", "older library"),
+            *("newer minor", "newer major"),
+        ),
+    ),
+    (
+        ("Same GPU, or one that it was built for?", "model, compute capability, SM count, memory"),
+        (
+            *("no GPU", "GPU of the build unknown", "same GPU, other size", "other GPU model"),
+            *("other compute capability", "hardware-compatible on a Jetson", "ampere_plus, older GPU"),
+            *("same_compute_capability, other one", "GPU not among the targets, RTX"),
+        ),
+    ),
+)
+
+
+def passport_tree(verdicts: dict[str, str]) -> str:
+    """The decisions about a plan from top to bottom. verdicts: rule -> ``refuse``, ``rebuild`` or ``ok``."""
+    step, box_width, box_height, top = 74, 470, 50, 16
+    height = top + step * len(QUESTIONS) + 48
+    parts = [
+        *figure(
+            "passport-tree",
+            height,
+            "What is asked about a plan before it is loaded",
+            " ".join(f"{question} If not: {answer(rules, verdicts)}." for (question, _), rules in QUESTIONS)
+            + " Otherwise: ok, load it.",
+        )
+    ]
+    left, middle = 20, 20 + box_width / 2
+    for number, ((question, detail), rules) in enumerate(QUESTIONS):
+        y = top + step * number
+        word = answer(rules, verdicts)
+        out = left + box_width
+        parts += [
+            f'<rect class="frame" x="{left}" y="{y}" width="{box_width}" height="{box_height}" rx="6"/>',
+            f'<text class="ink" x="{middle}" y="{y + 21}" text-anchor="middle">{escape(question)}</text>',
+            f'<text class="soft" x="{middle}" y="{y + 39}" text-anchor="middle">{escape(detail)}</text>',
+            f'<path class="arrow" d="M{out} {y + 25} h58 m-7 -5 l7 5 l-7 5"/>',
+            f'<text class="soft" x="{out + 24}" y="{y + 18}" text-anchor="middle">no</text>',
+            f'<rect class="{word}" x="{out + 62}" y="{y + 5}" width="120" height="40" rx="20"/>',
+            f'<text class="verdict" x="{out + 122}" y="{y + 30}" text-anchor="middle">{word}</text>',
+            f'<path class="arrow" d="M{middle} {y + box_height} v{step - box_height} m-5 -7 l5 7 l5 -7"/>',
+            f'<text class="soft" x="{middle + 10}" y="{y + box_height + 16}">yes</text>',
+        ]
+    y = top + step * len(QUESTIONS)
+    parts += [
+        f'<rect class="ok" x="{middle - 60}" y="{y}" width="120" height="36" rx="18"/>',
+        f'<text class="verdict" x="{middle}" y="{y + 23}" text-anchor="middle">ok</text>',
+    ]
+    return "\n".join([*parts, "</svg></div>"]) + "\n"
+
+
+def answer(rules: Sequence[str], verdicts: dict[str, str]) -> str:
+    """The one verdict that these rules share."""
+    (word,) = {verdicts[rule] for rule in rules}
+    return word
+
+
+def figure(name: str, height: int, title: str, text: str) -> list[str]:
+    """The opening of an SVG that screen readers can name and describe."""
+    return [
+        '<div class="odtrt-plot-frame"><svg xmlns="http://www.w3.org/2000/svg" '
+        f'viewBox="0 0 {WIDTH} {height}" class="odtrt-plot" role="img" '
+        f'aria-labelledby="{name}-title {name}-text">',
+        f'<title id="{name}-title">{escape(title)}</title>',
+        f'<desc id="{name}-text">{escape(text)}</desc>',
+    ]
 
 
 class Scale:

@@ -20,6 +20,10 @@ import book_plots
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from odtrt_lib import boards, portability  # noqa: E402
+
 Row = dict[str, Any]
 
 
@@ -335,6 +339,91 @@ TABLES |= {
         made="Compiled for sm_87",
         names_packages=False,
     ),
+    "engine_cpu": Table(
+        "engine.cpu.json",
+        (
+            Column("model", "model"),
+            Column("weights", "weights"),
+            Column("precision", "precision"),
+            Column("build, s", "seconds", ".1f"),
+            Column("peak memory of the build, MB", "peak_rss_mb", ",.0f"),
+            Column("of making half precision, MB", "conversion_peak_rss_mb", ",.0f", is_optional=True),
+            Column("ONNX, MB", "onnx_mb", ".1f"),
+            Column("plan, MB", "plan_mb", ".1f"),
+            Column("layers", "layers"),
+            Column("of them FP16", "layers_fp16"),
+        ),
+        only={"kind": ("build",)},
+        made="Built",
+    ),
+    "engine_settings": Table(
+        "engine.cpu.json",
+        (
+            Column("model", "model"),
+            Column("setting", "setting"),
+            Column("build, s", "seconds", ".1f"),
+            Column("peak memory, MB", "peak_rss_mb", ",.0f"),
+        ),
+        only={"kind": ("setting",)},
+        made="Built",
+    ),
+    "engine_ladder": Table(
+        "engine.cpu.json",
+        (
+            Column("model", "model"),
+            Column("limit, MB", "limit_mb", ","),
+            Column("rung", "rung"),
+            Column("outcome", "outcome"),
+            Column("noticed by", "how"),
+            Column("peak memory, MB", "peak_rss_mb", ",.0f"),
+        ),
+        only={"kind": ("ladder",)},
+        made="Built",
+    ),
+    "engine_gpu": Table(
+        "engine.h200.json",
+        (
+            Column("model", "model"),
+            Column("precision", "precision"),
+            Column("build, s", "build_cold_seconds", ".1f"),
+            Column("again, s", "build_warm_seconds", ".1f"),
+            Column("host memory, MB", "peak_rss_mb", ",.0f"),
+            Column("GPU memory, MB", "peak_gpu_mb", ",.0f", is_optional=True),
+            Column("first load, s", "load_cold_seconds", ".1f"),
+            Column("with kept kernels, s", "load_warm_seconds", ".1f"),
+            Column("network, median, ms", "p50_ms", ".2f"),
+            Column("99th percentile, ms", "p99_ms", ".2f"),
+            Column("error of boxes", "boxes_relative_err", ".0e"),
+            Column("of classes", "logits_relative_err", ".0e"),
+        ),
+    ),
+    "backends_gpu": Table(
+        "backends.h200.json",
+        (
+            Column("model", "model"),
+            Column("backend", "description"),
+            Column("precision", "precision"),
+            Column("image to detections, median, ms", "detect_p50_us", ".2f", 1000),
+            Column("99th percentile, ms", "detect_p99_us", ".2f", 1000),
+            Column("network alone, ms", "network_p50_us", ".2f", 1000, is_optional=True),
+            Column("ONNX Runtime's detections", "references", ",", is_optional=True),
+            Column("found again", "matched", ",", is_optional=True),
+        ),
+    ),
+    "faults": Table(
+        "faults.json",
+        (
+            Column("fault", "kind"),
+            Column("trials", "trials", ","),
+            Column("crashes", "crashes"),
+            Column("wrong plans loaded", "wrong_loads"),
+            Column("valid plans lost", "lost_valid_plans"),
+            Column("half-written files", "half_written"),
+            Column("records lost", "lost_records"),
+        ),
+        made="Run",
+        names_packages=False,
+    ),
     "nms_roofline": Table(
         "nms_resources.json",
         (
@@ -365,7 +454,16 @@ def generated(root: Path) -> dict[str, str]:
     """Every generated page part, file name -> text."""
     parts = {f"{name}.md": markdown(table, root / "results") for name, table in TABLES.items()}
     parts["notebooks.md"] = stamps(root)
+    parts["jetpack.md"] = jetpacks()
+    parts["tensorrt_lines.md"] = tensorrt_lines()
+    parts["tensorrt_names.md"] = tensorrt_names(root / "results" / "tensorrt_names.json")
+    parts["portability_policy.md"] = policy()
+    parts["faults_total.md"] = faults(root / "results" / "faults.json")
     parts["nms_goals.md"] = goals(root / "results" / "nms.h200.json")
+    parts["engine_memory.svg"] = book_plots.engine_memory(root / "results")
+    parts["passport_tree.svg"] = book_plots.passport_tree(
+        {rule.name: rule.action.value for rule in portability.POLICY}
+    )
     parts["nms_gpu.svg"] = book_plots.nms_gpu(root / "results")
     return parts
 
@@ -384,7 +482,7 @@ def markdown(table: Table, results: Path) -> str:
     """The table with a line that says where, when and with what it was measured."""
     path = results / table.results
     if not path.is_file():
-        return f"*Not measured yet: `results/{table.results}` does not exist.*\n"
+        return not_measured(path)
     measured = json.loads(path.read_text(encoding="utf-8"))
     rows = [
         row
@@ -426,7 +524,7 @@ def markdown(table: Table, results: Path) -> str:
 def goals(path: Path) -> str:
     """What the kernels were meant to take on this GPU, and take: one image, FP32, in a CUDA graph."""
     if not path.is_file():
-        return f"*Not measured yet: `results/{path.name}` does not exist.*\n"
+        return not_measured(path)
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
 
     def figure(key: str, **wanted: Any) -> float:
@@ -446,9 +544,127 @@ def goals(path: Path) -> str:
     return f"{grid(headings, lines)}\n"
 
 
+def not_measured(path: Path) -> str:
+    return f"*Not measured yet: `results/{path.name}` does not exist.*\n"
+
+
+def jetpacks() -> str:
+    """Which JetPack has which TensorRT, and whether odtrt can build engines there."""
+    rows = []
+    for one in boards.JETPACKS:
+        line = boards.tensorrt_line(one.tensorrt)
+        rows.append(
+            [
+                one.release,
+                ", ".join(one.l4t),
+                one.boards,
+                one.tensorrt,
+                one.cuda,
+                one.python,
+                "yes" if line.is_supported else "no",
+                f"{'NVIDIA' if one.is_vendor_stated else 'third parties'}: {one.source}",
+            ]
+        )
+    headings = [
+        "JetPack",
+        "Jetson Linux",
+        "boards",
+        "TensorRT",
+        "CUDA",
+        "Python",
+        "odtrt",
+        "TensorRT stated by",
+    ]
+    return f"{grid(headings, rows)}\n\n*`odtrt_lib/boards.py`. No row was tried on a board by us.*\n"
+
+
+def tensorrt_lines() -> str:
+    """What odtrt does on each line of TensorRT releases."""
+
+    def words(has: bool) -> str:
+        return "yes" if has else "no"
+
+    rows = [
+        [
+            line.name,
+            line.plugin,
+            line.half_precision,
+            line.int8,
+            words(line.has_version_compatible),
+            words(line.has_hardware_compatible),
+            words(line.has_progress),
+        ]
+        for line in boards.TENSORRT
+        if line.is_supported
+    ]
+    headings = [
+        *("TensorRT", "plugin interface", "half precision", "INT8"),
+        *("version-compatible plans", "hardware-compatible plans", "progress"),
+    ]
+    source = "*`odtrt_lib/boards.py`; `tests/test_boards.py` compares it with NVIDIA's own Python bindings.*"
+    return f"{grid(headings, rows)}\n\n{source}\n"
+
+
+def tensorrt_names(path: Path) -> str:
+    """Which releases' bindings were looked into, and what the scan of odtrt's sources found."""
+    if not path.is_file():
+        return not_measured(path)
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    rows = measured["rows"]
+    lines = []
+    for flavour, name in (("tensorrt", "TensorRT"), ("tensorrt_rtx", "TensorRT-RTX")):
+        found = [row["version"] for row in rows if row.get("flavour") == flavour and "version" in row]
+        lines.append([name, str(len(found)), ", ".join(found)])
+    files = [row for row in rows if "violations" in row]
+    source = (
+        f"*{sum(row['names'] for row in files)} names in {len(files)} files, "
+        f"{sum(row['violations'] for row in files)} used where a release lacks them. Looked into on "
+        f"{measured['date'][:10]}; `results/{path.name}`, written by `{measured['command']}`.*"
+    )
+    return f"{grid(['library', 'releases', 'versions'], lines)}\n\n{source}\n"
+
+
+def policy() -> str:
+    """The rules of :data:`odtrt_lib.portability.POLICY`."""
+    rows = [
+        [rule.name, rule.condition, f"**{rule.action.value}**", rule.source] for rule in portability.POLICY
+    ]
+    return (
+        f"{grid(['rule', 'when', 'verdict', 'source'], rows)}\n\n*`POLICY` in `odtrt_lib/portability.py`.*\n"
+    )
+
+
+FAULTS = {
+    "a plan, a passport or a folder damaged": ("plan: ", "passport: ", "folder: "),
+    "kill -9 during install, rebuild, record, pack": ("kill -9 ",),
+    "disk full or read-only": ("full disk", "read-only"),
+    "several processes at once": ("four ", "a reader "),
+    "another machine, library or plugin than the plan's": ("mismatch ",),
+}
+
+
+def faults(path: Path) -> str:
+    """The campaign's rows by group. A row of no group, or of two, is an error."""
+    if not path.is_file():
+        return not_measured(path)
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    groups: dict[str, list[Row]] = {name: [] for name in FAULTS}
+    for row in rows:
+        (name,) = [name for name, starts in FAULTS.items() if row["kind"].startswith(starts)]
+        groups[name].append(row)
+    tallies = ("crashes", "wrong_loads", "lost_valid_plans", "half_written", "lost_records")
+    lines = [
+        [name, *(f"{sum(row[key] for row in found):,}" for key in ("trials", *tallies))]
+        for name, found in groups.items()
+    ]
+    lines.append(["together", *(f"{sum(row[key] for row in rows):,}" for key in ("trials", *tallies))])
+    headings = ["fault", "trials", "crashes", "wrong plans loaded", "valid plans lost", "half-written files"]
+    return f"{grid([*headings, 'records lost'], lines)}\n"
+
+
 def cell(row: Row, column: Column) -> str:
     """One figure as the table shows it. A key that the row lacks is an error, unless it is optional."""
-    if column.is_optional and column.key not in row:
+    if column.is_optional and row.get(column.key) is None:
         return "–"
     value = row[column.key]
     if isinstance(value, bool):

@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import book_plots  # noqa: E402
 import book_tables  # noqa: E402
 
+from odtrt_lib import portability  # noqa: E402
+
 # What makes a browser load something; a link that a reader may follow is not among them.
 REQUEST = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed)\b[^>]*?\bsrc=["'](?P<src>[^"']+)"""
@@ -112,7 +114,9 @@ def test_a_message_that_the_library_does_not_have_is_caught():
     assert unknown_messages(page, library_text()) == ["the checkpoint is unhappy"]
 
 
-@pytest.mark.parametrize("name", ["ch01_export", "ch02_convert", "ch04_nms"])
+@pytest.mark.parametrize(
+    "name", ["ch01_export", "ch02_convert", "ch03_engine", "ch04_nms", "ch05_portability"]
+)
 def test_every_decision_states_choice_cost_change_and_evidence(name: str):
     text = (ROOT / "book" / f"{name}.md").read_text()
     decisions = re.split(r"^## Decision \d+: ", text, flags=re.MULTILINE)[1:]
@@ -225,6 +229,46 @@ def test_a_table_of_gpu_times_names_the_gpu_and_only_its_own_rows(gpu_results: P
     text = book_tables.markdown(table, gpu_results)
     assert "| 12804 | 20.0 |" in text and "999" not in text
     assert "on one NVIDIA Example, driver 1.2" in text and "processor" not in text
+
+
+def test_the_tree_of_questions_has_every_rule_that_says_no():
+    verdicts = {rule.name: rule.action.value for rule in portability.POLICY}
+    asked = [rule for _, rules in book_plots.QUESTIONS for rule in rules]
+    assert sorted(asked) == sorted(rule for rule, verdict in verdicts.items() if verdict != "ok")
+    assert [book_plots.answer(rules, verdicts) for _, rules in book_plots.QUESTIONS] == sorted(
+        (book_plots.answer(rules, verdicts) for _, rules in book_plots.QUESTIONS), reverse=True
+    ), "what is refused is asked before what is built again"
+    with pytest.raises(ValueError):
+        book_plots.passport_tree({**verdicts, "plan damaged": "rebuild"})
+
+
+def test_the_memory_figure_draws_each_attempt_under_its_limit(tmp_path: Path):
+    rungs = [("as asked", "out of memory", 320), ("frugal heap", "built", 290)]
+    case = {"case": "d0 less 4%", "model": "d0"}
+    rows = [
+        {**case, "kind": "ladder", "number": i, "rung": rung, "outcome": outcome, "peak_rss_mb": peak}
+        for i, (rung, outcome, peak) in enumerate(rungs, 1)
+    ]
+    rows += [
+        {**case, "kind": "sample", "number": i, "seconds": seconds, "rss_mb": seconds * 100.0}
+        for i in (1, 2)
+        for seconds in (0, 1, 2)
+    ]
+    for row in rows:
+        row["limit_mb"] = 310
+    (tmp_path / "engine.cpu.json").write_text(json.dumps({"rows": rows}))
+    drawn = book_plots.engine_memory(tmp_path)
+    assert re.findall(r"<title>(.*?)</title>", drawn) == [
+        "as asked: out of memory, peak 320 MB",
+        "frugal heap: built, peak 290 MB",
+    ]
+    lines = [
+        [tuple(map(float, point.split(","))) for point in points.split()]
+        for points in re.findall(r'points="([^"]+)"', drawn)
+    ]
+    assert lines[0][-1][0] < lines[1][0][0], "one attempt after the other"
+    (limit,) = re.findall(r'class="limit" d="M\d+ ([\d.]+)', drawn)
+    assert all(y > float(limit) for line in lines for _, y in line), "200 MB lie below a limit of 310"
 
 
 def test_a_figure_that_a_row_lacks_is_an_error_unless_it_is_optional(gpu_results: Path):
