@@ -107,7 +107,19 @@ TENSORRT: Tuple[TensorRTLine, ...] = (
         "8.5", (8, 5), "IPluginV2DynamicExt", "builder flag", "calibrator or Q/DQ", False, False, False, True
     ),
     TensorRTLine(
-        "8.6, 9", (8, 6), "IPluginV2DynamicExt", "builder flag", "calibrator or Q/DQ", True, True, False, True
+        "8.6", (8, 6), "IPluginV2DynamicExt", "builder flag", "calibrator or Q/DQ", True, True, False, True
+    ),
+    # No JetPack has it, and no package index its bindings.
+    TensorRTLine(
+        "9",
+        (9, 0),
+        "IPluginV2DynamicExt",
+        "builder flag or ONNX",
+        "calibrator or Q/DQ",
+        True,
+        True,
+        False,
+        False,
     ),
     TensorRTLine(
         "10", (10, 0), "IPluginV3", "builder flag or ONNX", "calibrator or Q/DQ", True, True, True, True

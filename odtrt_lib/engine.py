@@ -195,7 +195,8 @@ def build(
 ) -> StageResult:
     """Writes a plan and its passport into ``plans/`` for the TensorRT that is installed here.
 
-    precision: ``fp32``, or ``fp16``: weights and arithmetic in half precision, inputs and outputs float32.
+    precision: ``fp32``, or ``fp16``: weights and arithmetic in half precision, inputs and outputs float32. An
+    ONNX model whose weights are half precision already is taken as it is, as ``fp16`` only.
     plugin: ``libodtrt_tensorrt.so``; with it ``detector.onnx`` is built, not ``heads.onnx``. Whoever loads
     the plan loads the plugin first.
     batch: smallest, best-tuned and largest batch of a model with a dynamic batch; :data:`DYNAMIC_BATCH`.
@@ -234,6 +235,9 @@ def build(
     profile = _batch_profile(spec, batch)
     flavour, version = _preferred_runtime()
     weights = builder.weights_by_type(model_file)
+    is_half = weights.get("FLOAT16", 0) > weights.get("FLOAT", 0)
+    if is_half and precision != "fp16":
+        raise InputError(f"{model_file}: its weights are half precision already; build it with fp16")
     machine = passport.this_machine()
     identity: Dict[str, Any] = {
         "model": model_file.name,
@@ -257,7 +261,15 @@ def build(
                 return StageResult(finished, True)
 
     attempt = _Attempt(
-        folder, model_file, spec, identity, machine, plugin, limit, progress or (lambda phase, fraction: None)
+        folder,
+        model_file,
+        spec,
+        identity,
+        machine,
+        plugin,
+        limit,
+        is_half,
+        progress or (lambda phase, fraction: None),
     )
     with staging(folder) as out:
         outcome = _climb(attempt, out, may_give_up)
@@ -520,6 +532,7 @@ class _Attempt:
     machine: passport.Machine
     plugin: Optional[Path]
     limit: Optional[int]
+    is_half: bool
     progress: Progress
 
     @property
@@ -580,7 +593,7 @@ def _climb(attempt: _Attempt, out: Path, may_give_up: Sequence[str]) -> _Outcome
         source = attempt.model_file
         is_typed = not builder.is_weakly_typed(importlib.import_module(identity["flavour"]))
         watched: Optional[_Watched] = None
-        if identity["precision"] == "fp16" and is_typed:
+        if identity["precision"] == "fp16" and is_typed and not attempt.is_half:
             if half_model is None:
                 watched = _run(attempt, _request(attempt, identity, place, "half_precision", source, {}), {})
                 attempts.append(_described(_WRITE_HALF, {}, watched))
@@ -856,7 +869,7 @@ class _Watch:
         """One look, some fifty a second."""
         now = time.perf_counter() - self.started
         rss = _rss_mb(self.process.pid)
-        if rss is None:
+        if not rss:  # it has ended
             return
         gpu = None
         if self._gpu_before is not None:

@@ -60,13 +60,13 @@ def engine_memory(results: Path) -> str:
     case = samples[0]["case"]
     rungs = [row for row in rows if row["kind"] == "ladder" and row["case"] == case]
     limit, model = rungs[0]["limit_mb"], rungs[0]["model"]
-    most = max(limit, *(row["rss_mb"] for row in samples)) * 1.08
-    height, bottom, plot_top = 380, 300, 30
+    most = max(limit, *(row["rss_mb"] for row in samples)) * 1.12
+    left, right, plot_top, bottom = 70, WIDTH - 16, 30, 290
+    height = bottom + 44 + 21 * len(rungs)
     starts, end = {}, 0.0
     for rung in rungs:
         starts[rung["number"]] = end
         end += max(row["seconds"] for row in samples if row["number"] == rung["number"]) * 1.06
-    left, right = 70, WIDTH - 16
 
     def x(seconds: float) -> float:
         return round(left + seconds / end * (right - left), 1)
@@ -74,47 +74,45 @@ def engine_memory(results: Path) -> str:
     def y(megabytes: float) -> float:
         return round(bottom - megabytes / most * (bottom - plot_top), 1)
 
-    step = 100 if most > 250 else 50
     parts = [
         *figure(
             "engine-memory",
             height,
             "Memory of a build under a limit, attempt by attempt",
-            f"Host memory in MB over seconds while {model} is built under a limit of {limit} MB: "
+            f"Host memory in MB over time while {model} is built under a limit of {limit} MB: "
             + "; ".join(f"{rung['rung']}: {rung['outcome']}" for rung in rungs)
             + ". The table has the peaks.",
         ),
         f'<text class="soft" x="{left}" y="16">memory of the building process, MB</text>',
     ]
-    for megabytes in range(0, int(most), step):
+    for megabytes in range(0, int(most), 100 if most > 250 else 50):
         parts.append(f'<path class="grid" d="M{left} {y(megabytes)} H{right}"/>')
         parts.append(
             f'<text class="soft" x="{left - 8}" y="{y(megabytes) + 4}" text-anchor="end">{megabytes}</text>'
         )
     parts.append(f'<path class="limit" d="M{left} {y(limit)} H{right}"/>')
     parts.append(
-        f'<text class="soft" x="{right}" y="{y(limit) - 6}" text-anchor="end">limit, {limit} MB</text>'
+        f'<text class="soft" x="{left + 6}" y="{y(limit) - 6}">limit, {limit} MB</text>'
+        f'<text class="soft" x="{(left + right) / 2:.0f}" y="{bottom + 20}" text-anchor="middle">'
+        f"one attempt after the other, {end:.0f} seconds together</text>"
     )
-    for rung in rungs:
+    for row, rung in enumerate(rungs):
         start, number = starts[rung["number"]], rung["number"]
-        own = [row for row in samples if row["number"] == number]
-        points = " ".join(f"{x(start + row['seconds'])},{y(row['rss_mb'])}" for row in own)
-        is_built = rung["outcome"] == "built"
+        own = [sample for sample in samples if sample["number"] == number]
+        points = " ".join(f"{x(start + sample['seconds'])},{y(sample['rss_mb'])}" for sample in own)
+        kind, mark = ("good", "✓") if rung["outcome"] == "built" else ("bad", "✗")
+        peak = f"peak {rung['peak_rss_mb']:.0f} MB"
         parts.append(
-            f'<polyline class="trace {"good" if is_built else "bad"}" points="{points}"><title>'
-            f"{escape(rung['rung'])}: {escape(rung['outcome'])}, peak {rung['peak_rss_mb']:.0f} MB</title>"
-            "</polyline>"
+            f'<polyline class="trace {kind}" points="{points}"><title>'
+            f"{escape(rung['rung'])}: {escape(rung['outcome'])}, {peak}</title></polyline>"
         )
-        last = own[-1]
-        mark = "✓" if is_built else "✗"
+        middle, line = x(start + own[-1]["seconds"] / 2), bottom + 44 + 21 * row
         parts.append(
-            f'<text class="{"good" if is_built else "bad"} mark" x="{x(start + last["seconds"])}" '
-            f'y="{y(last["rss_mb"]) - 8}" text-anchor="middle">{mark}</text>'
-        )
-        middle = x(start) + 2
-        parts.append(
-            f'<text class="ink" x="{middle}" y="{bottom + 18}" transform="rotate(20 {middle} {bottom + 18})">'
-            f"{escape(rung['rung'])}</text>"
+            f'<text class="{kind} mark" x="{middle}" y="{bottom - 10}" text-anchor="middle">'
+            f"{number} {mark}</text>"
+            f'<text class="{kind} mark" x="{left}" y="{line}">{number} {mark}</text>'
+            f'<text class="ink" x="{left + 42}" y="{line}">{escape(rung["rung"])}: '
+            f"{escape(rung['outcome'])}, {peak}</text>"
         )
     return "\n".join([*parts, "</svg></div>"]) + "\n"
 

@@ -270,6 +270,18 @@ def test_half_precision_makes_a_smaller_plan(built):
     assert results["fp32"].record["checks"]["half_precision_weights"] == 0
 
 
+def test_a_model_that_is_half_precision_already_is_taken_as_it_is_and_never_called_fp32(built, tmp_path):
+    folder, results = built
+    ready = tmp_path / "ready"
+    ready.mkdir()
+    (ready / "spec.json").write_bytes((folder / "spec.json").read_bytes())
+    onnx.save(engine.half_precision(onnx.load(folder / "heads.onnx")), ready / "heads.onnx")
+    with pytest.raises(InputError, match="its weights are half precision already; build it with fp16"):
+        engine.build(ready)
+    result = engine.build(ready, precision="fp16")
+    assert sha256(plan_of(ready, result)) == sha256(plan_of(folder, results["fp16"]))
+
+
 def test_half_precision_keeps_float32_outside_and_half_weights_inside():
     half = engine.half_precision(heads_model())
     weights = [t for t in half.graph.initializer if t.data_type != TensorProto.INT64]
