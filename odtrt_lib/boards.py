@@ -53,8 +53,8 @@ class TensorRTLine:
 JETPACKS: Tuple[JetPack, ...] = (
     JetPack("4.6", ("R32.6.1",), "Nano, TX1, TX2, Xavier", "8.0.1", "10.2", "3.6", True, "JetPack archive"),
     JetPack(
-        "4.6.1 to 4.6.4",
-        ("R32.7.1", "R32.7.2", "R32.7.3", "R32.7.4"),
+        "4.6.1 to 4.6.6",
+        ("R32.7.1", "R32.7.2", "R32.7.3", "R32.7.4", "R32.7.5", "R32.7.6"),
         "Nano, TX1, TX2, Xavier",
         "8.2.1",
         "10.2",
@@ -64,8 +64,8 @@ JETPACKS: Tuple[JetPack, ...] = (
     ),
     JetPack("5.0.2", ("R35.1.0",), "Xavier, Orin", "8.4.1", "11.4", "3.8", True, "JetPack archive"),
     JetPack(
-        "5.1 to 5.1.2",
-        ("R35.2.1", "R35.3.1", "R35.4.1"),
+        "5.1 to 5.1.5",
+        ("R35.2.1", "R35.3.1", "R35.4.1", "R35.5.0", "R35.6.0", "R35.6.1"),
         "Xavier, Orin",
         "8.5.2",
         "11.4",
@@ -130,8 +130,23 @@ TENSORRT: Tuple[TensorRTLine, ...] = (
 
 
 def jetpack(l4t: str) -> Optional[JetPack]:
-    """The JetPack of a Jetson Linux release such as ``R36.4.3``; None for one that :data:`JETPACKS` lacks."""
-    return next((one for one in JETPACKS if l4t in one.l4t), None)
+    """The JetPack of a Jetson Linux release such as ``R36.4.3``; None for one that :data:`JETPACKS` lacks.
+
+    A release that is newer than a listed one in its last number only, such as ``R36.4.7``, is taken for an
+    update of that.
+    """
+    family = l4t.rpartition(".")[0]
+    older = [
+        (_numbers(release), one)
+        for one in JETPACKS
+        for release in one.l4t
+        if release.rpartition(".")[0] == family and _numbers(release) <= _numbers(l4t)
+    ]
+    return max(older, key=lambda found: found[0])[1] if older else None
+
+
+def _numbers(l4t: str) -> Tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", l4t))
 
 
 def tensorrt_line(version: str) -> TensorRTLine:

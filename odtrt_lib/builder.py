@@ -285,7 +285,7 @@ def _demand_compatibility(trt: Any, config: Any, request: Request) -> None:
         if request.flavour == "tensorrt_rtx" or not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
             raise UnsupportedError(
                 f"{request.who} makes no version-compatible plans; build on each version instead, "
-                "without version_compatible"
+                "without --version-compatible"
             )
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         if request.plugin is not None and hasattr(config, "plugins_to_serialize"):
@@ -295,7 +295,7 @@ def _demand_compatibility(trt: Any, config: Any, request: Request) -> None:
         name = request.hardware_compatibility.upper()
         if request.flavour == "tensorrt_rtx" or levels is None or not hasattr(levels, name):
             instead = (
-                "its plans run on several GPU architectures anyway, see compute_capabilities"
+                "its plans run on several GPU architectures anyway; name them with --gpu"
                 if request.flavour == "tensorrt_rtx"
                 else "build on each GPU instead"
             )
@@ -307,8 +307,8 @@ def _demand_compatibility(trt: Any, config: Any, request: Request) -> None:
     if request.compute_capabilities:
         if not hasattr(config, "set_compute_capability"):
             raise UnsupportedError(
-                f"{request.who} builds for the GPU of this machine only; compute_capabilities "
-                f"{', '.join(request.compute_capabilities)} are for TensorRT-RTX"
+                f"{request.who} builds for the GPU of this machine only; --gpu "
+                f"{', '.join(request.compute_capabilities)} is for TensorRT-RTX"
             )
         wanted = [f"SM{text.replace('.', '')}" for text in request.compute_capabilities]
         known = [name for name in dir(trt.ComputeCapability) if re.fullmatch(r"SM\d+", name)]

@@ -11,6 +11,8 @@ import dataclasses
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import traceback
@@ -172,7 +174,7 @@ MemoryOption = typer.Option(
     None,
     "--memory",
     metavar="LIMIT",
-    help="The most memory that the build may take: `1500MiB`, `2GiB`, or `60%` of what is free now.",
+    help="The most memory that the build may take: `1500MiB`, `2GiB`, or `60%` of what is free.",
 )
 MayGiveUpOption = typer.Option(
     [],
@@ -200,7 +202,11 @@ PlanPluginOption = typer.Option(
     None, "--plugin", metavar="FILE", help="The plugin library, for plans that were built with it."
 )
 BundleOption = typer.Option(
-    None, "-o", "--output", metavar="FILE", help="The bundle to write. Default: `<FOLDER>.odtrt.zip`."
+    None,
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="The bundle to write. Default: `<name of FOLDER>.odtrt.zip`, here.",
 )
 TritonOption = typer.Option(False, "--triton", help="Add a model repository for Triton.")
 DeepStreamOption = typer.Option(False, "--deepstream", help="Add a configuration for DeepStream's nvinfer.")
@@ -476,31 +482,41 @@ def build(
 def plans(folder: Path = FolderArgument, plugin: Optional[Path] = PlanPluginOption) -> None:
     """Chapter 5: may the plans of a model folder be used here and now?
 
-    **Reads** `plans/` and this machine. **Writes** nothing. Each plan gets one of three verdicts: ok,
-    rebuild, or refuse, with the reasons. Plans whose passport is damaged are listed; none is ever loaded.
+    **Reads** `plans/` and this machine. **Writes** nothing. Each plan gets one of three verdicts, with the
+    reasons: ok, rebuild, or refuse. `not here` is a rebuild that could not succeed on this machine, such as
+    one without a GPU. A plan whose passport is damaged or missing is never loaded.
 
     **Example:** `odtrt plans out/my_model`
     """
     from odtrt_lib import passport as passports
     from odtrt_lib import portability
 
+    _require_folder(folder)
     found, damaged = passports.survey(folder)
-    table = Table("plan", "model", "built with", "verdict", "why", title_justify="left", highlight=False)
+    table = Table("plan", "of", "built with", "verdict", "why", title_justify="left", highlight=False)
     here = portability.here(plugin)
     for one in found:
         verdict = portability.check(folder, one, here)
-        colour = _VERDICT_COLOURS[verdict.action.value]
+        word = verdict.action.value
+        if verdict.action is portability.Action.REBUILD and not verdict.rebuild_helps:
+            word = "not here"
         table.add_row(
-            one.plan,
+            one.fingerprint,
             f"{one.model}, {one.precision}",
             f"{passports.FLAVOURS[one.flavour]} {one.version}",
-            f"[{colour}]{verdict.action.value}[/]",
+            f"[{_VERDICT_COLOURS[word]}]{word}[/]",
             escape("\n".join(verdict.reasons)),
         )
         table.add_section()
     for name, reason in damaged.items():
         table.add_row(escape(name), "", "", "[red]refuse[/]", escape(reason))
-    if not found and not damaged:
+    described = {one.plan for one in found}
+    for path in sorted((folder / passports.PLANS).glob("*.plan")):
+        if path.name not in described:
+            table.add_row(
+                escape(path.name), "", "", "[red]refuse[/]", "no passport names it: it is never loaded"
+            )
+    if not table.row_count:
         raise InputError(f"{folder / passports.PLANS}: no plan there; run `odtrt build {folder}` first")
     _out().print(table)
 
@@ -533,7 +549,14 @@ def pack(
         markup=False,
         highlight=False,
     )
-    _say_next(f"on the device, without odtrt or TensorFlow: python3 {target.name}")
+    if not (folder / "detector.onnx").is_file():
+        _out().print(
+            f"[yellow]–[/] no detector.onnx in it: run `odtrt fuse {escape(str(folder))}` first for the "
+            "post-processing inside the plan",
+            soft_wrap=True,
+            highlight=False,
+        )
+    _say_next(f"on the device, without odtrt or TensorFlow: python3 {shlex.quote(target.name)}")
 
 
 @app.command()
@@ -548,7 +571,7 @@ def unpack(
     """
     from odtrt_lib import bundle as bundle_stage
 
-    _require_file(bundle)
+    _require_file(bundle, "a file that `odtrt pack` wrote")
     suffix = bundle_stage.SUFFIX
     target = output or Path(bundle.name[: -len(suffix)] if bundle.name.endswith(suffix) else bundle.stem)
     with _progress("unpack"):
@@ -585,8 +608,9 @@ def detect(
     from odtrt_lib.plots import draw_detections
     from odtrt_lib.preprocess import load_image
 
+    _require_folder(folder)
     for path in images:
-        _require_file(path)
+        _require_file(path, "a picture")
     output = output or folder / "detections"
     table = Table("picture", "object", "score", "box", title_justify="left", highlight=False)
     found: List[Dict[str, Any]] = []
@@ -633,6 +657,7 @@ def evaluate(
     from odtrt_lib.evaluate import coco_metrics, coco_results
     from odtrt_lib.preprocess import load_image
 
+    _require_folder(folder)
     coco = load_coco(annotations, images)
     chosen = [(image_id, coco.paths[i]) for i, image_id in enumerate(coco.image_ids)][:limit]
     if not chosen:
@@ -736,7 +761,7 @@ def zoo_get(
     _say_next(f"odtrt run {download.path}")
 
 
-_VERDICT_COLOURS = {"ok": "green", "rebuild": "yellow", "refuse": "red"}
+_VERDICT_COLOURS = {"ok": "green", "rebuild": "yellow", "not here": "yellow", "refuse": "red"}
 _METRICS = {
     "map": "mAP (IoU 0.50:0.95)",
     "map50": "mAP at IoU 0.50",
@@ -796,6 +821,11 @@ def _require_python_of_tensorflow() -> None:
         )
 
 
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a model folder, as `odtrt export` writes it")
+
+
 def _parse_batches(text: Optional[str]) -> Optional[Tuple[int, ...]]:
     if text is None:
         return None
@@ -804,9 +834,9 @@ def _parse_batches(text: Optional[str]) -> Optional[Tuple[int, ...]]:
     return tuple(int(size) for size in text.split(","))
 
 
-def _require_file(path: Path) -> None:
+def _require_file(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise InputError(f"{path}: not found; expected a picture")
+        raise InputError(f"{path}: {'a folder' if path.is_dir() else 'not found'}; expected {expected}")
 
 
 def _model_name(model: Path) -> str:
@@ -867,6 +897,8 @@ def _say_backend(detector: Detector) -> None:
 
 
 def _say_next(command: str) -> None:
+    if command.startswith("odtrt ") and shutil.which("odtrt") is None:
+        command = f"{sys.argv[0]}{command[len('odtrt') :]}"
     _out().print(f"next: {command}", style="dim", soft_wrap=True, markup=False, highlight=False)
 
 

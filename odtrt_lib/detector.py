@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Heads = Tuple[np.ndarray, np.ndarray]
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt_rtx")
+PRECISIONS = ("fp32", "fp16")
 MOST_WAITING = 16
 """Calls of :meth:`Detector.submit` that may be unfinished; the next one waits."""
 
@@ -141,9 +142,17 @@ class Detector:
     ) -> Detector:
         """Opens a model folder.
 
-        backend: a name in :data:`BACKENDS`; the module says what each does. plugin:
+        backend: ``auto``: the newest plan that may be used here, where there is an NVIDIA GPU, else ONNX
+        Runtime; ``onnxruntime``; ``tensorrt`` or ``tensorrt_rtx``: a plan of that library or an error. With
+        ``auto`` a plan that no longer fits (another library, GPU, ONNX file or spec.json) starts one process
+        that rebuilds it in the background; :attr:`status` says so, and the other backends never do. plugin:
         ``libodtrt_tensorrt.so``; with it a fused plan is preferred to a split one, without it not looked at.
         precision: only plans of this one; None: of any.
+
+        Close it, or use it in a ``with`` block, to give the GPU's memory back::
+
+            with Detector.open("out/parts") as detector:
+                found = detector.detect(image)
 
         Raises InputError where a file is missing, damaged or does not agree with ``spec.json``, and, naming
         every plan and why it may not be used, where a TensorRT was asked for and no plan is left;
@@ -153,13 +162,20 @@ class Detector:
         folder = Path(folder)
         if backend not in BACKENDS:
             raise InputError(f"backend {backend!r} is unknown; expected one of: {', '.join(BACKENDS)}")
+        if precision not in (None, *PRECISIONS):
+            raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+        if plugin is not None and not Path(plugin).is_file():
+            raise InputError(f"{plugin}: not found; run `make plugin` where TensorRT's headers are installed")
         spec = load_spec(require(folder, "spec.json", "export"))
         anchors = load_anchors(require(folder, "anchors.npy", "export"), spec)
         if backend == "onnxruntime":
             return cls(spec, anchors, _open_onnxruntime(folder, spec))
         here = _here(backend, plugin)
         if here is None:
-            return cls(spec, anchors, _open_onnxruntime(folder, spec))
+            detector = cls(spec, anchors, _open_onnxruntime(folder, spec))
+            if any((folder / "plans").glob("*.json")):
+                detector._serving.reasons = ("no NVIDIA GPU here: no plan runs, ONNX Runtime does",)
+            return detector
         wanted = _Wanted(folder, here, plugin, precision)
         found = _open_best_plan(wanted, spec, anchors)
         if backend != "auto":

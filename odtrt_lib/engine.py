@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import importlib
 import json
@@ -129,7 +130,7 @@ def available_runtimes() -> List[Tuple[str, str]]:
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """The name of a plan: 16 hexadecimal digits of the SHA-256 over all that its meaning depends on.
 
-    identity: JSON values: flavour, version, precision, onnx_sha256, plugin_sha256, batch, the compatibility
+    identity: JSON values: model, flavour, version, precision, onnx_sha256, plugin, batch, the compatibility
     modes, the compute capabilities, and for TensorRT the GPU's name and compute capability.
     """
     text = json.dumps(dict(identity), sort_keys=True)
@@ -137,11 +138,11 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 
 
 def parse_memory(text: str) -> int:
-    """A memory limit in bytes: ``1500MiB``, ``2GiB``, or ``60%`` of what is free on this machine now.
+    """A memory limit in bytes: ``1500MiB``, ``2GiB``, ``1500MB``, or ``60%`` of what is free here now.
 
     Raises InputError for anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MiB|GiB|%)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MiB|GiB|MB|GB|%)\s*", str(text))
     if match is None:
         raise InputError(
             f"memory {text!r}: expected a limit such as 1500MiB, 2GiB, or 60% of what is free now"
@@ -151,7 +152,7 @@ def parse_memory(text: str) -> int:
         if not 0 < number <= 100:
             raise InputError(f"memory {text!r}: expected more than 0% and at most 100% of what is free now")
         return int(free_memory() * number / 100)
-    limit = int(number * (builder.MIB if unit == "MiB" else 1024 * builder.MIB))
+    limit = int(number * {"MiB": 1 << 20, "GiB": 1 << 30, "MB": 10**6, "GB": 10**9}[unit])
     if limit < 64 * builder.MIB:
         raise InputError(f"memory {text!r}: expected at least 64MiB; TensorRT's libraries alone take that")
     return limit
@@ -210,7 +211,11 @@ def build(
     progress: is told the phase and how much of the attempt is done, 0 to 1.
 
     Inputs and outputs of the network are compared with ``spec.json``. The plan is loaded only to inspect it,
-    and only where there is a GPU; a build with TensorRT-RTX needs none.
+    and only where there is a GPU; a build with TensorRT-RTX needs none. Where an intact plan answers the same
+    call already, nothing is built unless ``force`` says so. Of several calls for one model at a time, one
+    builds and the others wait. The files are named in ``result.record["outputs"]``::
+
+        result = engine.build("out/parts", precision="fp16", memory="60%")
 
     Raises InputError where a file is absent or not ONNX or an argument has another form,
     MissingDependencyError where TensorRT, or for fp16 onnx, is absent, UnsupportedError for what the library
@@ -231,7 +236,7 @@ def build(
             raise InputError(f"{plugin}: not found; run `make plugin` where TensorRT's headers are installed")
         model_file = require(folder, "detector.onnx", "fuse")
     spec_file = require(folder, "spec.json", "export")
-    spec = load_spec(spec_file)
+    spec, spec_sha256 = load_spec(spec_file), sha256(spec_file)
     profile = _batch_profile(spec, batch)
     flavour, version = _preferred_runtime()
     weights = builder.weights_by_type(model_file)
@@ -253,79 +258,81 @@ def build(
         "gpu": [machine.gpu, machine.compute_capability] if flavour == "tensorrt" else None,
     }
     asked = fingerprint(identity)
-    if not force:
-        for count in range(len(CONCESSIONS) + 1):
-            given_up = [name for name in CONCESSIONS[:count] if name in may_give_up]
-            finished = _finished(folder, _conceded(identity, given_up), asked)
-            if finished is not None:
-                return StageResult(finished, True)
+    tell: Progress = progress or (lambda phase, fraction: None)
+    with _one_build_at_a_time(model_file, tell):
+        if not force:
+            for count in range(len(CONCESSIONS) + 1):
+                given_up = [name for name in CONCESSIONS[:count] if name in may_give_up]
+                finished = _finished(folder, _conceded(identity, given_up), asked, spec_sha256)
+                if finished is not None:
+                    return StageResult(finished, True)
 
-    attempt = _Attempt(
-        folder,
-        model_file,
-        spec,
-        identity,
-        machine,
-        plugin,
-        limit,
-        is_half,
-        progress or (lambda phase, fraction: None),
-    )
-    with staging(folder) as out:
-        outcome = _climb(attempt, out, may_give_up)
-        identity = outcome.identity
-        answer = outcome.answer
-        _judge_precision(model_file, identity["precision"], answer)
-        plan = out / outcome.place / builder.PLAN
-        name, digest = fingerprint(identity), sha256(plan)
-        settings = {
-            "batch_min_opt_max": list(identity["batch"] or (spec.input.batch,) * 3),
-            "rung": outcome.rung,
-            "asked": asked,
-            "memory_limit_mb": None if limit is None else round(limit / builder.MIB, 1),
-            **answer["builder"],
-            **outcome.settings,
-            "timing_cache": answer["timing_cache"] or _NO_TIMING_CACHE,
-            "layers_counted_in": answer["layers_counted_in"],
-        }
-        described = passport.Passport(
-            fingerprint=name,
-            plan=passport.plan_name(name, digest),
-            plan_sha256=digest,
-            plan_bytes=plan.stat().st_size,
-            model=model_file.name,
-            onnx_sha256=identity["onnx_sha256"],
-            spec_sha256=sha256(spec_file),
-            flavour=flavour,
-            version=version,
-            precision=identity["precision"],
-            version_compatible=version_compatible,
-            hardware_compatibility=hardware_compatibility,
-            compute_capabilities=tuple(identity["compute_capabilities"]),
-            plugin=None if plugin is None else passport.plugin_identity(plugin),
-            machine=machine,
-            settings=settings,
-            layers=answer["layers_by_precision"],
-            attempts=tuple(outcome.attempts),
-            trtexec=answer["trtexec"],
-            seconds=round(time.perf_counter() - started, 3),
-            built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        attempt = _Attempt(
+            folder,
+            model_file,
+            spec,
+            identity,
+            machine,
+            plugin,
+            limit,
+            is_half,
+            tell,
         )
-        if identity["precision"] == "fp16" and outcome.half_model is not None:
-            weights = builder.weights_by_type(outcome.half_model)
-        passport.install(folder, plan, described)
-        for place in out.iterdir():
-            shutil.rmtree(place)
-    checks = {
-        "inputs_and_outputs_match_spec": True,
-        "layers": answer["layers"],
-        "layers_by_precision": answer["layers_by_precision"],
-        "layers_counted_in": answer["layers_counted_in"],
-        "half_precision_weights": weights.get("FLOAT16", 0),
-        "single_precision_weights": weights.get("FLOAT", 0),
-        "loaded_on_a_gpu": True if answer["layers_counted_in"] == "engine" else None,
-    }
-    return StageResult(_record(folder, described, checks), False)
+        with staging(folder) as out:
+            outcome = _climb(attempt, out, may_give_up)
+            identity = outcome.identity
+            answer = outcome.answer
+            _judge_precision(model_file, identity["precision"], answer)
+            plan = out / outcome.place / builder.PLAN
+            name, digest = fingerprint(identity), sha256(plan)
+            settings = {
+                "batch_min_opt_max": list(identity["batch"] or (spec.input.batch,) * 3),
+                "rung": outcome.rung,
+                "asked": asked,
+                "memory_limit_mb": None if limit is None else round(limit / builder.MIB, 1),
+                **answer["builder"],
+                **outcome.settings,
+                "timing_cache": answer["timing_cache"] or _NO_TIMING_CACHE,
+                "layers_counted_in": answer["layers_counted_in"],
+            }
+            described = passport.Passport(
+                fingerprint=name,
+                plan=passport.plan_name(name, digest),
+                plan_sha256=digest,
+                plan_bytes=plan.stat().st_size,
+                model=model_file.name,
+                onnx_sha256=identity["onnx_sha256"],
+                spec_sha256=spec_sha256,
+                flavour=flavour,
+                version=version,
+                precision=identity["precision"],
+                version_compatible=version_compatible,
+                hardware_compatibility=hardware_compatibility,
+                compute_capabilities=tuple(identity["compute_capabilities"]),
+                plugin=None if plugin is None else passport.plugin_identity(plugin),
+                machine=machine,
+                settings=settings,
+                layers=answer["layers_by_precision"],
+                attempts=tuple(outcome.attempts),
+                trtexec=answer["trtexec"],
+                seconds=round(time.perf_counter() - started, 3),
+                built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            )
+            if identity["precision"] == "fp16" and outcome.half_model is not None:
+                weights = builder.weights_by_type(outcome.half_model)
+            passport.install(folder, plan, described)
+            for place in out.iterdir():
+                shutil.rmtree(place)
+        checks = {
+            "inputs_and_outputs_match_spec": True,
+            "layers": answer["layers"],
+            "layers_by_precision": answer["layers_by_precision"],
+            "layers_counted_in": answer["layers_counted_in"],
+            "half_precision_weights": weights.get("FLOAT16", 0),
+            "single_precision_weights": weights.get("FLOAT", 0),
+            "loaded_on_a_gpu": True if answer["layers_counted_in"] == "engine" else None,
+        }
+        return StageResult(_record(folder, described, checks), False)
 
 
 def half_precision(model: Any) -> Any:
@@ -396,6 +403,20 @@ def _infer_shapes(model: Any) -> None:
     del model.graph.value_info[:], model.graph.output[:]
     model.graph.value_info.extend(found.graph.value_info)
     model.graph.output.extend(found.graph.output)
+
+
+@contextlib.contextmanager
+def _one_build_at_a_time(model_file: Path, tell: Progress) -> Iterator[None]:
+    """Waits while another process builds from this file: two builds need twice the memory for one plan."""
+    with model_file.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell("waiting for another build of this model", 0.0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # some network file systems cannot lock
+            pass
+        yield
 
 
 # ---- Arguments --------------------------------------------------------------------------------------------
@@ -471,14 +492,18 @@ def _preferred_runtime() -> Tuple[str, str]:
 # ---- What is there already ---------------------------------------------------------------------------------
 
 
-def _finished(folder: Path, identity: Mapping[str, Any], asked: str) -> Optional[Dict[str, Any]]:
-    """The record of an intact plan that answers the fingerprint ``asked``."""
+def _finished(
+    folder: Path, identity: Mapping[str, Any], asked: str, spec_sha256: str
+) -> Optional[Dict[str, Any]]:
+    """The record of an intact plan that answers the fingerprint ``asked`` and was compared with this spec."""
     name = fingerprint(identity)
     try:
         known = passport.read(folder / passport.PLANS / f"{name}.json")
     except InputError:
         return None
-    if asked not in (name, known.settings.get("asked")) or passport.verify(folder, known) is not None:
+    if asked not in (name, known.settings.get("asked")) or known.spec_sha256 != spec_sha256:
+        return None
+    if passport.verify(folder, known) is not None:
         return None
     plan = f"{passport.PLANS}/{known.plan}"
     for record in reversed(read_log(folder)):
@@ -642,11 +667,11 @@ def _raise_out_of_memory(
         if one["outcome"].startswith(_NO_MEMORY)
     )
     limit = "" if attempt.limit is None else f" of {attempt.limit / builder.MIB:.0f} MiB"
-    advice = ["raise `memory`" if attempt.limit is not None else "free memory or add swap"]
+    advice = ["raise the limit (--memory)" if attempt.limit is not None else "free memory or add swap"]
     if "fp32" not in may_give_up and attempt.identity["precision"] == "fp32":
-        advice.append("allow half precision (may_give_up fp32), which changes the numbers")
+        advice.append("allow half precision (--may-give-up fp32), which changes the numbers")
     if "dynamic_batch" not in may_give_up and attempt.identity["batch"] is not None:
-        advice.append("allow a fixed batch (may_give_up dynamic_batch)")
+        advice.append("allow a fixed batch (--may-give-up dynamic_batch)")
     raise BuildError(
         f"{attempt.model_file}: {attempt.who} does not get by with the memory{limit}; {tried}. "
         f"What helps: {', or '.join(advice)}"
@@ -862,7 +887,7 @@ class _Watch:
         self.samples: List[List[Optional[float]]] = []
         self._gpu, self._is_shared = _device_memory_meter()
         self._gpu_before = self._gpu()
-        self._every, self._next = 0.0, 0.0
+        self._every, self._next = _LOOK_SECONDS, 0.0
         self._busy, self._busy_at = -1, self.started
 
     def look(self) -> None:

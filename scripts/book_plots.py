@@ -79,11 +79,11 @@ def engine_memory(results: Path) -> str:
             "engine-memory",
             height,
             "Memory of a build under a limit, attempt by attempt",
-            f"Host memory in MB over time while {model} is built under a limit of {limit} MB: "
+            f"Host memory in MiB over time while {model} is built under a limit of {limit} MiB: "
             + "; ".join(f"{rung['rung']}: {rung['outcome']}" for rung in rungs)
             + ". The table has the peaks.",
         ),
-        f'<text class="soft" x="{left}" y="16">memory of the building process, MB</text>',
+        f'<text class="soft" x="{left}" y="16">memory of the building process, MiB</text>',
     ]
     for megabytes in range(0, int(most), 100 if most > 250 else 50):
         parts.append(f'<path class="grid" d="M{left} {y(megabytes)} H{right}"/>')
@@ -92,7 +92,7 @@ def engine_memory(results: Path) -> str:
         )
     parts.append(f'<path class="limit" d="M{left} {y(limit)} H{right}"/>')
     parts.append(
-        f'<text class="soft" x="{left + 6}" y="{y(limit) - 6}">limit, {limit} MB</text>'
+        f'<text class="soft" x="{left + 6}" y="{y(limit) - 6}">limit, {limit} MiB</text>'
         f'<text class="soft" x="{(left + right) / 2:.0f}" y="{bottom + 20}" text-anchor="middle">'
         f"one attempt after the other, {end:.0f} seconds together</text>"
     )
@@ -101,7 +101,7 @@ def engine_memory(results: Path) -> str:
         own = [sample for sample in samples if sample["number"] == number]
         points = " ".join(f"{x(start + sample['seconds'])},{y(sample['rss_mb'])}" for sample in own)
         kind, mark = ("good", "✓") if rung["outcome"] == "built" else ("bad", "✗")
-        peak = f"peak {rung['peak_rss_mb']:.0f} MB"
+        peak = f"peak {rung['peak_rss_mb']:.0f} MiB"
         parts.append(
             f'<polyline class="trace {kind}" points="{points}"><title>'
             f"{escape(rung['rung'])}: {escape(rung['outcome'])}, {peak}</title></polyline>"

@@ -75,8 +75,12 @@ def test_a_wrong_statement_is_caught(inventory, version, change):
 
 def test_a_jetson_is_known_by_its_linux():
     assert boards.jetpack("R36.4.3").tensorrt == "10.3"
-    assert boards.jetpack("R35.4.1").release == "5.1 to 5.1.2"
+    assert boards.jetpack("R35.4.1").release == "5.1 to 5.1.5"
+    assert boards.jetpack("R36.4.0").release == "6.1"
+    assert boards.jetpack("R36.4.7").release == "6.2, 6.2.1", "an update that the table does not list"
+    assert boards.jetpack("R36.2.0") is None, "older than all that is listed"
     assert boards.jetpack("R99.0.0") is None
+    assert boards.jetpack("") is None
     seen = [l4t for one in boards.JETPACKS for l4t in one.l4t]
     assert len(seen) == len(set(seen)), "a release of Jetson Linux belongs to one JetPack"
 

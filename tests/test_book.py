@@ -259,8 +259,8 @@ def test_the_memory_figure_draws_each_attempt_under_its_limit(tmp_path: Path):
     (tmp_path / "engine.cpu.json").write_text(json.dumps({"rows": rows}))
     drawn = book_plots.engine_memory(tmp_path)
     assert re.findall(r"<title>(.*?)</title>", drawn) == [
-        "as asked: out of memory, peak 320 MB",
-        "frugal heap: built, peak 290 MB",
+        "as asked: out of memory, peak 320 MiB",
+        "frugal heap: built, peak 290 MiB",
     ]
     lines = [
         [tuple(map(float, point.split(","))) for point in points.split()]

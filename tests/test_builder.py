@@ -567,7 +567,7 @@ def test_a_kill_is_reported_as_one_and_does_not_end_this_process(install, tmp_pa
     for rung in ("as asked", "small workspace", "no library tactics", "frugal heap"):
         assert f"{rung}: {reason} (peak " in message
     assert "lowest optimisation level" not in message, "8.5 has none"
-    assert "allow half precision (may_give_up fp32), which changes the numbers" in message
+    assert "allow half precision (--may-give-up fp32), which changes the numbers" in message
     assert len(tensorrt.calls("create_network")) == 4
     assert files_in(folder) == ["heads.onnx", "spec.json"]
 
@@ -709,7 +709,7 @@ def test_a_share_of_what_is_free():
     assert half == pytest.approx(whole / 2, rel=0.2)
 
 
-@pytest.mark.parametrize("text", ["", "2", "2GB", "-1GiB", "0%", "101%", "lots", "10MiB", "1e3MiB"])
+@pytest.mark.parametrize("text", ["", "2", "2TB", "-1GiB", "0%", "101%", "lots", "10MiB", "1e3MiB"])
 def test_other_limits_are_refused(tmp_path, text):
     with pytest.raises(InputError, match="memory ") as caught:
         engine.build(model_folder(tmp_path / "tiny"), memory=text)

@@ -122,7 +122,14 @@ def stages(monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "build", stages.build)
     monkeypatch.setattr(detector.Detector, "open", stages.open)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "parts").mkdir()
     return stages
+
+
+@pytest.fixture(autouse=True)
+def on_the_path(monkeypatch):
+    """The shell finds ``odtrt``, so that the advice about the next command names it so."""
+    monkeypatch.setattr(cli.shutil, "which", lambda name: f"/usr/bin/{name}")
 
 
 def picture(path, height=40, width=60):
@@ -338,9 +345,27 @@ class TestPlansAndBundles:
         monkeypatch.setenv("COLUMNS", "400")
         status, out, _ = odtrt(capsys, "plans", folder)
         assert status == 0
-        rows = [line for line in out.splitlines() if "plan" in line and "│" in line]
-        assert any("TensorRT 10.3.0" in row and "rebuild" in row for row in rows), out
+        rows = [line for line in out.splitlines() if "│" in line]
+        assert any("TensorRT 10.3.0" in row and "not here" in row for row in rows), out
         assert any("fedcba9876543210.json" in row and "refuse" in row for row in rows), out
+
+    def test_a_plan_without_a_passport_is_listed_as_never_loaded(self, capsys, tmp_path, monkeypatch):
+        folder = plan_of_elsewhere(tmp_path, "10.3.0")
+        (folder / "plans" / "0123456789abcdef.json").unlink()
+        monkeypatch.setenv("COLUMNS", "400")
+        status, out, _ = odtrt(capsys, "plans", folder)
+        assert (status, "no passport names it: it is never loaded" in out) == (0, True)
+
+    @pytest.mark.parametrize(
+        "command", [["plans"], ["pack"], ["build"], ["detect", "a.png"], ["eval", "--annotations", "a.json"]]
+    )
+    def test_a_mistyped_folder_is_called_that(self, capsys, tmp_path, command):
+        name, *rest = command
+        (tmp_path / "a.json").write_text('{"images": [], "annotations": [], "categories": []}')
+        rest = [str(tmp_path / one) if one == "a.json" else one for one in rest]
+        status, _, err = odtrt(capsys, name, tmp_path / "partz", *rest)
+        assert status == 1
+        assert err.startswith(f"error: {tmp_path}/partz: no such folder; expected a model folder"), err
 
     def test_a_plan_of_other_bytes_is_refused(self, capsys, tmp_path, monkeypatch):
         folder = plan_of_elsewhere(tmp_path, "10.3.0")
@@ -377,7 +402,16 @@ class TestPlansAndBundles:
         status, out, _ = odtrt(capsys, "unpack", "parts.odtrt.zip")
         assert (status, asked["unpack"]["folder"]) == (0, Path("parts"))
         assert "next: cd parts && python3 build_here.py" in out
-        assert odtrt(capsys, "unpack", "nowhere.zip")[0] == 1
+        status, _, err = odtrt(capsys, "unpack", "nowhere.zip")
+        assert (status, err) == (
+            1,
+            "error: nowhere.zip: not found; expected a file that `odtrt pack` wrote\n",
+        )
+
+    def test_the_next_command_is_one_that_this_shell_finds(self, capsys, stages, monkeypatch):
+        monkeypatch.setattr(cli.shutil, "which", lambda name: None)
+        monkeypatch.setattr(cli.sys, "argv", [".venv/bin/odtrt"])
+        assert "next: .venv/bin/odtrt convert out/parts" in odtrt(capsys, "export", "parts")[1]
 
 
 def plan_of_elsewhere(tmp_path: Path, version: str) -> Path:
@@ -454,7 +488,7 @@ class TestDetect:
         assert status == 1
         assert err.startswith(f"error: {tmp_path}/a.png: damaged, or not an image")
         assert err.count("\n") == 1
-        assert not Path("parts").exists()
+        assert not list(Path("parts").iterdir())
 
 
 class TestEval:
@@ -686,7 +720,7 @@ class TestDoctor:
         ("l4t", "said"),
         [
             ("R36.4.3", "6.2, 6.2.1, which has TensorRT 10.3 and Python 3.10"),
-            ("R32.7.1", "4.6.1 to 4.6.4, which has TensorRT 8.2.1 and Python 3.6, too old for odtrt"),
+            ("R32.7.1", "4.6.1 to 4.6.6, which has TensorRT 8.2.1 and Python 3.6, too old for odtrt"),
         ],
     )
     def test_the_jetpack_of_a_jetson(self, monkeypatch, l4t, said):

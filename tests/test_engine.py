@@ -1,6 +1,7 @@
 """Chapter 3 against NVIDIA's own parser and builder: TensorRT-RTX builds without a GPU."""
 
 import dataclasses
+import fcntl
 import importlib
 import json
 import re
@@ -245,7 +246,7 @@ def test_a_limit_that_no_rung_meets_names_every_peak(bulky):
     assert "does not get by with the memory of 150 MiB; as asked: " in message
     for name in ("as asked", "no library tactics", "lowest optimisation level", "frugal heap"):
         assert re.search(rf"{name}: .*?\(peak 1\d\d MiB\)", message), name
-    assert "raise `memory`" in message and "may_give_up fp32" in message
+    assert "raise the limit (--memory)" in message and "--may-give-up fp32" in message
     assert files_in(bulky) == before
 
 
@@ -268,6 +269,39 @@ def test_half_precision_makes_a_smaller_plan(built):
     assert sizes["fp32"] - sizes["fp16"] > 0.9 * 2 * weights, "two bytes a weight less"
     assert results["fp16"].record["checks"]["half_precision_weights"] == weights
     assert results["fp32"].record["checks"]["half_precision_weights"] == 0
+
+
+def test_a_plan_is_built_again_for_another_spec(built, tmp_path):
+    """A plan that was not compared with this spec.json is stale for portability.check: build mends it."""
+    folder, _ = built
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    assert engine.build(copy).is_up_to_date
+    spec = json.loads((copy / "spec.json").read_text())
+    spec["labels"][0]["name"] = "renamed"
+    (copy / "spec.json").write_text(json.dumps(spec))
+    result = engine.build(copy)
+    assert not result.is_up_to_date
+    found = passport.read(copy / next(n for n in result.record["outputs"] if n.endswith(".json")))
+    assert found.spec_sha256 == sha256(copy / "spec.json")
+    assert engine.build(copy).is_up_to_date
+
+
+def test_of_two_builds_at_once_one_waits_and_finds_the_plan(built, tmp_path):
+    folder, _ = built
+    copy = model_folder(tmp_path / "copy")
+    phases = []
+    with (copy / "heads.onnx").open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def tell(phase, fraction):
+            phases.append(phase)
+            if phase.startswith("waiting for another build"):
+                shutil.copytree(folder / "plans", copy / "plans")  # what the other build leaves
+                fcntl.flock(held, fcntl.LOCK_UN)
+
+        assert engine.build(copy, progress=tell).is_up_to_date
+    assert phases == ["waiting for another build of this model"]
 
 
 def test_a_model_that_is_half_precision_already_is_taken_as_it_is_and_never_called_fp32(built, tmp_path):
@@ -422,7 +456,7 @@ def test_a_dynamic_height_or_width_is_refused(tmp_path):
     ("asked", "words"),
     [
         ({"version_compatible": True}, "makes no version-compatible plans"),
-        ({"hardware_compatibility": "ampere_plus"}, "no hardware compatibility level.*compute_capabilities"),
+        ({"hardware_compatibility": "ampere_plus"}, "no hardware compatibility level.*--gpu"),
         ({"compute_capabilities": ["9.9"]}, r"cannot build for compute capability 9\.9; it knows 7\.5, 8\.0"),
     ],
 )

@@ -294,7 +294,10 @@ def too_many(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (damage_anchors, r"anchors\.npy: float32 \[61, 4\], expected float32 \[60, 4\] as spec\.json says; run"),
+        (
+            damage_anchors,
+            r"anchors\.npy: float32 \[61, 4\], expected float32 \[60, 4\] as spec\.json says; run",
+        ),
         (widen_anchors, r"anchors\.npy: float64 \[60, 4\], expected float32"),
         (cut_anchors, r"anchors\.npy: not a numpy array"),
         (other_spec, r"heads\.onnx: inputs and outputs .*spec\.json describes .*run `odtrt convert` again"),

@@ -929,8 +929,15 @@ def test_without_a_gpu_everything_is_as_it_was(folder, monkeypatch):
     no_stand_in(monkeypatch)
     images = pictures(3)
     detector = Detector.open(folder)
-    assert (detector.backend.name, detector.status.reasons) == ("onnxruntime", ())
+    assert detector.backend.name == "onnxruntime"
+    assert detector.status.reasons == ("no NVIDIA GPU here: no plan runs, ONNX Runtime does",)
     assert differences(detector.detect_batch(images), by_onnxruntime(folder, images), 1e-5) == []
+    for wrong, words in (
+        ({"plugin": "nope.so"}, "nope.so: not found"),
+        ({"precision": "int4"}, "'int4': exp"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Detector.open(folder, **wrong)
     for name in VERSIONS:
         with pytest.raises(MissingDependencyError, match="needs an NVIDIA GPU") as caught:
             Detector.open(folder, name)
