@@ -89,17 +89,28 @@ SPEC = spec.DetectorSpec(
 
 
 def onnx_model(seed: int) -> bytes:
-    """A convolution and its bias; the seed makes the weights."""
+    """A convolution, cut into the heads of :data:`SPEC`; the seed makes the weights."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    weights = np.random.default_rng(seed).normal(size=(8, 3, 3, 3)).astype(np.float32)
+    weights = np.random.default_rng(seed).normal(size=(7, 3, 3, 3)).astype(np.float32)
     graph = helper.make_graph(
-        [helper.make_node("Conv", ["image", "weights"], ["out"], pads=[1] * 4)],
+        [
+            helper.make_node("Conv", ["image", "weights"], ["map"], pads=[1] * 4),
+            helper.make_node("Reshape", ["map", "rows"], ["heads"]),
+            helper.make_node("Split", ["heads", "columns"], ["box_encodings", "class_logits"], axis=2),
+        ],
         "tiny",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 16, 16])],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, 8, 16, 16])],
-        [numpy_helper.from_array(weights, "weights")],
+        [
+            helper.make_tensor_value_info("box_encodings", TensorProto.FLOAT, [1, 256, 4]),
+            helper.make_tensor_value_info("class_logits", TensorProto.FLOAT, [1, 256, 3]),
+        ],
+        [
+            numpy_helper.from_array(weights, "weights"),
+            numpy_helper.from_array(np.array([1, 256, 7]), "rows"),
+            numpy_helper.from_array(np.array([4, 3]), "columns"),
+        ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)

@@ -18,7 +18,8 @@ one GPU, and only the device knows its memory. It builds its own from the same O
 Members are stored, not compressed: weights hardly compress, the same folder gives the same bytes on every
 machine, and an archive cannot grow when it is read. ``manifest.json`` gives every member's size and SHA-256,
 and nothing appears before all of them agree. That guards against damage, not against malice: to run an
-archive is to run its author's code.
+archive is to run its author's code. A file that was cut off cannot even say so when it is run, because Python
+finds no archive in it and ends in a SyntaxError; ``pack`` tells the SHA-256 of the whole file for that.
 
 This module needs the standard library only; ``pack`` and ``build_here`` use other rooms, which need numpy.
 """
@@ -34,13 +35,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from odtrt_lib import __version__
 from odtrt_lib.errors import (
@@ -87,9 +89,11 @@ DEVICE_ROOMS = (
     "zoo",
 )
 
+_FORCE_UNPACK = "over a bundle that was unpacked there before; your own files there stay"
 _MOST_MANIFEST_BYTES = 1 << 22
 _BLOCK = 1 << 20
 _LOCAL_HEADER_BYTES = 30
+_INSTALL_NUMPY = "`sudo apt install python3-numpy`, or `python3 -m pip install numpy`"
 _WRITE_HALF_PRECISION = ("onnx", "onnxconverter_common")
 _PLUGIN_SOURCES = ("CMakeLists.txt", "kernels/*", "tensorrt/*.cpp", "tensorrt/*.map")
 
@@ -122,13 +126,18 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """What ``pack`` wrote. is_up_to_date: the file was there already, byte for byte."""
+    """What ``pack`` wrote.
+
+    is_up_to_date: the file was there already, byte for byte. has_postprocessing: ``detector.onnx`` is in it,
+    so that a device with a GPU can build a plan with the post-processing inside.
+    """
 
     archive: Path
     sha256: str
     bytes: int
     manifest: Manifest
     is_up_to_date: bool
+    has_postprocessing: bool
 
 
 def pack(
@@ -145,14 +154,15 @@ def pack(
     and outputs for the plan that ``build_here.py`` puts there. deepstream: add a configuration for
     DeepStream's nvinfer. force: write over a file that is not a bundle.
 
-    Raises InputError where a file is missing, damaged or not made from the others, or ``archive`` is in the
-    way or cannot be written; UnsupportedError where nvinfer cannot express what ``spec.json`` asks for.
+    Raises InputError where a file is missing, damaged, not the one that its stage recorded or not made from
+    the others, or ``archive`` is in the way or cannot be written; UnsupportedError where nvinfer cannot
+    express what ``spec.json`` asks for.
     """
     folder, archive = Path(folder), Path(archive)
     if archive.is_dir():
         raise InputError(f"{archive}: a folder; expected a file name such as {archive.name}{SUFFIX}")
     if archive.exists() and not force and not _is_bundle(archive):
-        raise InputError(f"{archive}: exists and is no bundle; choose another name, or force it")
+        raise InputError(f"{archive}: exists and is no bundle; choose another name, or use --force")
     spec = load_spec(require(folder, "spec.json", "export"))
     sources: Dict[str, Union[Path, bytes]] = dict(_model_files(folder, spec))
     sources.update(_device_side())
@@ -160,6 +170,7 @@ def pack(
         sources.update(_triton_repository(folder, spec))
     if deepstream:
         sources.update(_deepstream_files(folder, spec))
+    sources["README.txt"] = _readme(spec, sources).encode()
     members = tuple(_described(path, sources[path]) for path in sorted(sources))
     manifest = Manifest(__version__, spec.name, sha256(folder / "spec.json"), members)
     sources[MANIFEST] = manifest.to_json().encode()
@@ -167,7 +178,8 @@ def pack(
         _write_zip(temporary, sources, manifest)
         digest = sha256(temporary)
         is_up_to_date = archive.is_file() and sha256(archive) == digest
-    return Packed(archive, digest, archive.stat().st_size, manifest, is_up_to_date)
+    has_postprocessing = f"{MODEL}/detector.onnx" in sources
+    return Packed(archive, digest, archive.stat().st_size, manifest, is_up_to_date, has_postprocessing)
 
 
 def unpack(archive: Union[str, Path], folder: Union[str, Path], *, force: bool = False) -> Manifest:
@@ -188,7 +200,7 @@ def unpack(archive: Union[str, Path], folder: Union[str, Path], *, force: bool =
             raise InputError(f"{folder}: exists and was not unpacked from a bundle; choose another folder")
         earlier = _read_manifest(folder / MANIFEST).members
         if not force:
-            raise InputError(f"{folder}: a bundle was unpacked here; choose another folder, or force it")
+            raise InputError(f"{folder}: a bundle was unpacked here; choose another folder, or use --force")
     with _opened(archive) as (zipped, manifest, entries):
         with _staged(folder) as content:
             for member in manifest.members:
@@ -226,6 +238,10 @@ def build_here(
     precision: str = "fp32",
     memory: Optional[str] = None,
     image: Union[str, Path, None] = None,
+    batch: Optional[Sequence[int]] = None,
+    may_give_up: Sequence[str] = (),
+    version_compatible: bool = False,
+    force: bool = False,
     say: Callable[[str], None] = print,
 ) -> Dict[str, Any]:
     """Builds what belongs to this machine from an unpacked bundle, and detects once as a check.
@@ -233,22 +249,28 @@ def build_here(
     Compiles the kernels and, where there is a GPU, the CUDA kernels and the TensorRT plugin against this
     machine's own headers; builds the plan of ``detector.onnx`` where there is a plugin, and of ``heads.onnx``
     where there is none or Triton wants it; and runs the detector on ``image``, or, without one, on a pattern.
-    precision, memory: of the plan and of its build, see :func:`odtrt_lib.engine.build`. say: is told, a line
-    at a time, what was done and what could not be.
+    precision, memory, batch, may_give_up, version_compatible, force: of the plan and of its build, see
+    :func:`odtrt_lib.engine.build`. say: is told, a line at a time, what was done and what could not be, and
+    at last how the detector is opened here.
 
-    Returns what ``built.json`` says: ``precision``, ``plans`` (model -> path in the folder), ``library`` and
-    ``plugin`` (such paths, or None), ``serving`` (copies of plans for Triton and DeepStream), ``backend``,
-    ``image`` and ``detections``: ``class_id``, ``name``, ``score`` and ``box``, ``[ymin, xmin, ymax, xmax]``
-    in pixels.
+    Returns what ``built.json`` says: ``precision`` (of the plan, which may have given up fp32), ``plans``
+    (model -> path in the folder), ``library`` and ``plugin`` (such paths, or None), ``serving`` (copies of
+    plans for Triton and DeepStream), ``backend``, ``open`` (the Python expression that opens the detector
+    in this folder), ``image`` and ``detections``: ``class_id``, ``name``, ``score`` and ``box``,
+    ``[ymin, xmin, ymax, xmax]`` in pixels.
 
-    Raises InputError where the bundle is not as packed, MissingDependencyError naming every Python module
-    that is missing and what installs it, BuildError where the compiler fails, what
-    :func:`odtrt_lib.engine.build` and :class:`odtrt_lib.detector.Detector` raise, and CheckError where a
-    detection cannot be one.
+    Raises InputError where the bundle is not as packed, an argument has another form or the folder cannot be
+    written, MissingDependencyError naming every Python module that is missing and what installs it,
+    BuildError where the compiler fails, what :func:`odtrt_lib.engine.build` and
+    :class:`odtrt_lib.detector.Detector` raise, and CheckError where a detection cannot be one.
     """
     folder = Path(folder)
     manifest = verify(folder)
     say(f"{manifest.name}: {len(manifest.members)} files as packed by odtrt {manifest.odtrt}")
+    model = folder / MODEL
+    spec = load_spec(model / "spec.json")
+    if _can_find("numpy"):
+        _check_arguments(spec, precision, memory, batch, may_give_up)
     missing = missing_modules(precision)
     for name, advice in missing.items():
         say(f"missing: {name} ({advice})")
@@ -260,45 +282,71 @@ def build_here(
     from odtrt_lib.passport import passports, this_machine
     from odtrt_lib.preprocess import load_image
 
-    model = folder / MODEL
-    pixels = _pattern(load_spec(model / "spec.json")) if image is None else load_image(image)
-    library, plugin = _compile(folder, say)
+    pixels = _pattern(spec) if image is None else load_image(image)
+    try:
+        library, plugin = _compile(folder, say)
+    except OSError as error:
+        raise cannot_write(folder / "plugins" / "build", error) from error
     is_fused = plugin is not None and (model / "detector.onnx").is_file()
+    served = "detector.onnx" if is_fused else "heads.onnx"
     plans = {}
-    if not is_fused or (folder / "triton").is_dir():
-        plans["heads.onnx"] = engine.build(
-            model, precision=precision, memory=memory, progress=_in_tenths("heads.onnx", say)
-        )
-    if is_fused:
-        plans["detector.onnx"] = engine.build(
-            model,
-            precision=precision,
-            plugin=plugin,
-            memory=memory,
-            progress=_in_tenths("detector.onnx", say),
-        )
+    for name in ("heads.onnx", "detector.onnx"):
+        if name == served or (name == "heads.onnx" and (folder / "triton").is_dir()):
+            plans[name] = engine.build(
+                model,
+                precision=precision,
+                plugin=plugin if name == "detector.onnx" else None,
+                batch=batch,
+                memory=memory,
+                version_compatible=version_compatible,
+                may_give_up=may_give_up,
+                force=force,
+                progress=_in_tenths(name, say),
+            )
     paths = {}
     for name, result in plans.items():
         paths[name] = next(model / output for output in result.record["outputs"] if output.endswith(".plan"))
         say(f"{paths[name]}: {'up to date' if result.is_up_to_date else 'built'} from {name}")
-    flavour = next(one.flavour for one in passports(model) if (model / "plans" / one.plan) in paths.values())
-    serving = _place_plans(folder, paths, flavour, say)
+    passport_of = {one.plan: one for one in passports(model)}
+    passport = passport_of[paths[served].name]
+    if passport.precision != precision:
+        say(f"{served}: the plan is {passport.precision}; the memory did not suffice for {precision}")
+    serving = _place_plans(folder, paths, passport.flavour, say)
+    for configuration in sorted({path.parent.parent / "config.pbtxt" for path in serving}):
+        if configuration.is_file():
+            sizes = passport_of[paths["heads.onnx"].name].settings["batch_min_opt_max"]
+            _compare_batch(configuration, sizes[-1], say)
 
     # Not "auto", which would serve with ONNX Runtime where the new plan does not run.
-    backend = "onnxruntime" if this_machine().gpu is None else flavour
+    has_gpu = this_machine().gpu is not None
+    backend = passport.flavour if has_gpu else "onnxruntime"
     used = plugin if is_fused else None
-    with Detector.open(model, backend, plugin=used, precision=precision) as detector:
+    with Detector.open(model, backend, plugin=used, precision=passport.precision) as detector:
         found = detector.detect(pixels)
         _check_detections(found, pixels.shape[:2], detector.spec)
-        shown = "a pattern" if image is None else str(image)
-        say(f"{len(found.scores)} detections in {shown} by {backend}")
+    shown = "a pattern" if image is None else str(image)
+    if has_gpu:
+        say(f"check: {len(found.scores)} detections in {shown}, made by the plan of {served} with {backend}")
+    else:
+        say(f"no NVIDIA GPU here: the plan of {served} was built but not run")
+        say(f"check: {len(found.scores)} detections in {shown}, made by ONNX Runtime on the CPU")
+    if image is None:
+        say(
+            "the pattern is computed from the pixels' positions, no photograph: what is found in it shows "
+            "that everything runs, and nothing else; --image FILE detects in a picture"
+        )
+    opening = f'Detector.open("{MODEL}")'
+    if has_gpu:
+        library_there = "" if used is None else f'plugin="{_inside(used, folder)}", '
+        opening = f'Detector.open("{MODEL}", {library_there}precision="{passport.precision}")'
     built = {
-        "precision": precision,
+        "precision": passport.precision,
         "plans": {name: _inside(path, folder) for name, path in paths.items()},
         "library": None if library is None else _inside(library, folder),
         "plugin": None if plugin is None else _inside(plugin, folder),
         "serving": [_inside(path, folder) for path in serving],
         "backend": backend,
+        "open": opening,
         "image": None if image is None else str(image),
         "detections": [
             {"class_id": int(class_id), "name": name, "score": float(score), "box": [float(x) for x in box]}
@@ -307,6 +355,9 @@ def build_here(
     }
     with atomic_write(folder / "built.json") as temporary:
         temporary.write_text(json.dumps(built, indent=1) + "\n", encoding="utf-8")
+    say(f"next, in Python, in {folder}:")
+    say("from odtrt_lib.detector import Detector")
+    say(f"detector = {opening}")
     return built
 
 
@@ -320,7 +371,7 @@ def missing_modules(precision: str) -> Dict[str, str]:
 
     missing = {}
     if not _can_find("numpy"):
-        missing["numpy"] = "`sudo apt install python3-numpy`, or `python3 -m pip install numpy`"
+        missing["numpy"] = _INSTALL_NUMPY
     flavour = next((name for name in ("tensorrt", "tensorrt_rtx") if _can_find(name)), None)
     if flavour is None:
         missing["TensorRT's Python module"] = (
@@ -347,7 +398,7 @@ def run_archive(arguments: Sequence[str]) -> int:
     name = archive.name[: -len(SUFFIX)] if archive.name.endswith(SUFFIX) else archive.stem
     parser = argparse.ArgumentParser(prog=f"python3 {archive}", description="Unpacks this bundle.")
     parser.add_argument("folder", nargs="?", default=name, help="where to (default: %(default)s)")
-    parser.add_argument("--force", action="store_true", help="over a bundle that was unpacked there before")
+    parser.add_argument("--force", action="store_true", help=_FORCE_UNPACK)
     options = parser.parse_args(arguments[1:])
 
     def work() -> None:
@@ -355,7 +406,7 @@ def run_archive(arguments: Sequence[str]) -> int:
         print(f"{options.folder}: {manifest.name}, {len(manifest.members)} files, all as packed")
         print(f"next: cd {options.folder} && python3 build_here.py")
 
-    return _exit_status(work)
+    return _exit_status(work, Path(options.folder))
 
 
 def run_build_here(arguments: Sequence[str]) -> int:
@@ -364,10 +415,29 @@ def run_build_here(arguments: Sequence[str]) -> int:
         prog="python3 build_here.py",
         description="Compiles the kernels, builds the plan for this machine, and detects once as a check.",
     )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--needs", action="store_true", help="build nothing; say what is missing here")
+    only.add_argument("--plans", action="store_true", help="build nothing; say which plans are usable here")
     parser.add_argument("--precision", default="fp32", help="of the plan: fp32 (default) or fp16")
     parser.add_argument(
         "--memory", help="the most that the build may take: 1500MiB, 2GiB, or 60%% of what is free"
     )
+    parser.add_argument(
+        "--batches",
+        metavar="MIN,OPT,MAX",
+        help="smallest, best-tuned and largest batch of a model with a dynamic one, e.g. 1,4,8",
+    )
+    parser.add_argument(
+        "--may-give-up",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="where the memory does not suffice: fp32 or dynamic_batch; can be given several times",
+    )
+    parser.add_argument(
+        "--version-compatible", action="store_true", help="newer TensorRT versions can load the plan too"
+    )
+    parser.add_argument("--force", action="store_true", help="build the plan again, even if nothing changed")
     parser.add_argument("--image", help="a JPEG, PNG or BMP file to detect in; needs Pillow")
     options = parser.parse_args(arguments[1:])
     folder = Path(arguments[0]).resolve().parent
@@ -375,11 +445,26 @@ def run_build_here(arguments: Sequence[str]) -> int:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    return _exit_status(
-        lambda: build_here(
-            folder, precision=options.precision, memory=options.memory, image=options.image, say=say
+    def work() -> Optional[int]:
+        if options.needs:
+            return _tell_needs(options.precision, say)
+        if options.plans:
+            _tell_plans(folder, say)
+            return None
+        build_here(
+            folder,
+            precision=options.precision,
+            memory=options.memory,
+            image=options.image,
+            batch=_parse_batches(options.batches),
+            may_give_up=options.may_give_up,
+            version_compatible=options.version_compatible,
+            force=options.force,
+            say=say,
         )
-    )
+        return None
+
+    return _exit_status(work, folder)
 
 
 def triton_config(spec: DetectorSpec, name: str, platform: str) -> str:
@@ -480,21 +565,48 @@ pre-cluster-threshold={_number(spec.nms.score_threshold)}
 _README = """\
 {name}: an object detector packed by odtrt {version}.
 
-    python3 build_here.py                   compile, build the plan for this machine, detect once as a check
+    python3 build_here.py --needs     build nothing; say what is missing here
+    python3 build_here.py             compile, build the plan for this machine, detect once as a check
     python3 build_here.py --precision fp16 --image picture.jpg
+    python3 build_here.py --plans     build nothing; say which plans are usable here, and why others are not
 
-It needs Python 3.8 or newer with numpy and TensorRT (on a Jetson: JetPack's own) and says what else is
-missing. From then on, in this folder, or with it in PYTHONPATH:
+From then on, in this folder, or with it in PYTHONPATH:
 
     from odtrt_lib.detector import Detector
-    detector = Detector.open("model", plugin=None)
+    detector = {opening}
     found = detector.detect(image)    # uint8 [height, width, 3], RGB
 
-With plugin="plugins/build/libodtrt_tensorrt.so" it prefers the plan with the post-processing inside.
+{form}
 
-model/ is the detector, odtrt_lib/ and plugins/ are odtrt's source, under LICENSE. manifest.json lists every
-file with its SHA-256.
+What this machine needs:
+
+    always                   Python 3.8 or newer, numpy, TensorRT's Python module (on a Jetson: JetPack's)
+    with an NVIDIA GPU       polygraphy
+    without one              onnxruntime; it detects then, and the plan is built but not run
+    for --precision fp16     onnx and onnxconverter-common; not with TensorRT 8, which has a switch for it
+    for the kernels          {compilers}
+    for --image              Pillow
+
+Without the compilers numpy does what the kernels do, slower.
+
+built.json, which build_here.py writes at its end, says what it made: the plans and the compiled libraries,
+what made the check's detections, these detections, and the line that opens the detector.
+
+What is here: model/ is the detector, odtrt_lib/ and plugins/ are odtrt's source, under LICENSE.{serving}
+manifest.json lists every file with its SHA-256; build_here.py compares them before it does anything.
+
+When you carry the bundle on, compare its SHA-256 (`sha256sum FILE`) with the one that `odtrt pack` printed. A
+file that was cut off on the way cannot explain itself: python3 on it ends in a SyntaxError.
 """
+_PLUGIN = "plugins/build/libodtrt_tensorrt.so"
+_FUSED_FORM = """\
+The plan is that of model/detector.onnx, with the post-processing inside, and it is looked at only with
+plugin=. build_here.py compiles that plugin and builds that plan where it finds an NVIDIA GPU, nvcc and
+TensorRT's headers; elsewhere it makes the plan of model/heads.onnx, and plugin= must be left out. It ends
+with the very line that works on this machine."""
+_SPLIT_FORM = """\
+The plan is that of model/heads.onnx; the post-processing follows it, in the kernels. build_here.py ends with
+the very line that works on this machine."""
 
 # Python 2 and 3.6 (JetPack 4) must be able to read these two.
 _START = """\
@@ -589,32 +701,113 @@ CHECK_CUSTOM_PARSE_FUNC_PROTOTYPE(NvDsInferParseOdtrt);
 """
 
 
+_STAGE_OF = (
+    ("spec.json", "export", ()),
+    ("anchors.npy", "export", ()),
+    ("heads.onnx", "convert", ("frozen.pb", "spec.json")),
+    ("detector.onnx", "fuse", ("heads.onnx", "anchors.npy", "spec.json")),
+)
+
+
 def _model_files(folder: Path, spec: DetectorSpec) -> Iterator[Tuple[str, Union[Path, bytes]]]:
     """The model's files, by their names in the bundle, each checked against what it was made from."""
+    from odtrt_lib.builder import weights_by_type
     from odtrt_lib.detector import load_anchors
 
     load_anchors(require(folder, "anchors.npy", "export"), spec)
-    require(folder, "heads.onnx", "convert")
-    _require_current(folder, "detector.onnx", "fuse", ("heads.onnx", "anchors.npy", "spec.json"))
-    for name in ("spec.json", "anchors.npy", "heads.onnx", "detector.onnx"):
+    weights_by_type(require(folder, "heads.onnx", "convert"))  # refuses what is no ONNX model
+    recorded = [name for name, stage, inputs in _STAGE_OF if _is_as_recorded(folder, name, stage, inputs)]
+    if "heads.onnx" not in recorded:
+        _check_heads(folder / "heads.onnx", spec)
+    for name, _, _ in _STAGE_OF:
         if (folder / name).is_file():
             yield f"{MODEL}/{name}", folder / name
     for path in sorted((folder / "int8").rglob("*")):
         if path.is_file() and not path.is_symlink():
             yield f"{MODEL}/{path.relative_to(folder).as_posix()}", path
-    yield "README.txt", _README.format(name=spec.name, version=__version__).encode()
 
 
-def _require_current(folder: Path, name: str, stage: str, inputs: Sequence[str]) -> None:
+def _is_as_recorded(folder: Path, name: str, stage: str, inputs: Sequence[str]) -> bool:
+    """False where ``log.jsonl`` does not tell. Raises InputError where it tells of another file."""
     record = last_record(folder, stage)
     if record is None or not (folder / name).is_file() or name not in record["outputs"]:
-        return
+        return False
+    if record["outputs"][name] != sha256(folder / name):
+        raise InputError(
+            f"{folder / name}: not the file that `odtrt {stage}` wrote, whose SHA-256 in log.jsonl is "
+            f"{str(record['outputs'][name])[:12]}...; run `odtrt {stage}` again"
+        )
     for made_from in inputs:
-        if record["inputs"].get(made_from) != sha256(folder / made_from):
+        path = folder / made_from
+        if path.is_file() and record["inputs"].get(made_from) != sha256(path):
             raise InputError(
                 f"{folder / name}: made from another {made_from} than the one beside it; "
                 f"run `odtrt {stage}` again"
             )
+    return True
+
+
+def _check_heads(path: Path, spec: DetectorSpec) -> None:
+    """Compares inputs and outputs with ``spec``, where onnx is installed."""
+    try:
+        import onnx
+    except ImportError:
+        return
+    again = "run `odtrt convert` again"
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's has no base but Exception
+        raise InputError(f"{path}: not an ONNX model ({one_line(error)}); {again}") from error
+    batch, heads = spec.input.batch, spec.heads
+    weights = {tensor.name for tensor in graph.initializer}
+    expected: Dict[str, Dict[str, List[Optional[int]]]] = {
+        "inputs": {spec.input.name: [batch, 3, spec.input.height, spec.input.width]},
+        "outputs": {
+            heads.box_encodings: [batch, heads.num_anchors, 4],
+            heads.class_logits: [batch, heads.num_anchors, heads.num_columns],
+        },
+    }
+    for kind, values in (("inputs", graph.input), ("outputs", graph.output)):
+        found = {}
+        for value in values:
+            if value.name not in weights:
+                tensor = value.type.tensor_type
+                dims = tensor.shape.dim
+                found[value.name] = [dim.dim_value if dim.HasField("dim_value") else None for dim in dims]
+                if tensor.elem_type != onnx.TensorProto.FLOAT:
+                    raise InputError(f"{path}: {value.name} is not float32, as spec.json expects; {again}")
+        if found != expected[kind]:
+            raise InputError(
+                f"{path}: {kind} {_shapes(found)}, expected {_shapes(expected[kind])} as spec.json says; "
+                f"{again}"
+            )
+
+
+def _shapes(tensors: Mapping[str, Sequence[Optional[int]]]) -> str:
+    return ", ".join(
+        f"{name} [{', '.join('any' if size is None else str(size) for size in shape)}]"
+        for name, shape in tensors.items()
+    )
+
+
+def _readme(spec: DetectorSpec, members: Iterable[str]) -> str:
+    """``README.txt`` for a bundle with these members."""
+    names = set(members)
+    is_fused = f"{MODEL}/detector.onnx" in names
+    compilers = "cmake 3.16 or newer, a C++ compiler; for the GPU's nvcc"
+    serving = [
+        f"{name}/ is for {program}"
+        for name, program in (("triton", "Triton"), ("deepstream", "DeepStream"))
+        if any(path.startswith(f"{name}/") for path in names)
+    ]
+    return _README.format(
+        name=_comment(spec.name),
+        version=__version__,
+        opening=f'Detector.open("{MODEL}"' + (f', plugin="{_PLUGIN}")' if is_fused else ")"),
+        form=_FUSED_FORM if is_fused else _SPLIT_FORM,
+        compilers=compilers + (" and TensorRT's headers" if is_fused else ""),
+        serving="".join(f"\n{text}." for text in serving),
+    )
 
 
 def _device_side() -> Iterator[Tuple[str, Union[Path, bytes]]]:
@@ -883,6 +1076,98 @@ def _replace_files(content: Path, folder: Path, manifest: Manifest, earlier: Seq
     sync(folder)
 
 
+def _check_arguments(
+    spec: DetectorSpec,
+    precision: str,
+    memory: Optional[str],
+    batch: Optional[Sequence[int]],
+    may_give_up: Sequence[str],
+) -> None:
+    """What :func:`odtrt_lib.engine.build` would refuse, before minutes are spent on the compiler."""
+    from odtrt_lib import engine
+
+    _check_precision(precision)
+    for concession in may_give_up:
+        if concession not in engine.CONCESSIONS:
+            raise InputError(f"may give up {concession!r}: expected {' or '.join(engine.CONCESSIONS)}")
+    if memory is not None:
+        engine.parse_memory(memory)
+    if batch is None:
+        return
+    sizes, fixed = list(batch), spec.input.batch
+    if len(sizes) != 3 or not all(size > 0 for size in sizes) or sorted(sizes) != sizes:
+        raise InputError(f"batches {_batches(sizes)}: {_EXPECTED_BATCHES}")
+    if fixed is not None and sizes != [fixed] * 3:
+        raise InputError(
+            f"batches {_batches(sizes)}: this model's batch is fixed to {fixed}; leave them out, or "
+            "`odtrt export --batch dynamic` and pack again"
+        )
+
+
+_EXPECTED_BATCHES = "expected smallest, best-tuned and largest, e.g. 1,4,8"
+
+
+def _check_precision(precision: str) -> None:
+    from odtrt_lib import engine
+
+    if precision not in engine.PRECISIONS:
+        raise InputError(f"precision {precision!r}: expected {' or '.join(engine.PRECISIONS)}")
+
+
+def _batches(sizes: Sequence[int]) -> str:
+    return ",".join(map(str, sizes))
+
+
+def _parse_batches(text: Optional[str]) -> Optional[Tuple[int, ...]]:
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]{1,6}(,[0-9]{1,6})*", text):
+        raise InputError(f"batches {text!r}: {_EXPECTED_BATCHES}")
+    return tuple(int(number) for number in text.split(","))
+
+
+def _tell_needs(precision: str, say: Callable[[str], None]) -> int:
+    """What is missing here, a line each; 1 where ``build_here`` needs it, 0 where it does without."""
+    if _can_find("numpy"):
+        _check_precision(precision)
+    missing = missing_modules(precision)
+    for name, advice in missing.items():
+        say(f"missing: {name} ({advice})")
+    for name, advice in _missing_programs().items():
+        say(f"missing, but not needed: {name} {advice}")
+    if not missing:
+        say(f"nothing that {precision} needs is missing")
+    return 1 if missing else 0
+
+
+def _tell_plans(folder: Path, say: Callable[[str], None]) -> None:
+    """Each plan in the bundle, whether it may be used here and now, and why; a line for each reason."""
+    if not _can_find("numpy"):
+        raise MissingDependencyError(f"numpy is missing: {_INSTALL_NUMPY}")
+    from odtrt_lib import passport, portability
+
+    model, plugin = folder / MODEL, folder / _PLUGIN
+    here = portability.here(plugin if plugin.is_file() else None)
+    found, damaged = passport.survey(model)
+    for one in found:
+        verdict = portability.check(model, one, here)
+        is_of_elsewhere = verdict.action is portability.Action.REBUILD and not verdict.rebuild_helps
+        word = "not here" if is_of_elsewhere else verdict.action.value
+        say(f"{one.plan} ({one.model}, {one.precision}): {word}")
+        for reason in verdict.reasons:
+            say(f"    {reason}")
+    for name, reason in damaged.items():
+        say(f"{name}: refuse")
+        say(f"    {reason}")
+    known = {one.plan for one in found}
+    for path in sorted((model / passport.PLANS).glob("*.plan")):
+        if path.name not in known:
+            say(f"{path.name}: refuse")
+            say("    no readable passport names this file: it is not used, and can be deleted")
+    if not found and not damaged:
+        raise InputError(f"{model / passport.PLANS}: no plan that can be used; run build_here.py first")
+
+
 def _has_half_precision_flag(flavour: Optional[str]) -> bool:
     """Asked in a process of its own, because a builder should be the first to load TensorRT."""
     question = (
@@ -890,7 +1175,9 @@ def _has_half_precision_flag(flavour: Optional[str]) -> bool:
         f"import {flavour} as trt; from odtrt_lib.builder import is_weakly_typed; "
         "sys.exit(not is_weakly_typed(trt))"
     )
-    return flavour is not None and subprocess.run([sys.executable, "-c", question]).returncode == 0
+    if flavour is None:
+        return False
+    return subprocess.run([sys.executable, "-c", question], stderr=subprocess.DEVNULL).returncode == 0
 
 
 def _can_find(module: str) -> bool:
@@ -900,21 +1187,33 @@ def _can_find(module: str) -> bool:
         return False
 
 
+def _missing_programs() -> Dict[str, str]:
+    """The programs that compile and are not here, each with what installs it and what is lost without it."""
+    from odtrt_lib.passport import this_machine
+
+    lost = "without it numpy does what the kernels do, slower, and the plan has no post-processing inside"
+    missing = {}
+    if not shutil.which("cmake"):
+        missing["cmake"] = f"(`sudo apt install cmake`); {lost}"
+    if not (os.environ.get("CXX") or shutil.which("c++")):
+        missing["a C++ compiler"] = f"(`sudo apt install g++`); {lost}"
+    has_nvcc = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").is_file()
+    if this_machine().compute_capability is not None and not has_nvcc:
+        missing["nvcc"] = (
+            "(`sudo apt install nvidia-jetpack`; on a PC: the CUDA Toolkit); without it the post-processing "
+            "runs on the CPU and the plan has none inside"
+        )
+    return missing
+
+
 def _compile(folder: Path, say: Callable[[str], None]) -> Tuple[Optional[Path], Optional[Path]]:
     """Compiles ``plugins/``: libodtrt.so and libodtrt_tensorrt.so, or None for what cannot be made here."""
     from odtrt_lib.passport import this_machine
 
-    programs = {
-        "cmake": (shutil.which("cmake"), "sudo apt install cmake"),
-        "a C++ compiler": (os.environ.get("CXX") or shutil.which("c++"), "sudo apt install g++"),
-    }
-    lacking = [name for name, (found, _) in programs.items() if not found]
-    for name in lacking:
-        say(
-            f"missing: {name} (`{programs[name][1]}`); without it numpy does what the kernels do, slower, "
-            "and the plan has no post-processing inside"
-        )
-    if lacking:
+    missing = _missing_programs()
+    for name, advice in missing.items():
+        say(f"missing: {name} {advice}")
+    if set(missing) - {"nvcc"}:
         return None, None
     capability = this_machine().compute_capability
     options = []
@@ -923,32 +1222,46 @@ def _compile(folder: Path, say: Callable[[str], None]) -> Tuple[Optional[Path], 
         options.append("-DODTRT_CUDA=OFF")
     else:
         options += ["-DODTRT_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={capability.replace('.', '')}"]
-        if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").is_file()):
-            say(
-                "missing: nvcc (`sudo apt install nvidia-jetpack`; on a PC: the CUDA Toolkit); without it "
-                "the post-processing runs on the CPU and the plan has none inside"
-            )
+    say("compiling; the first time this may take minutes")
     build = folder / "plugins" / "build"
     build.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         (build / "CMakeCache.txt").unlink()  # it would refuse a folder that was moved or copied
     jobs = str(os.cpu_count() or 1)
-    with (build / "log").open("w") as log:
-        for command in (
-            ["cmake", "-S", str(folder / "plugins"), "-B", str(build), *options],
-            ["cmake", "--build", str(build), "--parallel", jobs],
-        ):
-            if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode != 0:
-                raise BuildError(
-                    f"{build / 'log'}: `{' '.join(command[:2])}` failed ({_reason(build / 'log')}); "
-                    "this log has the compiler's messages"
-                )
+    try:
+        with (build / "log").open("w") as log:
+            for command in (
+                ["cmake", "-S", str(folder / "plugins"), "-B", str(build), *options],
+                ["cmake", "--build", str(build), "--parallel", jobs],
+            ):
+                if _run_to_its_end(command, log) != 0:
+                    raise BuildError(
+                        f"{build / 'log'}: `{' '.join(command[:2])}` failed ({_reason(build / 'log')}); "
+                        "this log has the compiler's messages"
+                    )
+    except KeyboardInterrupt:
+        shutil.rmtree(build, ignore_errors=True)
+        raise
     for line in (build / "log").read_text(errors="replace").splitlines():
         if line.startswith("odtrt: "):
             say(line[len("odtrt: ") :])
     made = [build / "libodtrt.so", build / "libodtrt_tensorrt.so"]
     library, plugin = (path if path.is_file() else None for path in made)
     return library, plugin
+
+
+def _run_to_its_end(command: Sequence[str], log: Any) -> int:
+    """The exit status; where this process is interrupted, the command and all that it started end first."""
+    process = subprocess.Popen(
+        list(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        return process.wait()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
 
 
 def _reason(log: Path) -> str:
@@ -982,6 +1295,15 @@ def _place_plans(
                 shutil.copyfile(str(plans[model]), str(temporary))
             placed.append(target)
     return placed
+
+
+def _compare_batch(configuration: Path, largest: int, say: Callable[[str], None]) -> None:
+    found = re.search("^max_batch_size: ([0-9]+)$", configuration.read_text(encoding="utf-8"), re.MULTILINE)
+    if found is not None and int(found.group(1)) > largest:
+        say(
+            f"{configuration}: max_batch_size is {found.group(1)}, but the plan takes {largest} at most, and "
+            f"Triton refuses it: serve a copy of this model's folder with max_batch_size: {largest}"
+        )
 
 
 def _pattern(spec: DetectorSpec) -> Any:
@@ -1030,10 +1352,15 @@ def _inside(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
 
 
-def _exit_status(work: Callable[[], Any]) -> int:
+def _exit_status(work: Callable[[], Optional[int]], place: Path) -> int:
+    """place: what an error of the operating system that names no file is about."""
     try:
-        work()
+        return work() or 0
     except OdtrtError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except OSError as error:
+        print(f"error: {cannot_write(Path(error.filename or place), error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+    return 1

@@ -217,6 +217,9 @@ UnpackOption = typer.Option(
     None, "-o", "--output", metavar="FOLDER", help="Where to. Default: the bundle's name in this folder."
 )
 ForceOption = typer.Option(False, "--force", help="Do it again even if nothing changed.")
+OverwriteOption = typer.Option(
+    False, "--force", help="Over a bundle that was unpacked there before; your own files there stay."
+)
 MinScoreOption = typer.Option(
     _MIN_SCORE, "--min-score", min=0.0, max=1.0, help="Show detections with at least this score."
 )
@@ -549,7 +552,7 @@ def pack(
         markup=False,
         highlight=False,
     )
-    if not (folder / "detector.onnx").is_file():
+    if not packed.has_postprocessing:
         _out().print(
             f"[yellow]–[/] no detector.onnx in it: run `odtrt fuse {escape(str(folder))}` first for the "
             "post-processing inside the plan",
@@ -561,7 +564,7 @@ def pack(
 
 @app.command()
 def unpack(
-    bundle: Path = BundleArgument, output: Optional[Path] = UnpackOption, force: bool = ForceOption
+    bundle: Path = BundleArgument, output: Optional[Path] = UnpackOption, force: bool = OverwriteOption
 ) -> None:
     """Chapter 5: a bundle back into a folder, every file checked against its hash.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -11,7 +12,9 @@ import json
 import os
 import random
 import re
+import select
 import shutil
+import signal
 import stat
 import struct
 import subprocess
@@ -25,6 +28,7 @@ import pytest
 
 from odtrt_lib import bundle, fuse, spec
 from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependencyError, UnsupportedError
+from odtrt_lib.folder import sha256, write_record
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
@@ -213,10 +217,151 @@ def test_a_folder_that_cannot_be_packed(folder, tmp_path, damage, named):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
+def nothing(folder):
+    pass
+
+
+def recorded_folder(path):
+    """A model folder whose log tells what export, convert and fuse wrote."""
+    model_folder(path)
+    about = {"settings": {}, "versions": {}, "seconds": 1.0, "peak_rss_mb": 1.0, "checks": {}}
+    write_record(path, "export", inputs={}, outputs=["frozen.pb", "anchors.npy", "spec.json"], **about)
+    made_from = {name: sha256(path / name) for name in ("frozen.pb", "spec.json")}
+    write_record(path, "convert", inputs=made_from, outputs=["heads.onnx"], **about)
+    return path
+
+
+def other_spec(folder):
+    (folder / "spec.json").write_text(dataclasses.replace(SPEC, name="another").to_json())
+
+
+def other_anchors(folder):
+    anchors = np.load(folder / "anchors.npy")
+    anchors[0, 0] += 1e-3
+    np.save(folder / "anchors.npy", anchors)
+
+
+def other_weights(folder):
+    model = onnx.load(folder / "heads.onnx")
+    weight = model.graph.initializer[0]
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 2, weight.name))
+    onnx.save(model, folder / "heads.onnx")
+
+
+def other_detector(folder):
+    model = onnx.load(folder / "detector.onnx")
+    model.producer_name = "another"
+    onnx.save(model, folder / "detector.onnx")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (nothing, None),
+        (other_spec, r"spec\.json: not the file that `odtrt export` wrote.*; run `odtrt export` again"),
+        (other_anchors, r"anchors\.npy: not the file that `odtrt export` wrote.*; run `odtrt export` again"),
+        (other_weights, r"heads\.onnx: not the file that `odtrt convert` wrote.*; run `odtrt convert` again"),
+        (other_detector, r"detector\.onnx: not the file that `odtrt fuse` wrote.*; run `odtrt fuse` again"),
+        (
+            lambda f: (f / "frozen.pb").write_bytes(b"newer"),
+            r"heads\.onnx: made from another frozen\.pb than the one beside it; run `odtrt convert` again",
+        ),
+    ],
+)
+def test_a_file_that_its_stage_did_not_write_is_not_packed(tmp_path, change, named):
+    recorded_folder(tmp_path / "tiny")
+    change(tmp_path / "tiny")
+    pack = lambda: bundle.pack(tmp_path / "tiny", tmp_path / "a.zip")  # noqa: E731
+    if named is None:
+        assert pack().has_postprocessing
+        return
+    assert re.search(named, one_line_error(pack))
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_without_the_log_the_same_change_is_not_noticed(tmp_path):
+    """So it is the record that the refusals above come from."""
+    recorded_folder(tmp_path / "tiny")
+    (tmp_path / "tiny" / "log.jsonl").unlink()
+    (tmp_path / "tiny" / "detector.onnx").unlink()
+    other_weights(tmp_path / "tiny")
+    assert not bundle.pack(tmp_path / "tiny", tmp_path / "a.zip").has_postprocessing
+
+
+def one_column_less(model):
+    model.graph.output[1].type.tensor_type.shape.dim[2].dim_value -= 1
+
+
+def other_name(model):
+    model.graph.input[0].name = "picture"
+
+
+def other_type(model):
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (None, r"heads\.onnx: not an ONNX model"),
+        (other_name, r"heads\.onnx: inputs picture \[1, 3, 16, 24\], expected image \[1, 3, 16, 24\]"),
+        (one_column_less, r"class_logits \[1, 384, 2\], expected .*class_logits \[1, 384, 3\] as spec\.json"),
+        (other_type, r"heads\.onnx: box_encodings is not float32"),
+    ],
+)
+def test_heads_without_a_record_are_compared_with_the_specification(tmp_path, monkeypatch, change, named):
+    tiny = model_folder(tmp_path / "tiny", fused=False)
+    if change is None:
+        (tiny / "heads.onnx").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    else:
+        model = onnx.load(tiny / "heads.onnx")
+        change(model)
+        onnx.save(model, tiny / "heads.onnx")
+    for is_without_onnx in (False, True):
+        if is_without_onnx:
+            monkeypatch.setitem(sys.modules, "onnx", None)
+            if change is not None:
+                bundle.pack(tiny, tmp_path / "a.zip")
+                return
+        message = one_line_error(lambda: bundle.pack(tiny, tmp_path / "a.zip"))
+        assert re.search(named, message) and message.endswith("run `odtrt convert` again")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_the_readme_is_about_what_is_in_the_bundle(unpacked, tmp_path):
+    fused = (unpacked / "README.txt").read_text()
+    model_folder(tmp_path / "tiny", fused=False)
+    bundle.pack(tmp_path / "tiny", tmp_path / "a.zip")
+    bundle.unpack(tmp_path / "a.zip", tmp_path / "out")
+    split = (tmp_path / "out" / "README.txt").read_text()
+    opening = r"detector = (Detector\.open\(.*\))\n"
+    assert re.findall(opening, split) == ['Detector.open("model")']
+    assert re.findall(opening, fused) == [
+        'Detector.open("model", plugin="plugins/build/libodtrt_tensorrt.so")'
+    ]
+    assert "model/detector.onnx" in fused and "detector.onnx" not in split and "plugin=" not in split
+    for text, there in ((fused, True), (split, False)):
+        assert ("triton/" in text, "deepstream/" in text) == (there, there)
+        assert max(map(len, text.splitlines())) <= 110
+        for need in ("Python 3.8", "numpy", "TensorRT", "polygraphy", "onnxruntime", "onnxconverter-common",
+                     "cmake", "C++ compiler", "nvcc", "Pillow", "built.json", "sha256sum"):  # fmt: skip
+            assert need in text, need
+
+
+def test_a_cut_off_archive_ends_in_a_syntax_error_as_the_readme_says(archive, unpacked, tmp_path):
+    cut = tmp_path / "tiny.odtrt.zip"
+    cut.write_bytes(archive.read_bytes()[:-100])
+    done = subprocess.run([sys.executable, cut], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "SyntaxError" in done.stderr
+    assert "SyntaxError" in (unpacked / "README.txt").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == [cut.name]
+
+
 def test_a_file_that_is_no_bundle_is_not_written_over(folder, archive, tmp_path):
     mine = tmp_path / "holiday.zip"
     mine.write_bytes(b"pictures")
-    assert "no bundle" in one_line_error(lambda: bundle.pack(folder, mine))
+    message = one_line_error(lambda: bundle.pack(folder, mine))
+    assert "no bundle" in message and message.endswith("or use --force")
     assert mine.read_bytes() == b"pictures"
     assert "a folder" in one_line_error(lambda: bundle.pack(folder, tmp_path))
     bundle.pack(folder, mine, triton=True, deepstream=True, force=True)
@@ -232,7 +377,8 @@ def test_unpacking_over_an_earlier_bundle(folder, archive, tmp_path):
     (target / "model" / "plans").mkdir()
     (target / "model" / "plans" / "mine.plan").write_bytes(b"47 minutes")
     (target / "model" / "heads.onnx").write_bytes(b"half of it")
-    assert "was unpacked here" in one_line_error(lambda: bundle.unpack(archive, target))
+    message = one_line_error(lambda: bundle.unpack(archive, target))
+    assert "was unpacked here" in message and message.endswith("or use --force")
     bundle.pack(folder, tmp_path / "plain.zip")
     bundle.unpack(tmp_path / "plain.zip", target, force=True)
     found = contents(target)
@@ -951,6 +1097,250 @@ def test_a_picture_that_is_not_there_is_noticed_before_the_work(unpacked):
     assert len(said) == 1 and not (unpacked / "plugins" / "build").exists()
 
 
+BAD_ARGUMENTS = [
+    (["--precision", "fp8"], "precision 'fp8': expected fp32 or fp16"),
+    (["--memory", "much"], "memory 'much': expected a limit such as 1500MiB"),
+    (["--batches", "one"], "batches 'one': expected smallest, best-tuned and largest"),
+    (["--batches", "1,8"], "batches 1,8: expected smallest, best-tuned and largest"),
+    (["--batches", "8,4,1"], "batches 8,4,1: expected smallest, best-tuned and largest"),
+    (["--batches", "0,1,2"], "batches 0,1,2: expected smallest, best-tuned and largest"),
+    (["--batches", "1,4,8"], "this model's batch is fixed to 1"),
+    (
+        ["--may-give-up", "fp32", "--may-give-up", "sleep"],
+        "may give up 'sleep': expected dynamic_batch or fp32",
+    ),
+    (["--image", "/no/such.png"], "/no/such.png: cannot be read"),
+    (["--needs", "--precision", "fp8"], "precision 'fp8': expected fp32 or fp16"),
+]
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch):
+    from odtrt_lib import passport
+
+    pytest.importorskip("tensorrt_rtx")
+    machine = dataclasses.replace(passport.this_machine(), gpu=None, compute_capability=None)
+    monkeypatch.setattr(passport, "this_machine", lambda: machine)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), BAD_ARGUMENTS, ids=[" ".join(one) for one, _ in BAD_ARGUMENTS]
+)
+def test_arguments_are_looked_at_before_anything_is_compiled(
+    unpacked, without_a_gpu, monkeypatch, capsys, arguments, said
+):
+    monkeypatch.setattr(bundle, "_compile", lambda *_: pytest.fail("compiled"))
+    assert bundle.run_build_here([str(unpacked / "build_here.py"), *arguments]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and said in errors
+
+
+def test_the_options_of_the_build_reach_it(unpacked, without_a_gpu, monkeypatch, capsys):
+    from odtrt_lib import engine
+
+    asked = []
+
+    def build(folder, **options):
+        asked.append({key: value for key, value in options.items() if key != "progress"})
+        raise BuildError("far enough")
+
+    monkeypatch.setattr(bundle, "_compile", lambda *_: (None, None))
+    monkeypatch.setattr(engine, "build", build)
+    command = "--force --batches 1,1,1 --may-give-up fp32 --may-give-up dynamic_batch --version-compatible"
+    script = str(unpacked / "build_here.py")
+    assert bundle.run_build_here([script, *command.split(), "--memory", "2GiB"]) == 1
+    assert bundle.run_build_here([script]) == 1
+    assert capsys.readouterr().err == "error: far enough\n" * 2
+    assert asked == [
+        {"precision": "fp32", "plugin": None, "memory": "2GiB", "batch": (1, 1, 1), "force": True,
+         "may_give_up": ["fp32", "dynamic_batch"], "version_compatible": True},
+        {"precision": "fp32", "plugin": None, "memory": None, "batch": None, "force": False,
+         "may_give_up": [], "version_compatible": False},
+    ]  # fmt: skip
+
+
+def test_needs_says_what_is_missing_and_builds_nothing(unpacked, without_a_gpu, monkeypatch, capsys):
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("what fp16 needs depends on the TensorRT that is installed")
+    before = contents(unpacked)
+
+    def needs(*arguments):
+        status = bundle.run_build_here([str(unpacked / "build_here.py"), "--needs", *arguments])
+        return status, capsys.readouterr().out.splitlines()
+
+    assert needs() == (0, ["nothing that fp32 needs is missing"])
+    with monkeypatch.context() as patched:
+        patched.setenv("PATH", "/nowhere")
+        patched.delenv("CXX", raising=False)
+        status, lines = needs()
+        assert status == 0, "numpy does the compiled kernels' work"
+        assert [line.split(" (")[0] for line in lines[:-1]] == [
+            "missing, but not needed: cmake",
+            "missing, but not needed: a C++ compiler",
+        ]
+    monkeypatch.setitem(sys.modules, "onnxconverter_common", None)
+    assert needs()[0] == 0
+    status, lines = needs("--precision", "fp16")
+    assert status == 1 and len(lines) == 1 and lines[0].startswith("missing: onnxconverter-common (for fp16")
+    assert contents(unpacked) == before
+
+
+def test_plans_says_of_each_whether_it_may_be_used(archive, tmp_path, monkeypatch, capsys):
+    from odtrt_lib import portability
+
+    location = importlib.util.spec_from_file_location("faults_of_plans", ROOT / "benchmarks" / "faults.py")
+    faults = importlib.util.module_from_spec(location)
+    monkeypatch.setitem(sys.modules, "faults_of_plans", faults)
+    location.loader.exec_module(faults)
+    bundle.unpack(archive, tmp_path / "out")
+    model, script = tmp_path / "out" / "model", str(tmp_path / "out" / "build_here.py")
+    assert bundle.run_build_here([script, "--plans"]) == 1
+    assert "no plan that can be used; run build_here.py first" in capsys.readouterr().err
+
+    content = b"ftrt" + bytes(20) + bytes((10, 3, 0, 26)) + bytes(5000)
+    made = faults.describe(
+        content, "1" * 16, model, flavour="tensorrt", version="10.3.0", compute_capabilities=(),
+        machine=faults.A100,
+    )  # fmt: skip
+    faults.install(model, content, made)
+
+    def verdicts(machine, version="10.3.0"):
+        place = portability.Here(machine, "tensorrt", version)
+        monkeypatch.setattr(portability, "here", lambda plugin: place)
+        before = contents(tmp_path / "out")
+        assert bundle.run_build_here([script, "--plans"]) == 0
+        assert contents(tmp_path / "out") == before
+        lines = capsys.readouterr().out.splitlines()
+        assert all(line.startswith("    ") for line in lines[1:2]), "a reason follows"
+        return [line for line in lines if not line.startswith("    ")], lines
+
+    name = f"{made.plan} (heads.onnx, fp32)"
+    assert verdicts(faults.A100)[0] == [f"{name}: ok"]
+    heads, lines = verdicts(faults.A100, "10.13.3")
+    assert heads == [f"{name}: rebuild"]
+    assert any("built by TensorRT 10.3.0, here is TensorRT 10.13.3" in line for line in lines)
+    assert verdicts(faults.NO_GPU)[0] == [f"{name}: not here"]
+    plan = model / "plans" / made.plan
+    plan.write_bytes(content[:-1] + b"!")
+    assert verdicts(faults.A100)[0] == [f"{name}: refuse"]
+    (model / "plans" / f"{'2' * 16}.json").write_text("{")
+    (model / "plans" / "stray.plan").write_bytes(b"?")
+    assert verdicts(faults.A100)[0][1:] == [f"{'2' * 16}.json: refuse", "stray.plan: refuse"]
+
+
+def test_ctrl_c_ends_the_compiler_and_leaves_nothing_half_written(archive, tmp_path):
+    """A compiler that never ends stands for one that takes minutes; the pipe's end tells that it is gone."""
+    pytest.importorskip("tensorrt_rtx")
+    bundle.unpack(archive, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    pipe, programs = tmp_path / "pipe", tmp_path / "programs"
+    os.mkfifo(pipe)
+    programs.mkdir()
+    for name in ("cmake", "c++"):
+        (programs / name).write_text(
+            f'#!/bin/sh\nexec 9>"{pipe}"\ntouch "$4/half.o"\nsleep 600 &\necho started >&9\nwait\n'
+        )
+        (programs / name).chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    running = subprocess.Popen(
+        [sys.executable, tmp_path / "out" / "build_here.py"], env={**os.environ, "PATH": path},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        with pipe.open() as reading:
+            assert reading.readline() == "started\n"
+            assert (tmp_path / "out" / "plugins" / "build" / "half.o").exists()
+            running.send_signal(signal.SIGINT)
+            output, errors = running.communicate(timeout=60)
+            assert select.select([reading], [], [], 30)[0] and reading.read() == "", "its children are gone"
+    finally:
+        running.kill()
+    assert running.returncode == 130
+    assert errors == "interrupted; nothing half-written is left\n"
+    assert output.splitlines()[-1] == "compiling; the first time this may take minutes"
+    after = {name: content for name, content in contents(tmp_path / "out").items() if ".pyc" not in name}
+    assert after == before
+
+
+def test_what_the_system_refuses_is_one_line(archive, tmp_path, monkeypatch, capsys, without_a_gpu):
+    bundle.unpack(archive, tmp_path / "out")
+    script = str(tmp_path / "out" / "build_here.py")
+    (tmp_path / "out" / "plugins" / "build").write_text("in the way")
+    assert bundle.run_build_here([script]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {tmp_path / 'out' / 'plugins' / 'build'}: cannot be written")
+    assert errors.count("\n") == 1
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(bundle, "build_here", refused)
+    assert bundle.run_build_here([script]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {tmp_path / 'out'}: cannot be written (Read-only file system)")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("has_plugin", [True, False])
+def test_the_line_that_opens_the_detector_is_the_one_that_was_tried(
+    folder, tmp_path, monkeypatch, has_plugin
+):
+    """As on a device with a GPU, which is only pretended, and where fp32 had to be given up."""
+    from odtrt_lib import detector, engine, passport
+    from odtrt_lib.folder import StageResult
+
+    out = tmp_path / "out"
+    bundle.pack(folder, tmp_path / "a.zip")
+    bundle.unpack(tmp_path / "a.zip", out)
+    machine = dataclasses.replace(passport.this_machine(), gpu="Orin", compute_capability="8.7")
+    plugin = out / "plugins" / "build" / "libodtrt_tensorrt.so"
+    opened, asked = [], []
+
+    class Opened:
+        spec = SPEC
+
+        @classmethod
+        def open(cls, folder, backend="auto", *, plugin=None, precision=None):
+            opened.append((Path(folder).resolve(), plugin and Path(plugin).resolve(), precision))
+            return cls()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def detect(self, image):
+            empty = np.zeros((0, 4), np.float32)
+            return detector.Detections(empty, np.zeros(0, np.float32), np.zeros(0, np.int64), ())
+
+    class Paper:
+        plan, flavour, precision = "a.plan", "tensorrt", "fp16"
+
+    def build(folder, **options):
+        asked.append(options["plugin"])
+        return StageResult({"outputs": {"plans/a.plan": "", "plans/a.json": ""}}, False)
+
+    monkeypatch.setattr(bundle, "missing_modules", lambda precision: {})
+    monkeypatch.setattr(bundle, "_place_plans", lambda *_: [])
+    monkeypatch.setattr(bundle, "_compile", lambda *_: (None, plugin if has_plugin else None))
+    monkeypatch.setattr(passport, "this_machine", lambda: machine)
+    monkeypatch.setattr(passport, "passports", lambda folder: [Paper])
+    monkeypatch.setattr(engine, "build", build)
+    monkeypatch.setattr(detector, "Detector", Opened)
+    said = []
+    built = bundle.build_here(out, say=said.append, may_give_up=("fp32",))
+    assert asked == [plugin if has_plugin else None]
+    assert said[-2] == "from odtrt_lib.detector import Detector"
+    monkeypatch.chdir(out)
+    assert said[-1] == f"detector = {built['open']}"
+    eval(built["open"], {"Detector": Opened})
+    assert opened[1] == opened[0] == ((out / "model").resolve(), plugin if has_plugin else None, "fp16")
+    assert any("the memory did not suffice for fp32" in line for line in said)
+    assert any(line.startswith("the pattern is computed") for line in said)
+    assert not any("no NVIDIA GPU" in line for line in said)
+
+
 def test_a_compiler_that_fails_is_quoted_on_one_line(archive, tmp_path):
     bundle.unpack(archive, tmp_path / "out")
     source = tmp_path / "out" / "plugins" / "kernels" / "status.cpp"
@@ -977,6 +1367,16 @@ def test_plans_of_tensorrt_go_where_triton_and_nvinfer_look(archive, tmp_path):
     placed = bundle._place_plans(tmp_path / "out", plans, "tensorrt", said.append)
     assert [path.name for path in placed] == ["model.plan"]
     assert len(said) == 1 and "it must be a plan of detector.onnx, which needs the plugin" in said[0]
+
+
+@pytest.mark.parametrize(("largest", "is_told"), [(8, False), (4, True)])
+def test_a_plan_for_smaller_batches_than_triton_is_told_of_is_said(tmp_path, largest, is_told):
+    detector = dataclasses.replace(SPEC, input=dataclasses.replace(SPEC.input, batch=None))
+    path, said = tmp_path / "config.pbtxt", []
+    path.write_text(bundle.triton_config(detector, "tiny", "tensorrt_plan"))
+    bundle._compare_batch(path, largest, said.append)
+    assert bool(said) == is_told
+    assert not is_told or "max_batch_size is 8, but the plan takes 4 at most" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -1136,3 +1536,12 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(parts_folder, nati
     done = on_device("moved/build_here.py")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "up to date from heads.onnx" in done.stdout
+    lines = done.stdout.splitlines()
+    assert "no NVIDIA GPU here: the plan of heads.onnx was built but not run" in lines
+    assert any(re.match(r"check: \d+ detections in a pattern, made by ONNX Runtime", line) for line in lines)
+    assert lines[-3] == f"next, in Python, in {device / 'moved'}:"
+    program = "; ".join([*lines[-2:], "print(detector.status.backend)"])
+    done = subprocess.run(
+        [python, "-c", program], cwd=device / "moved", env=quiet, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "onnxruntime\n", done.stderr

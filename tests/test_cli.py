@@ -380,7 +380,9 @@ class TestPlansAndBundles:
         def stand_in_pack(folder, archive, **options):
             asked["pack"] = {"folder": folder, "archive": archive, **options}
             archive.write_bytes(b"zip" * 100)
-            return SimpleNamespace(manifest=manifest, sha256="ab" * 32, is_up_to_date=False)
+            return SimpleNamespace(
+                manifest=manifest, sha256="ab" * 32, is_up_to_date=False, has_postprocessing=False
+            )
 
         def stand_in_unpack(archive, folder, **options):
             asked["unpack"] = {"archive": archive, "folder": folder, **options}
@@ -399,6 +401,7 @@ class TestPlansAndBundles:
             "force": False,
         }
         assert "parts.odtrt.zip: 3 files, 300 bytes" in out
+        assert "no detector.onnx in it: run `odtrt fuse out/parts` first" in out
         status, out, _ = odtrt(capsys, "unpack", "parts.odtrt.zip")
         assert (status, asked["unpack"]["folder"]) == (0, Path("parts"))
         assert "next: cd parts && python3 build_here.py" in out
