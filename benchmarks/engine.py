@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from corpus import D1_FROM_D0
 
 from odtrt_lib import engine, passport
 from odtrt_lib.errors import BuildError
@@ -43,13 +44,6 @@ RESULTS = ROOT / "results" / "engine.cpu.json"
 REPEATS = 3
 SAMPLES = 60
 RECORDED_ANCHORS = 4096
-D1_FROM_D0 = (
-    ("efficientnet-b0", "efficientnet-b1"),
-    (r"(min|max)_dimension: 512", r"\1_dimension: 640"),
-    ("num_iterations: 3", "num_iterations: 4"),
-    ("num_filters: 64", "num_filters: 88"),
-    (r"\bdepth: 64", "depth: 88"),
-)
 TO_640 = (("height: 320", "height: 640"), ("width: 320", "width: 640"))
 TO_1024 = ((r"(min|max)_dimension: 640", r"\1_dimension: 1024"),)
 SSD, D0 = "zoo_ssd_mobilenet_v2_fpnlite_320", "zoo_efficientdet_d0"

@@ -1151,9 +1151,7 @@ def _tell_plans(folder: Path, say: Callable[[str], None]) -> None:
     found, damaged = passport.survey(model)
     for one in found:
         verdict = portability.check(model, one, here)
-        is_of_elsewhere = verdict.action is portability.Action.REBUILD and not verdict.rebuild_helps
-        word = "not here" if is_of_elsewhere else verdict.action.value
-        say(f"{one.plan} ({one.model}, {one.precision}): {word}")
+        say(f"{one.plan} ({one.model}, {one.precision}): {verdict.word}")
         for reason in verdict.reasons:
             say(f"    {reason}")
     for name, reason in damaged.items():

@@ -36,6 +36,7 @@ from rich.table import Table
 
 from odtrt_lib import __version__
 from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, OdtrtError
+from odtrt_lib.folder import require_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -494,20 +495,17 @@ def plans(folder: Path = FolderArgument, plugin: Optional[Path] = PlanPluginOpti
     from odtrt_lib import passport as passports
     from odtrt_lib import portability
 
-    _require_folder(folder)
+    require_folder(folder)
     found, damaged = passports.survey(folder)
     table = Table("plan", "of", "built with", "verdict", "why", title_justify="left", highlight=False)
     here = portability.here(plugin)
     for one in found:
         verdict = portability.check(folder, one, here)
-        word = verdict.action.value
-        if verdict.action is portability.Action.REBUILD and not verdict.rebuild_helps:
-            word = "not here"
         table.add_row(
             one.fingerprint,
             f"{one.model}, {one.precision}",
             f"{passports.FLAVOURS[one.flavour]} {one.version}",
-            f"[{_VERDICT_COLOURS[word]}]{word}[/]",
+            f"[{_VERDICT_COLOURS[verdict.word]}]{verdict.word}[/]",
             escape("\n".join(verdict.reasons)),
         )
         table.add_section()
@@ -611,7 +609,7 @@ def detect(
     from odtrt_lib.plots import draw_detections
     from odtrt_lib.preprocess import load_image
 
-    _require_folder(folder)
+    require_folder(folder)
     for path in images:
         _require_file(path, "a picture")
     output = output or folder / "detections"
@@ -660,7 +658,7 @@ def evaluate(
     from odtrt_lib.evaluate import coco_metrics, coco_results
     from odtrt_lib.preprocess import load_image
 
-    _require_folder(folder)
+    require_folder(folder)
     coco = load_coco(annotations, images)
     chosen = [(image_id, coco.paths[i]) for i, image_id in enumerate(coco.image_ids)][:limit]
     if not chosen:
@@ -822,11 +820,6 @@ def _require_python_of_tensorflow() -> None:
             f"{'.'.join(map(str, _PYTHON_OF_TENSORFLOW))} or newer: run them on another machine and copy the "
             "model folder here; build, detect and eval work here"
         )
-
-
-def _require_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected a model folder, as `odtrt export` writes it")
 
 
 def _parse_batches(text: Optional[str]) -> Optional[Tuple[int, ...]]:

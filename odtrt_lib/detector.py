@@ -28,6 +28,7 @@ import numpy as np
 from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one_line
 from odtrt_lib.folder import require
 from odtrt_lib.nms import Postprocessed, postprocess
+from odtrt_lib.passport import PLANS, PRECISIONS
 from odtrt_lib.preprocess import boxes_to_pixels, preprocess
 from odtrt_lib.spec import DetectorSpec, load_spec
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 Heads = Tuple[np.ndarray, np.ndarray]
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt_rtx")
-PRECISIONS = ("fp32", "fp16")
 MOST_WAITING = 16
 """Calls of :meth:`Detector.submit` that may be unfinished; the next one waits."""
 
@@ -173,7 +173,7 @@ class Detector:
         here = _here(backend, plugin)
         if here is None:
             detector = cls(spec, anchors, _open_onnxruntime(folder, spec))
-            if any((folder / "plans").glob("*.json")):
+            if any((folder / PLANS).glob("*.json")):
                 detector._serving.reasons = ("no NVIDIA GPU here: no plan runs, ONNX Runtime does",)
             return detector
         wanted = _Wanted(folder, here, plugin, precision)

@@ -49,7 +49,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NoReturn, Optio
 
 import numpy as np
 
-from odtrt_lib import builder, fuse, passport
+from odtrt_lib import builder, fuse, passport, runtime
 from odtrt_lib.errors import (
     BuildError,
     CheckError,
@@ -61,7 +61,7 @@ from odtrt_lib.errors import (
 from odtrt_lib.folder import StageResult, read_log, require, sha256, staging, write_record
 from odtrt_lib.spec import DetectorSpec, load_spec
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = passport.PRECISIONS
 # Smallest, best-tuned and largest batch of a model that was exported with a dynamic batch.
 DYNAMIC_BATCH = (1, 1, 8)
 # What the ladder may give up, once everything that leaves the plan as asked has failed.
@@ -244,13 +244,14 @@ def build(
     if is_half and precision != "fp16":
         raise InputError(f"{model_file}: its weights are half precision already; build it with fp16")
     machine = passport.this_machine()
+    library = None if plugin is None else passport.plugin_identity(plugin)
     identity: Dict[str, Any] = {
         "model": model_file.name,
         "flavour": flavour,
         "version": version,
         "precision": precision,
         "onnx_sha256": sha256(model_file),
-        "plugin": None if plugin is None else dataclasses.asdict(passport.plugin_identity(plugin)),
+        "plugin": None if library is None else dataclasses.asdict(library),
         "batch": profile,
         "version_compatible": version_compatible,
         "hardware_compatibility": hardware_compatibility,
@@ -309,7 +310,7 @@ def build(
                 version_compatible=version_compatible,
                 hardware_compatibility=hardware_compatibility,
                 compute_capabilities=tuple(identity["compute_capabilities"]),
-                plugin=None if plugin is None else passport.plugin_identity(plugin),
+                plugin=library,
                 machine=machine,
                 settings=settings,
                 layers=answer["layers_by_precision"],
@@ -471,12 +472,9 @@ def _targets(flavour: str, compute_capabilities: Optional[Sequence[str]]) -> Lis
 
 
 def _import(flavour: str) -> Optional[ModuleType]:
-    if flavour == "tensorrt_rtx" and flavour not in sys.modules:
-        with contextlib.suppress(OSError):
-            fuse.let_rtx_find_itself()
     try:
-        return importlib.import_module(flavour)
-    except (ImportError, OSError):
+        return runtime.import_library(flavour)
+    except MissingDependencyError:
         return None
 
 

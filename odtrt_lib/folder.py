@@ -216,13 +216,18 @@ def up_to_date(
     return record
 
 
+def require_folder(folder: Union[str, Path]) -> None:
+    """Raises InputError where there is no such folder."""
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder; expected a model folder, as `odtrt export` writes it")
+
+
 def require(folder: Union[str, Path], name: str, made_by: str) -> Path:
     """The path of a file that an earlier stage wrote.
 
     Raises InputError where it is absent, naming that stage's command, or where there is no such folder.
     """
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder}: no such folder; expected a model folder, as `odtrt export` writes it")
+    require_folder(folder)
     path = Path(folder) / name
     if not path.is_file():
         raise InputError(f"{path}: not found; run `odtrt {made_by}` first, which writes it")

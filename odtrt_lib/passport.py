@@ -38,6 +38,7 @@ from odtrt_lib.folder import atomic_write, cannot_write, exclusive, sha256, sync
 PLANS = "plans"
 SCHEMA_VERSION = 2
 FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+PRECISIONS = ("fp32", "fp16")
 HARDWARE_COMPATIBILITIES = ("none", "ampere_plus", "same_compute_capability")
 
 _DRIVER_FILES = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")

@@ -70,6 +70,12 @@ class Verdict:
     reasons: Tuple[str, ...]
     rebuild_helps: bool = False
 
+    @property
+    def word(self) -> str:
+        """The action for people; ``not here`` for a rebuild that could not help on this machine."""
+        is_of_elsewhere = self.action is Action.REBUILD and not self.rebuild_helps
+        return "not here" if is_of_elsewhere else self.action.value
+
 
 @dataclasses.dataclass(frozen=True)
 class Here:
