@@ -1,20 +1,26 @@
 """Serving on a GPU: start, time and memory of each backend, and whether it finds what ONNX Runtime finds.
 
-    python benchmarks/backends_gpu.py FOLDER... --images DIR [--precision fp32 fp16] [--plugin FILE]
+    python benchmarks/backends_gpu.py FOLDER... --images DIR [--arithmetic FP32 TF32 FP16] [--plugin FILE]
 
 writes results/backends.<gpu>.json, and prints each row as JSON; where odtrt is not installed, from its
 checkout with PYTHONPATH=. in front. FOLDER: a model folder after `odtrt convert`; plans
-are built into it where it has none. DIR: pictures (JPEG, PNG, or uint8 [height, width, 3] in .npy). FILE:
-libodtrt_tensorrt.so; with it fused plans are built and served too. Needs no TensorFlow. Build times and the
-raw heads are benchmarks/engine_gpu.py's subject.
+are built into it where it has none. DIR: pictures (JPEG, PNG, or uint8 [height, width, 3] in .npy); a folder
+that has some of its own, in scenes/, is measured on those. FILE: libodtrt_tensorrt.so; with it fused plans
+are built and served too. Needs no TensorFlow. Build times and the raw heads are benchmarks/engine_gpu.py's
+subject.
 
-A row is one model on one backend, batch 1:
+A row is one model on one backend, in a process of its own, written as soon as it is measured:
 
+* ``arithmetic``: what the network multiplies in. TensorRT-RTX runs an fp32 plan in TF32, whatever the
+  builder's flag said, unless NVIDIA_TF32_OVERRIDE=0 stands in the environment: ``FP32``.
 * ``agrees`` and what follows: its detections beside ONNX Runtime's, by :func:`odtrt_lib.evaluate.agreement`,
-  at the IoU and the score tolerance that the row says.
+  at the IoU and the score tolerance that the row says; ``sure_*``: those with a score of at least 0.3.
+  ``batch_agrees``: those of :meth:`detect_batch` over all pictures; ``submit_agrees``: those of
+  :meth:`Detector.submit`, whose results are taken at the end.
 * ``detect_*``: :meth:`Detector.detect` from decoded pixels to boxes; ``network_*``: the network alone, its
   inputs already on the GPU, from the call until the stream is idle; wall clock, microseconds.
-  ``detect8_*``: one of eight images that go through together, where the batch is dynamic.
+  ``detect8_*``: one of eight images that go through together, where the batch is dynamic. ``submit8_*``:
+  one of eight images that are submitted and then waited for.
 * ``first_start_*``, ``second_start_*``: a fresh process, seconds from opening the folder to the first
   detections, without and with the kernels that TensorRT-RTX kept from the first; the driver's own cache of
   compiled code is empty both times.
@@ -25,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import os
 import subprocess
@@ -38,7 +45,7 @@ from typing import Any
 import numpy as np
 
 from odtrt_lib import engine, passport, portability, runtime
-from odtrt_lib.detector import Detector, load_anchors
+from odtrt_lib.detector import Detections, Detector, load_anchors
 from odtrt_lib.errors import OdtrtError
 from odtrt_lib.evaluate import agreement, coco_results
 from odtrt_lib.preprocess import load_image
@@ -46,62 +53,97 @@ from odtrt_lib.results import write_results
 from odtrt_lib.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_TF32 = "NVIDIA_TF32_OVERRIDE"
+# Arithmetic: the plan's precision, and the IoU and the score tolerance that its detections are held to.
 # TF32 rounds to 10 bits as FP16 does, but only the factors of a product.
-TOLERANCES = {"fp32": (0.95, 0.01), "fp16": (0.9, 0.05)}
-WARM_UP, LEAST_RUNS, MOST_RUNS, SECONDS = 20, 30, 1000, 5.0
+ARITHMETIC = {"FP32": ("fp32", 0.99, 1e-3), "TF32": ("fp32", 0.95, 0.01), "FP16": ("fp16", 0.9, 0.05)}
+SURE = 0.3
+WARM_UP, LEAST_RUNS, MOST_RUNS, SECONDS = 20, 30, 1000, 2.5
 BATCH = 8
+MOST_SECONDS = 180
 
 
 def main() -> None:
     arguments = parse()
     if arguments.start is not None:
         return print(json.dumps(start(arguments)))
-    images = read_images(arguments.images)
+    if arguments.row is not None:
+        return print(json.dumps(serve(arguments.folders[0], arguments)))
+    gpu = (passport.this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
+    path = ROOT / "results" / f"backends.{gpu}.json"
     rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        write_results(path, "backends", "python benchmarks/backends_gpu.py FOLDER... --images DIR", rows)
+
     for folder in arguments.folders:
         reference = Detector.open(folder, "onnxruntime")
-        expected = detections(reference, images)
-        rows.append({**about(folder, reference, "fp32"), **timed_detect(reference, images)})
-        print(json.dumps(rows[-1]), flush=True)
-        for precision in arguments.precision:
+        images = read_images(folder, arguments.images)
+        add({**about(folder, reference, "FP32"), **timed_detect(reference, images)})
+        for arithmetic in arguments.arithmetic:
             for plugin in (None, arguments.plugin) if arguments.plugin else (None,):
-                try:
-                    row = serve(folder, precision, plugin, images, expected)
-                except OdtrtError as error:
-                    form = "split" if plugin is None else "fused"
-                    row = {"model": folder.name, "precision": precision, "form": form, "error": str(error)}
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-    gpu = (passport.this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
-    command = "python benchmarks/backends_gpu.py FOLDER... --images DIR"
-    write_results(ROOT / "results" / f"backends.{gpu}.json", "backends", command, rows)
+                command = [__file__, str(folder), "--images", str(arguments.images), "--row", arithmetic]
+                command += [] if plugin is None else ["--plugin", str(plugin)]
+                form = "split" if plugin is None else "fused"
+                row = {"model": folder.name, "arithmetic": arithmetic, "form": form}
+                add({**row, **in_a_process(command, arithmetic)})
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--precision", nargs="+", choices=list(TOLERANCES), default=list(TOLERANCES))
+    parser.add_argument("--arithmetic", nargs="+", choices=list(ARITHMETIC), default=list(ARITHMETIC))
     parser.add_argument("--plugin", type=Path)
-    parser.add_argument("--start", choices=list(TOLERANCES), help="open FOLDER once, print the times")
+    parser.add_argument("--row", choices=list(ARITHMETIC), help="measure FOLDER in it, print the row")
+    parser.add_argument("--start", choices=list(ARITHMETIC), help="open FOLDER once, print the times")
     return parser.parse_args()
 
 
-def read_images(folder: Path) -> list[np.ndarray]:
+def in_a_process(command: list[str], arithmetic: str) -> dict[str, Any]:
+    """The JSON that a Python process prints, its lines put together; ``error`` where it fails."""
+    environment = {name: value for name, value in os.environ.items() if name != NO_TF32}
+    if arithmetic == "FP32":
+        environment[NO_TF32] = "0"
+    row: dict[str, Any] = {}
+    with subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        try:
+            said, complaints = process.communicate(timeout=MOST_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, complaints = process.communicate()
+    sys.stderr.write(complaints)
+    for line in said.splitlines():
+        if line.startswith("{"):
+            row.update(json.loads(line))
+    if process.returncode != 0:
+        last = (complaints.strip().splitlines() or [""])[-1]
+        row["error"] = f"exit status {process.returncode}: {last}"
+    return row
+
+
+def read_images(model: Path, folder: Path) -> list[np.ndarray]:
+    folder = model / "scenes" if (model / "scenes").is_dir() else folder
     paths = sorted(path for path in folder.iterdir() if path.suffix in (".npy", ".jpg", ".jpeg", ".png"))
     if not paths:
         sys.exit(f"{folder}: no .npy, .jpg, .jpeg or .png in it")
     return [np.load(path) if path.suffix == ".npy" else load_image(path) for path in paths]
 
 
-def serve(
-    folder: Path,
-    precision: str,
-    plugin: Path | None,
-    images: list[np.ndarray],
-    expected: list[dict[str, Any]],
-) -> dict[str, Any]:
+def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One row: a plan of the TensorRT that is installed here."""
+    arithmetic, plugin = arguments.row, arguments.plugin
+    precision, iou, tolerance = ARITHMETIC[arithmetic]
+    images = read_images(folder, arguments.images)
+    expected = detections(Detector.open(folder, "onnxruntime"), images)
     engine.build(folder, precision=precision, plugin=plugin)
     here = portability.here(plugin)
     model = "heads.onnx" if plugin is None else "detector.onnx"
@@ -112,7 +154,7 @@ def serve(
     for kept in (folder / passport.PLANS).glob(f"{Path(plan.plan).stem}.*.kernels"):
         kept.unlink()
     for name in ("first_start", "second_start"):
-        for key, seconds in in_a_fresh_process(folder, precision, plugin).items():
+        for key, seconds in in_a_fresh_process(folder, arithmetic, plugin).items():
             row[f"{name}_{key}"] = seconds
 
     before = free_device_mb()
@@ -120,17 +162,18 @@ def serve(
         detector.detect(images[0])
         row["device_memory_mb"] = round(before - free_device_mb(), 1)
         row["plan_mb"] = round(plan.plan_bytes / 2**20, 1)
-        iou, tolerance = TOLERANCES[precision]
-        most = detector.spec.nms.max_total_detections
-        compared = agreement(
+        compare = functools.partial(
+            agreement,
             expected,
-            detections(detector, images),
             iou=iou,
             score_tolerance=tolerance,
-            max_detections=most,
+            max_detections=detector.spec.nms.max_total_detections,
         )
+        compared = compare(detections(detector, images))
         row.update(
             agrees=compared.agrees,
+            batch_agrees=compare(in_coco_form(detector.detect_batch(images))).agrees,
+            submit_agrees=compare(in_coco_form(submitted(detector, images))).agrees,
             iou=iou,
             score_tolerance=tolerance,
             images=compared.images,
@@ -141,7 +184,14 @@ def serve(
             max_score_difference=compared.max_score_difference,
             min_iou=compared.min_iou,
         )
-        row = {**about(folder, detector, precision), **row, **timed_detect(detector, images)}
+        compared = compare(detections(detector, images), score_threshold=SURE)
+        row.update(
+            sure_references=compared.references,
+            sure_matched=compared.matched,
+            sure_missing=len(compared.missing),
+            sure_extra=len(compared.extra),
+        )
+        row = {**about(folder, detector, arithmetic), **row, **timed_detect(detector, images)}
     spec = load_spec(folder / "spec.json")
     anchors = load_anchors(folder / "anchors.npy", spec)
     loaded = runtime.load(folder, plan, spec, anchors, plugin=plugin)
@@ -150,22 +200,32 @@ def serve(
     return row
 
 
-def about(folder: Path, detector: Detector, precision: str) -> dict[str, Any]:
+def about(folder: Path, detector: Detector, arithmetic: str) -> dict[str, Any]:
     status, network = detector.status, detector.spec.input
     return {
         "model": folder.name,
         "backend": status.backend,
         "description": status.description,
-        "precision": precision,
+        "precision": ARITHMETIC[arithmetic][0],
+        "arithmetic": arithmetic,
         "height": network.height,
         "width": network.width,
+        "batch": "dynamic" if network.batch is None else str(network.batch),
         "num_anchors": detector.spec.heads.num_anchors,
         "num_classes": detector.spec.heads.num_classes,
     }
 
 
 def detections(detector: Detector, images: list[np.ndarray]) -> list[dict[str, Any]]:
-    return [row for i, image in enumerate(images) for row in coco_results(i, detector.detect(image))]
+    return in_coco_form([detector.detect(image) for image in images])
+
+
+def submitted(detector: Detector, images: list[np.ndarray]) -> list[Detections]:
+    return [future.result() for future in [detector.submit(image) for image in images]]
+
+
+def in_coco_form(found: list[Detections]) -> list[dict[str, Any]]:
+    return [row for i, one in enumerate(found) for row in coco_results(i, one)]
 
 
 def timed_detect(detector: Detector, images: list[np.ndarray]) -> dict[str, float]:
@@ -174,10 +234,13 @@ def timed_detect(detector: Detector, images: list[np.ndarray]) -> dict[str, floa
         f"detect_{name}": value
         for name, value in times(lambda: detector.detect(images[next(turn) % len(images)])).items()
     }
+    batch = [images[i % len(images)] for i in range(BATCH)]
+    calls: dict[str, Callable[[], Any]] = {"submit": lambda: submitted(detector, batch)}
     if detector.spec.input.batch is None:
-        batch = [images[i % len(images)] for i in range(BATCH)]
-        for name, value in times(lambda: detector.detect_batch(batch)).items():
-            row[f"detect{BATCH}_{name}"] = value if name == "runs" else round(value / BATCH, 1)
+        calls["detect"] = lambda: detector.detect_batch(batch)
+    for what, call in calls.items():
+        for name, value in times(call).items():
+            row[f"{what}{BATCH}_{name}"] = value if name == "runs" else round(value / BATCH, 1)
     return row
 
 
@@ -212,13 +275,14 @@ def free_device_mb() -> float:
     return free.value / 2**20
 
 
-def in_a_fresh_process(folder: Path, precision: str, plugin: Path | None) -> dict[str, float]:
-    command = [sys.executable, __file__, str(folder), "--images", str(folder), "--start", precision]
+def in_a_fresh_process(folder: Path, arithmetic: str, plugin: Path | None) -> dict[str, float]:
+    command = [sys.executable, __file__, str(folder), "--images", str(folder), "--start", arithmetic]
     command += [] if plugin is None else ["--plugin", str(plugin)]
     with tempfile.TemporaryDirectory() as empty:
         environment = {**os.environ, "CUDA_CACHE_PATH": empty}
         answer = subprocess.run(command, capture_output=True, text=True, env=environment)
     if answer.returncode:
+        sys.stderr.write(answer.stderr)
         raise OdtrtError(f"{folder}: a fresh process failed: {answer.stderr.strip().splitlines()[-1:]}")
     return json.loads(answer.stdout.splitlines()[-1])
 
@@ -229,8 +293,9 @@ def start(arguments: argparse.Namespace) -> dict[str, float]:
     started = time.perf_counter()
     flavour = portability.here(arguments.plugin).flavour
     imported = time.perf_counter()
+    precision, _, _ = ARITHMETIC[arguments.start]
     detector = Detector.open(
-        arguments.folders[0], flavour or "auto", plugin=arguments.plugin, precision=arguments.start
+        arguments.folders[0], flavour or "auto", plugin=arguments.plugin, precision=precision
     )
     opened = time.perf_counter()
     detector.detect(image)

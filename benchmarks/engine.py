@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ WEIGHTS = {
     "efficientdet_d1_1024": "random",
     "ssd_resnet50_fpn_640": "random",
 }
+# Also recorded for a GPU: the repository's own detector, whose weights are trained.
+PARTS = "ssd_mobilenet_v2_fpnlite_320_parts"
+RECORDED = {**WEIGHTS, PARTS: "trained"}
 # What the limit takes off the peak without one, and what the ladder may give up.
 LADDERS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     ("efficientdet_d0_512", 0.04, ()),
@@ -68,10 +71,11 @@ LADDERS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
 def main(arguments: list[str]) -> None:
     """What the module says."""
     corpus = Path(os.environ.get("ODTRT_CORPUS", ROOT.parent / "shared" / "corpus"))
-    prepare(corpus)
     if arguments[:1] == ["record"]:
+        prepare(corpus, RECORDED)
         record(Path(arguments[1]))
         return
+    prepare(corpus, WEIGHTS)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as work:
         for name in WEIGHTS:
@@ -86,9 +90,9 @@ def main(arguments: list[str]) -> None:
     write_results(RESULTS, "engine", "python benchmarks/engine.py", rows)
 
 
-def prepare(corpus: Path) -> None:
+def prepare(corpus: Path, names: Iterable[str]) -> None:
     """Exports and converts every model that is not there yet."""
-    for name in WEIGHTS:
+    for name in names:
         folder = MODELS / name
         if (folder / "heads.onnx").is_file():
             continue
@@ -109,6 +113,7 @@ def sources(corpus: Path, name: str, work: Path) -> tuple[Path, Path | None]:
         "ssd_mobilenet_v2_fpnlite_320": ssd,
         "ssd_mobilenet_v1_300": corpus / "coco_ssd_mnv1",
         "efficientdet_d0_512": d0,
+        PARTS: ROOT / "models" / "parts",
     }
     if name in as_they_are:
         return as_they_are[name], None
@@ -257,22 +262,18 @@ def sample_rows(row: dict[str, Any], samples: list[list[float]]) -> list[dict[st
 
 
 def record(target: Path) -> None:
-    """Every model folder in single and half precision, with an image and ONNX Runtime's heads for it.
+    """Every model folder in single and half precision, with an image and what ONNX Runtime makes of it.
 
-    The heads are recorded for :data:`RECORDED_ANCHORS` anchors of each model, evenly spread.
+    The heads are recorded for :data:`RECORDED_ANCHORS` anchors of each model, evenly spread; the detections
+    are those of all heads. ``half_*``: how far ONNX Runtime's heads in half precision differ, as a share of
+    the largest value.
     """
     import onnx
 
     from odtrt_lib.detector import Detector
+    from odtrt_lib.nms import postprocess
 
-    for name in WEIGHTS:
-        detector = Detector.open(MODELS / name, backend="onnxruntime")
-        spec = detector.spec
-        coarse = np.random.default_rng(0).uniform(-1, 1, (1, 3, 16, 16)).astype(np.float32)
-        cells = np.ones((1, 1, -(-spec.input.height // 16), -(-spec.input.width // 16)), np.float32)
-        image = np.ascontiguousarray(np.kron(coarse, cells)[:, :, : spec.input.height, : spec.input.width])
-        box_encodings, class_logits = detector.backend.infer(image)
-        anchors = np.unique(np.linspace(0, spec.heads.num_anchors - 1, RECORDED_ANCHORS).astype(np.int64))
+    for name, weights in RECORDED.items():
         for precision in engine.PRECISIONS:
             folder = target / precision / name
             folder.mkdir(parents=True, exist_ok=True)
@@ -281,12 +282,34 @@ def record(target: Path) -> None:
             model = onnx.load(str(MODELS / name / "heads.onnx"))
             half = engine.half_precision(model) if precision == "fp16" else model
             onnx.save(half, str(folder / "heads.onnx"))
+        single, half = (
+            Detector.open(target / precision / name, "onnxruntime") for precision in engine.PRECISIONS
+        )
+        spec = single.spec
+        coarse = np.random.default_rng(0).uniform(-1, 1, (1, 3, 16, 16)).astype(np.float32)
+        cells = np.ones((1, 1, -(-spec.input.height // 16), -(-spec.input.width // 16)), np.float32)
+        image = np.ascontiguousarray(np.kron(coarse, cells)[:, :, : spec.input.height, : spec.input.width])
+        heads = single.backend.infer(image)
+        errors = [
+            np.abs(rounded - exact).max() / np.abs(exact).max()
+            for rounded, exact in zip(half.backend.infer(image), heads, strict=True)
+        ]
+        found = postprocess(*heads, single.anchors, spec, np.array([[0, 0, 1, 1]], np.float32))
+        count = found.num_detections[0]
+        anchors = np.unique(np.linspace(0, spec.heads.num_anchors - 1, RECORDED_ANCHORS).astype(np.int64))
+        for precision in engine.PRECISIONS:
             np.savez_compressed(
-                folder / "reference.npz",
+                target / precision / name / "reference.npz",
+                weights=weights,
                 image=image,
                 anchors=anchors,
-                box_encodings=box_encodings[:, anchors],
-                class_logits=class_logits[:, anchors],
+                box_encodings=heads[0][:, anchors],
+                class_logits=heads[1][:, anchors],
+                half_boxes_relative_err=errors[0],
+                half_logits_relative_err=errors[1],
+                boxes=found.boxes[0, :count],
+                scores=found.scores[0, :count],
+                classes=found.classes[0, :count],
             )
         print(f"{name}: recorded", flush=True)
 

@@ -2,43 +2,62 @@
 
     python benchmarks/engine.py record FOLDER        on a machine with the corpus, first
     python benchmarks/engine_gpu.py FOLDER           writes results/engine.<gpu>.json; on the GPU machine
-    python benchmarks/engine_gpu.py FOLDER NAME ...  these models only, and writes nothing
+    python benchmarks/engine_gpu.py FOLDER NAME ...  measures these models again; the other rows stay
 
 Needs numpy, tensorrt_rtx, Polygraphy and odtrt_lib there; FOLDER holds the models in both precisions and
-ONNX Runtime's heads for one image. One row a model and precision:
+what ONNX Runtime makes of one image. Each model and arithmetic is a process of its own and one row, written
+as soon as it is measured:
 
+* ``arithmetic``: what the network multiplies in. TensorRT-RTX runs an fp32 plan in TF32, whatever the
+  builder's flag said (``tf32_flag``), unless NVIDIA_TF32_OVERRIDE=0 stands in the environment: ``FP32``.
 * ``build_cold_seconds``, ``build_warm_seconds``: two builds one after the other. TensorRT-RTX has no timing
-  cache, so the second can gain from the file system's cache only; ``timing_cache`` says so.
+  cache, so the second can gain from the file system's cache only; ``timing_cache`` says so. ``peak_*``: host
+  and device memory of the second.
 * ``load_cold_seconds``, ``load_warm_seconds``: from the plan's bytes to a first run, without and with the
-  runtime cache, in which TensorRT-RTX keeps the kernels that it compiled.
+  runtime cache, in which TensorRT-RTX keeps the kernels that it compiled. ``load_peak_rss_mb``: the host
+  memory that the whole process has had by then; ``device_memory_mb``: what the loaded plan takes besides
+  CUDA's own context, ``device_memory_left_mb``: what is still gone after it was closed.
+  ``kernels_mb``: the kept kernels.
 * ``p50_ms`` and so on: one run of the network on device memory, batch 1, no CUDA graph.
 * ``boxes_relative_err``, ``logits_relative_err``: the largest difference from ONNX Runtime's single
-  precision, divided by the largest value there.
+  precision, divided by the largest value there. ``half_*``: the same of ONNX Runtime in half precision: what
+  rounding does to these weights, whoever computes.
+* ``postprocessing_is_exact``: the kernels find, bit for bit, what the post-processing on the CPU finds in
+  the same heads; empty where there are no kernels for the detector.
+* ``detections`` and what follows: ONNX Runtime's detections beside the plan's, by
+  :func:`odtrt_lib.evaluate.agreement`. They say something only where the weights were trained: others give
+  hundreds of scores that are equal but for rounding. Those are excused as ``at_threshold``.
 
-A row fails where FP32 differs by more than 1e-3 or FP16 by more than 2e-2; the exit status is 1 then.
+A row fails where FP32 differs by more than 1e-3, TF32 or FP16 by more than 2e-2, where the post-processing
+is not exact, and where trained weights do not find the same; the exit status is 1 then.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from backends_gpu import ARITHMETIC, free_device_mb, in_a_process
 
-from odtrt_lib import engine, passport
+from odtrt_lib import builder, engine, passport
 from odtrt_lib.detector import load_anchors
-from odtrt_lib.errors import OdtrtError
+from odtrt_lib.evaluate import agreement
+from odtrt_lib.nms import postprocess
 from odtrt_lib.results import write_results
-from odtrt_lib.spec import load_spec
+from odtrt_lib.spec import DetectorSpec, load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
-LARGEST_RELATIVE_ERROR = {"fp32": 1e-3, "fp16": 2e-2}
+LARGEST_RELATIVE_ERROR = {"FP32": 1e-3, "TF32": 2e-2, "FP16": 2e-2}
 WARM_UP, RUNS = 50, 500
+WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
 
 
 def main(arguments: list[str]) -> int:
@@ -46,37 +65,47 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print(__doc__)
         return 2
-    recorded, chosen = Path(arguments[0]), set(arguments[1:])
+    if arguments[0] == "--row":
+        measure(Path(arguments[1]), arguments[2])
+        return 0
+    recorded, chosen = Path(arguments[0]), arguments[1:]
     gpu = passport.this_machine().gpu
     if gpu is None:
         print("no GPU here: this script measures one")
         return 2
-    rows = []
-    for precision in engine.PRECISIONS:
-        for folder in sorted(path for path in (recorded / precision).iterdir() if path.is_dir()):
-            if not chosen or folder.name in chosen:
-                rows.append(measured(folder, precision))
-                print(rows[-1], flush=True)
-    if not chosen:
-        short = gpu.lower().replace("nvidia", "").split()[0]
-        path = ROOT / "results" / f"engine.{short}.json"
-        write_results(path, "engine", "python benchmarks/engine_gpu.py FOLDER", rows)
+    path = ROOT / "results" / f"engine.{gpu.lower().replace('nvidia', '').split()[0]}.json"
+    rows = json.loads(path.read_text())["rows"] if chosen and path.is_file() else []
+    everything = sorted(path.name for path in (recorded / "fp32").iterdir() if path.is_dir())
+    for name in chosen or everything:
+        for arithmetic, (precision, _, _) in ARITHMETIC.items():
+            row: dict[str, Any] = {"kind": "gpu", "model": name}
+            row.update(precision=precision, arithmetic=arithmetic, passed=False)
+            command = [__file__, "--row", str(recorded / precision / name), arithmetic]
+            row.update(in_a_process(command, arithmetic))
+            if "error" in row:
+                row["passed"] = False
+            rows = [one for one in rows if identity(one) != identity(row)] + [row]
+            print(row, flush=True)
+            write_results(path, "engine", "python benchmarks/engine_gpu.py FOLDER", rows)
     return 0 if rows and all(row["passed"] for row in rows) else 1
 
 
-def measured(recorded: Path, precision: str) -> dict[str, Any]:
-    """One row. A model that fails is a row too, with the reason."""
-    row: dict[str, Any] = {"kind": "gpu", "model": recorded.name, "precision": precision, "passed": False}
+def identity(row: dict[str, Any]) -> tuple[str, str]:
+    return row["model"], row["arithmetic"]
+
+
+def measure(recorded: Path, arithmetic: str) -> None:
+    """Prints the parts of a row as they are measured, each as JSON, and the reason where one fails."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / recorded.name
         shutil.copytree(recorded, folder)
         try:
-            row.update(build(folder, precision))
-            row.update(run(folder, precision))
-            row["passed"] = is_within(row, precision)
-        except OdtrtError as error:
-            row["error"] = str(error).replace(str(work), "")
-    return row
+            print(json.dumps(build(folder, ARITHMETIC[arithmetic][0])), flush=True)
+            print(json.dumps(run(folder, arithmetic)), flush=True)
+        except Exception as error:
+            traceback.print_exc()
+            reason = str(error).replace(str(work), "") or type(error).__name__
+            print(json.dumps({"error": reason}), flush=True)
 
 
 def build(folder: Path, precision: str) -> dict[str, Any]:
@@ -88,6 +117,7 @@ def build(folder: Path, precision: str) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
     (found,) = passport.passports(folder)
     return {
+        "weights": str(np.load(folder / "reference.npz")["weights"]),
         "version": found.version,
         "build_cold_seconds": round(seconds[0], 2),
         "build_warm_seconds": round(seconds[1], 2),
@@ -98,10 +128,11 @@ def build(folder: Path, precision: str) -> dict[str, Any]:
         "layers_fp32": found.layers.get("fp32", 0),
         "layers_fp16": found.layers.get("fp16", 0),
         "layers_counted_in": found.settings["layers_counted_in"],
+        "tf32_flag": found.settings["tf32"],
     }
 
 
-def run(folder: Path, precision: str) -> dict[str, Any]:
+def run(folder: Path, arithmetic: str) -> dict[str, Any]:
     """Loading, latency and agreement of the one plan in ``folder``."""
     from odtrt_lib import runtime
 
@@ -109,24 +140,45 @@ def run(folder: Path, precision: str) -> dict[str, Any]:
     anchors = load_anchors(folder / "anchors.npy", spec)
     (found,) = passport.passports(folder)
     reference = np.load(folder / "reference.npz")
-    loads, plan = [], None
-    for _ in range(2):
+    before = free_device_mb()
+    row: dict[str, Any] = {}
+    for name in ("load_cold_seconds", "load_warm_seconds"):
         started = time.perf_counter()
         plan = runtime.load(folder, found, spec, anchors)
-        loads.append(time.perf_counter() - started)
-        if len(loads) == 1:
+        row[name] = round(time.perf_counter() - started, 2)
+        if name == "load_cold_seconds":
+            row["load_peak_rss_mb"] = builder.peak_rss_mb("self")
+            row["device_memory_mb"] = round(before - free_device_mb(), 1)
             plan.close()
-    assert plan is not None
+            row["device_memory_left_mb"] = round(before - free_device_mb(), 1)
+            kept = (folder / passport.PLANS).glob("*.kernels")
+            row["kernels_mb"] = round(sum(path.stat().st_size for path in kept) / 1e6, 2)
     try:
         heads = plan.infer(reference["image"])
-        row = {
-            "load_cold_seconds": round(loads[0], 2),
-            "load_warm_seconds": round(loads[1], 2),
-            **differences(heads, reference),
-            **latency(plan.run_again),
-        }
+        row.update(differences(heads, reference))
+        found_on_cpu = postprocess(*heads, anchors, spec, WHOLE_IMAGE)
+        row["postprocessing"], row["postprocessing_is_exact"] = plan.postprocessing, None
+        if plan.postprocessing == "on the GPU":
+            found_on_gpu = plan.run(reference["image"], WHOLE_IMAGE)
+            row["postprocessing_is_exact"] = all(
+                np.array_equal(getattr(found_on_gpu, name), getattr(found_on_cpu, name))
+                for name in ("num_detections", "boxes", "scores", "classes", "anchors")
+            )
+        count = found_on_cpu.num_detections[0]
+        own = {name: getattr(found_on_cpu, name)[0, :count] for name in ("boxes", "scores", "classes")}
+        agrees, counts = same_detections(reference, own, spec, arithmetic)
+        row.update(counts)
+        row.update(latency(plan.run_again))
     finally:
         plan.close()
+    is_trained = str(reference["weights"]) == "trained"
+    if arithmetic == "FP16":
+        row.update({name: float(reference[name]) for name in reference.files if name.startswith("half_")})
+    row["passed"] = (
+        max(row["boxes_relative_err"], row["logits_relative_err"]) <= LARGEST_RELATIVE_ERROR[arithmetic]
+        and row["postprocessing_is_exact"] is not False
+        and (agrees or not is_trained)
+    )
     return row
 
 
@@ -141,6 +193,39 @@ def differences(heads: tuple[np.ndarray, np.ndarray], reference: Any) -> dict[st
     return found
 
 
+def same_detections(
+    reference: Any, own: Any, spec: DetectorSpec, arithmetic: str
+) -> tuple[bool, dict[str, float]]:
+    """Whether the detections agree, and how many of ONNX Runtime's there are and were found."""
+    _, iou, tolerance = ARITHMETIC[arithmetic]
+    compared = agreement(
+        coco_form(reference),
+        coco_form(own),
+        score_threshold=spec.nms.score_threshold,
+        iou=iou,
+        score_tolerance=tolerance,
+        max_detections=spec.nms.max_total_detections,
+    )
+    return compared.agrees, {
+        "detections": compared.references,
+        "matched": compared.matched,
+        "at_threshold": compared.at_threshold,
+        "missing": len(compared.missing),
+        "extra": len(compared.extra),
+        "max_score_difference": compared.max_score_difference,
+    }
+
+
+def coco_form(found: Any) -> list[dict[str, Any]]:
+    """Detections of one image in COCO's results form, boxes in shares of it."""
+    ymin, xmin, ymax, xmax = found["boxes"].astype(np.float64).T
+    boxes = np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=1)
+    return [
+        {"image_id": 0, "category_id": int(column), "bbox": box.tolist(), "score": float(score)}
+        for column, box, score in zip(found["classes"], boxes, found["scores"], strict=True)
+    ]
+
+
 def latency(once: Callable[[], None]) -> dict[str, float]:
     """Percentiles of one run, milliseconds."""
     times = []
@@ -153,12 +238,6 @@ def latency(once: Callable[[], None]) -> dict[str, float]:
         name: round(float(np.percentile(times, share)), 4)
         for name, share in (("p50_ms", 50), ("p95_ms", 95), ("p99_ms", 99))
     }
-
-
-def is_within(row: dict[str, Any], precision: str) -> bool:
-    """Whether the heads agree as far as the precision allows."""
-    errors = (row["boxes_relative_err"], row["logits_relative_err"])
-    return max(errors) <= LARGEST_RELATIVE_ERROR[precision]
 
 
 if __name__ == "__main__":

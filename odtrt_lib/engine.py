@@ -67,6 +67,9 @@ DYNAMIC_BATCH = (1, 1, 8)
 # What the ladder may give up, once everything that leaves the plan as asked has failed.
 CONCESSIONS = ("dynamic_batch", "fp32")
 
+# Allows or forbids TF32 over the builder's head; a plan loads only where it is what it was at the build.
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
+
 _INSTALL = "run `pip install -e '.[gpu]'`"
 _INSTALL_TENSORRT = (
     f"{_INSTALL} on a PC (TensorRT-RTX; no GPU is needed to build); on a Jetson TensorRT comes with "
@@ -131,7 +134,8 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     """The name of a plan: 16 hexadecimal digits of the SHA-256 over all that its meaning depends on.
 
     identity: JSON values: model, flavour, version, precision, onnx_sha256, plugin, batch, the compatibility
-    modes, the compute capabilities, and for TensorRT the GPU's name and compute capability.
+    modes, the compute capabilities, for TensorRT the GPU's name and compute capability, and where it is set
+    :data:`TF32_OVERRIDE`.
     """
     text = json.dumps(dict(identity), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -258,6 +262,8 @@ def build(
         "compute_capabilities": _targets(flavour, compute_capabilities),
         "gpu": [machine.gpu, machine.compute_capability] if flavour == "tensorrt" else None,
     }
+    tf32_override = {"tf32_override": os.environ[TF32_OVERRIDE]} if TF32_OVERRIDE in os.environ else {}
+    identity.update(tf32_override)
     asked = fingerprint(identity)
     tell: Progress = progress or (lambda phase, fraction: None)
     with _one_build_at_a_time(model_file, tell):
@@ -292,6 +298,7 @@ def build(
                 "asked": asked,
                 "memory_limit_mb": None if limit is None else round(limit / builder.MIB, 1),
                 **answer["builder"],
+                **tf32_override,
                 **outcome.settings,
                 "timing_cache": answer["timing_cache"] or _NO_TIMING_CACHE,
                 "layers_counted_in": answer["layers_counted_in"],

@@ -80,7 +80,7 @@ def load(
     *,
     plugin: Union[str, Path, None] = None,
 ) -> LoadedPlan:
-    """Loads the plan of ``passport`` out of ``folder`` and runs it once, on zeros.
+    """Loads the plan of ``passport`` out of ``folder`` and runs once, on zeros, all that runs on the GPU.
 
     anchors: float32 [N, 4]. plugin: ``libodtrt_tensorrt.so``, for a plan of ``detector.onnx``. Ask
     :func:`odtrt_lib.portability.check` first.
@@ -225,7 +225,7 @@ class LoadedPlan:
         return inputs, {name: sizes.get(name, (batch, most)) for name in fuse.OUTPUTS}
 
     def _prepare(self, trt: Any, anchors: np.ndarray) -> None:
-        """Checks the plan's tensors, chooses the post-processing and runs everything once."""
+        """Checks the plan's tensors, chooses the post-processing and runs once what runs on the GPU."""
         device, engine = self._device, self._device.engine
         inputs, outputs = self._shapes(0)
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -260,14 +260,14 @@ class LoadedPlan:
             self._choose_postprocessing(cuda)
         images = np.zeros((usual, *inputs[image][1:]), np.float32)
         windows = np.tile(np.array([0, 0, 1, 1], np.float32), (usual, 1))
-        if self._kernels is not None:
+        if self.is_fused or self._kernels is not None:
             try:
                 self._detect(images, windows, usual)
                 return
             except native.NativeError as error:  # e.g. compiled for other GPUs
                 self._kernels = None
                 self.postprocessing = f"on the CPU, because {one_line(error)}"
-        self._detect(images, windows, usual)
+        self._heads(images)
 
     def _choose_postprocessing(self, cuda: Any) -> None:
         library = native.load()

@@ -373,6 +373,22 @@ def test_a_damaged_plan_is_built_again(tmp_path):
 
 
 @needs_tensorrt
+def test_a_plan_for_another_tf32_override_is_another_plan(tmp_path, monkeypatch):
+    """TensorRT-RTX refuses a plan where the variable is not what it was at the build."""
+    monkeypatch.delenv(engine.TF32_OVERRIDE, raising=False)
+    folder = model_folder(tmp_path / "tiny")
+    plan = plan_of(folder, engine.build(folder))
+    monkeypatch.setenv(engine.TF32_OVERRIDE, "0")
+    result = engine.build(folder)
+    assert not result.is_up_to_date
+    assert result.record["settings"]["tf32_override"] == "0"
+    assert plan.is_file() and plan_of(folder, result) != plan
+    assert engine.build(folder).is_up_to_date
+    monkeypatch.delenv(engine.TF32_OVERRIDE)
+    assert plan_of(folder, engine.build(folder)) == plan
+
+
+@needs_tensorrt
 def test_another_model_gets_another_plan(built, tmp_path):
     folder = model_folder(tmp_path / "tiny", resize={"coordinate_transformation_mode": "asymmetric"})
     names = {plan_of(*pair).name for pair in ((folder, engine.build(folder)), (built[0], built[1]["fp32"]))}

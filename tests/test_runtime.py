@@ -601,6 +601,18 @@ def test_heads_are_post_processed_on_the_cpu_where_the_kernels_cannot(
         assert differences(detector.detect_batch(pictures(5)), expected) == []
 
 
+def test_loading_does_not_wait_for_post_processing_on_the_cpu(folder, trt, flavour, monkeypatch):
+    """With thousands of detections an image it takes seconds, and warms nothing up."""
+    one = install_plan(folder, flavour)
+    monkeypatch.setattr(native, "load", lambda: None)
+    calls = []
+    monkeypatch.setattr(runtime, "postprocess", lambda *arguments: calls.append(arguments))
+    plan = load(folder, one)
+    assert calls == [] and trt.seen.plans
+    plan.infer(np.zeros((1, 3, SIDE, SIDE), np.float32))
+    plan.close()
+
+
 def test_raw_heads_are_onnx_runtimes(folder, trt, flavour, kernels, plugin):
     one = install_plan(folder, flavour)
     images = np.random.default_rng(1).normal(0, 1, (7, 3, SIDE, SIDE)).astype(np.float32)
