@@ -5,7 +5,8 @@
 tests/test_gpu.py first: the numpy reference and the CPU library, bit for bit. Then NVIDIA's compute-sanitizer
 around a choice of its cases. With DRIVE (built from plugins/tensorrt/drive), PLUGIN (libodtrt_tensorrt.so)
 and CASES (the folder that scripts/plugin_cases.py writes): the plugin through its own interface, in a stream
-and in a captured CUDA graph, alone and under every tool of compute-sanitizer.
+and in a captured CUDA graph, alone and under every tool of compute-sanitizer. The sanitizer runs at the
+same time as the tests, so their seconds say little.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,20 @@ def sanitize(tool: str, name: str, command: list[str]) -> dict[str, Any]:
 def main() -> None:
     if sys.argv[1:2] == ["few"]:
         return few(int(sys.argv[2]))
+    pool = ThreadPoolExecutor(6)
+    choice = "a choice of the cases above"
+    sanitized = [
+        pool.submit(sanitize, tool, choice, [sys.executable, __file__, "few", largest])
+        for tool, largest in (("racecheck", "12000"), ("memcheck", "25000"))
+    ]
+    drive, plugin, cases = sys.argv[1:] if len(sys.argv) == 4 else ("", "", "")
+    paths = sorted(Path(cases).glob("*.case")) if cases else []
+    driven = {
+        path: [
+            pool.submit(sanitize, tool, f"plugin, {path.stem}", [drive, plugin, str(path)]) for tool in TOOLS
+        ]
+        for path in paths
+    }
     rows: list[dict[str, Any]] = []
     for name, check in vars(test_gpu).copy().items():
         if not name.startswith("test_"):
@@ -89,23 +105,19 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     rows[0]["calls"] = sum(1 for _ in nms_cases.all_cases())
-    for tool, largest in (("memcheck", 25_000), ("racecheck", 12_000)):
-        command = [sys.executable, __file__, "few", str(largest)]
-        rows.append(sanitize(tool, "a choice of the cases above", command))
-    if len(sys.argv) == 4:
-        drive, plugin, cases = sys.argv[1:]
-        for case in sorted(Path(cases).glob("*.case")):
-            answer = subprocess.run([drive, plugin, str(case)], capture_output=True, text=True).stdout
-            rows.append(
-                {
-                    "check": "the plugin through its interface, in a stream and in a CUDA graph",
-                    "case": case.stem,
-                    "agrees": "all checks passed" in answer,
-                    "checks": answer.count("ok  "),
-                }
-            )
-            print(rows[-1], flush=True)
-            rows += [sanitize(tool, f"plugin, {case.stem}", [drive, plugin, str(case)]) for tool in TOOLS]
+    rows += [future.result() for future in sanitized]
+    for path in paths:
+        answer = subprocess.run([drive, plugin, str(path)], capture_output=True, text=True).stdout
+        rows.append(
+            {
+                "check": "the plugin through its interface, in a stream and in a CUDA graph",
+                "case": path.stem,
+                "agrees": "all checks passed" in answer,
+                "checks": answer.count("ok  "),
+            }
+        )
+        print(rows[-1], flush=True)
+        rows += [future.result() for future in driven[path]]
     name = torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
     write_results(
         ROOT / "results" / f"nms_checks.{name}.json",

@@ -22,49 +22,107 @@ __host__ __device__ inline char *take(char *&next, size_t size) {
 }
 
 struct Device {
+  int id;
   int multiprocessors;
+  int most_shared_bytes;   // that a block may ask for
   bool overlaps_launches;  // compute capability 9.0 and newer: programmatic dependent launch
 };
 
 inline cudaError_t current_device(Device *device) {
-  int id = 0, major = 0;
+  int &id = device->id, major = 0;
   cudaError_t error = cudaGetDevice(&id);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, id);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device->most_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
   }
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
   device->overlaps_launches = major >= 9;
   return error;
 }
 
+#if CUDART_VERSION >= 11080
+// How many clusters of `ranks` blocks of this kernel the current device can run at the same time.
+template <typename Kernel>
+int active_clusters(Kernel kernel, int ranks, int threads, size_t shared_bytes) {
+  const void *const function = reinterpret_cast<const void *>(kernel);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(ranks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(ranks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           static_cast<int>(shared_bytes));
+  if (error == cudaSuccess && ranks > 8) {
+    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
+  if (error != cudaSuccess) (void)cudaGetLastError();  // it is not this call's
+  return error == cudaSuccess ? clusters : 0;
+}
+#else
+template <typename Kernel>
+int active_clusters(Kernel, int, int, size_t) {
+  return 0;
+}
+#endif
+
 // Launches `kernel`, with `shared_bytes` of dynamic shared memory. With `overlapped`, its blocks may start before
 // the previous kernel of the stream has ended; it must then call wait_for_previous_kernel() before it touches
 // anything that one wrote.
+// cluster: how many neighbouring blocks of the grid's first dimension make a cluster (compute capability 9.0).
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-                   bool overlapped, Arguments... arguments) {
-  if (shared_bytes > 48 * 1024) {
+cudaError_t launch_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+                            cudaStream_t stream, bool overlapped, int cluster, Arguments... arguments) {
+  if (shared_bytes > 40 * 1024) {  // with what the kernel declares, more than 48 KiB perhaps
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
 #if CUDART_VERSION >= 11080
+  if (cluster > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
+                                                   cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = overlapped ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (overlapped) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = static_cast<unsigned>(cluster);
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 #else
   (void)overlapped;
   kernel<<<grid, threads, static_cast<size_t>(shared_bytes), stream> > >(arguments...);
   return cudaGetLastError();
 #endif
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                   bool overlapped, Arguments... arguments) {
+  return launch_clusters(kernel, grid, threads, shared_bytes, stream, overlapped, 1, arguments...);
 }
 
 #if defined(__CUDACC__)

@@ -1,4 +1,13 @@
-// odtrt_nms_cuda: rank by counting, then suppression in segments of 2560 ranks.
+// odtrt_nms_cuda. Up to 4096 boxes, two kernels:
+//
+// compare   each box with all others: its rank, and a bit for each better box that would suppress it. Few would: a
+//           quotient is only computed where a product says that it may matter.
+// choose    one block settles who stays in rounds over all boxes at once (who has no undecided rival left stays, and
+//           takes those it suppresses along), and writes them in the order of the ranks.
+//
+// More boxes: rank by counting, then suppression in segments of 2560 ranks.
+#include <algorithm>
+
 #include "check.h"
 #include "odtrt.h"
 #include "suppression.cuh"
@@ -9,6 +18,310 @@ namespace {
 constexpr int kRankThreads = 512;
 constexpr int kRanksPerBlock = kRankThreads / 32;  // a warp counts who is better than one box
 constexpr int kRankTile = 4096;
+
+__device__ __forceinline__ int sum_of_warp(int value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// ---- up to kMostAtOnce boxes ---------------------------------------------------------------------------------------
+
+constexpr int kMostAtOnce = 4096;
+constexpr int kCompareThreads = 512;
+constexpr int kRowsOfWarp = 4;  // rows that share what is read of a column
+constexpr int kQuarters = 4;    // of the columns: one warp each
+constexpr int kRowsOfBlock = kCompareThreads / 32 / kQuarters * kRowsOfWarp;
+constexpr int kChooseThreads = 1024;
+constexpr int kMostWords = kMostAtOnce / 32;
+
+constexpr int kListed = 8;
+constexpr uint32_t kNobodyTwice = kMostAtOnce << 16 | kMostAtOnce;  // in a list: a box that there is not
+
+struct Rivals {
+  int32_t rank;    // of the box, -1: not above the score threshold
+  uint32_t count;  // of better boxes that suppress it
+};
+
+struct AtOnce {
+  uint4 *lists;    // [n], kListed rivals, 16 bits each
+  Rivals *rivals;  // [n]
+  uint32_t
+      *mask;  // [n, words], bit b of word k: box 32 k + b is a rival; only what `filled` names, for long lists
+  uint4 *filled;  // [n], a bit for each word that is not 0: a quarter of the words in each of x, y, z, w
+  int32_t words, words_of_quarter;
+  size_t size;
+};
+
+AtOnce divide_at_once(const odtrt_nms_params &params, void *memory) {
+  char *next = static_cast<char *>(memory);
+  const size_t n = static_cast<size_t>(params.num_boxes);
+  AtOnce space{};
+  space.words_of_quarter = (params.num_boxes + 32 * kQuarters - 1) / (32 * kQuarters);
+  space.words = space.words_of_quarter * kQuarters;
+  space.mask = reinterpret_cast<uint32_t *>(take(next, sizeof(uint32_t) * n * space.words));
+  space.filled = reinterpret_cast<uint4 *>(take(next, sizeof(uint4) * n));
+  space.lists = reinterpret_cast<uint4 *>(take(next, sizeof(uint4) * n));
+  space.rivals = reinterpret_cast<Rivals *>(take(next, sizeof(Rivals) * n));
+  space.size = static_cast<size_t>(next - static_cast<char *>(memory));
+  return space;
+}
+
+__device__ __forceinline__ uint32_t strength_of(float score, float threshold) {
+  return score > threshold ? ordered(add(score, 0.0f)) : 0;
+}
+
+struct Columns {
+  float4 *boxes;  // corners ordered
+  float *areas;   // see cautious_area
+  uint32_t *strengths;
+};
+
+__global__ __launch_bounds__(kCompareThreads) void compare(odtrt_nms_params params,
+                                                           const float *__restrict__ boxes,
+                                                           const float *__restrict__ scores,
+                                                           const int32_t *__restrict__ classes, AtOnce space) {
+  extern __shared__ uint4 memory[];
+  __shared__ int32_t ranks[kRowsOfBlock];
+  __shared__ uint32_t counts[kRowsOfBlock];
+  __shared__ uint4 lists[kRowsOfBlock];
+  let_next_kernel_start();
+  const int n = params.num_boxes, thread = static_cast<int>(threadIdx.x), lane = lane_id();
+  const int padded = space.words * 32;
+  const Columns columns{reinterpret_cast<float4 *>(memory), reinterpret_cast<float *>(memory + padded),
+                        reinterpret_cast<uint32_t *>(memory + padded) + padded};
+  const auto given = reinterpret_cast<const float4 *>(boxes);
+  const float share = share_of_union(params.iou_threshold);
+#pragma unroll 4
+  for (int i = thread; i < padded; i += kCompareThreads) {
+    const bool is_box = i < n;
+    const float4 corners = is_box ? __ldg(given + i) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+    const uint32_t strength = is_box ? strength_of(__ldg(scores + i), params.score_threshold) : 0;
+    Box box = with_ordered_corners({corners.x, corners.y, corners.z, corners.w});
+    float area = signed_area(box);
+    if (area <= 0.0f && params.iou_threshold >= 0.0f) {  // neither suppresses nor is suppressed: nowhere
+      box = {1e30f, 1e30f, -1e30f, -1e30f};
+      area = 1.0f;
+    } else {
+      area = cautious_area(area, share);
+    }
+    columns.boxes[i] = make_float4(box.ymin, box.xmin, box.ymax, box.xmax);
+    columns.areas[i] = area;
+    columns.strengths[i] = strength;
+  }
+  if (thread < kRowsOfBlock) {
+    ranks[thread] = 0;
+    counts[thread] = 0;
+    lists[thread] = {kNobodyTwice, kNobodyTwice, kNobodyTwice, kNobodyTwice};
+  }
+  __syncthreads();
+
+  const int quarter = warp_id() % kQuarters;
+  const int first_row = static_cast<int>(blockIdx.x) * kRowsOfBlock + warp_id() / kQuarters * kRowsOfWarp;
+  Box own[kRowsOfWarp];
+  float own_area[kRowsOfWarp];
+  uint32_t own_strength[kRowsOfWarp], filled[kRowsOfWarp];
+  int rank[kRowsOfWarp];
+#pragma unroll
+  for (int r = 0; r < kRowsOfWarp; ++r) {
+    const int row = min(first_row + r, padded - 1);
+    const float4 corners = columns.boxes[row];
+    own[r] = {corners.x, corners.y, corners.z, corners.w};
+    own_area[r] = columns.areas[row];
+    own_strength[r] = first_row + r < n ? columns.strengths[row] : 0xffffffffu;
+    filled[r] = 0;
+    rank[r] = 0;
+  }
+  // Of equal scores the lower index is better.
+  const int first_word = quarter * space.words_of_quarter;
+  auto exceeds = [&](int r, int column, uint32_t strength) {
+    return strength + (column < first_row + r) > own_strength[r];
+  };
+#pragma unroll 1
+  for (int k = 0; k < space.words_of_quarter; ++k) {
+    const int column = (first_word + k) * 32 + lane;
+    const float4 corners = columns.boxes[column];
+    const Box other{corners.x, corners.y, corners.z, corners.w};
+    const float area = columns.areas[column];
+    const uint32_t strength = columns.strengths[column];
+    bool may[kRowsOfWarp], is_any = false;
+#pragma unroll
+    for (int r = 0; r < kRowsOfWarp; ++r) {
+      rank[r] += exceeds(r, column, strength);
+      may[r] = may_suppress(own[r], own_area[r], other, area);
+      is_any |= may[r];
+    }
+    if (!__any_sync(0xffffffffu, is_any)) continue;
+#pragma unroll
+    for (int r = 0; r < kRowsOfWarp; ++r) {
+      bool is_rival = may[r] && exceeds(r, column, strength);
+      if (is_rival && classes != nullptr) is_rival = __ldg(classes + column) == __ldg(classes + first_row + r);
+      if (is_rival) {
+        const Box kept{corners.x, corners.y, corners.z, corners.w};
+        const bool is_nowhere = kept.ymin > kept.ymax || own[r].ymin > own[r].ymax;
+        is_rival = !is_nowhere &&
+                   suppresses(kept, signed_area(kept), own[r], signed_area(own[r]), params.iou_threshold);
+      }
+      const uint32_t word = __ballot_sync(0xffffffffu, is_rival);
+      if (word != 0) {
+        filled[r] |= 1u << k;
+        const int row = warp_id() / kQuarters * kRowsOfWarp + r;  // in the block
+        uint32_t at = 0;
+        if (lane == 0) {
+          space.mask[static_cast<size_t>(first_row + r) * space.words + first_word + k] = word;
+          at = atomicAdd(&counts[row], static_cast<uint32_t>(__popc(word)));
+        }
+        at = __shfl_sync(0xffffffffu, at, 0) + __popc(word & ((1u << lane) - 1));
+        if (is_rival && at < kListed)
+          reinterpret_cast<uint16_t *>(&lists[row])[at] = static_cast<uint16_t>(column);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRowsOfWarp; ++r) {
+    const int sum = sum_of_warp(rank[r]);
+    if (lane == 0) {
+      atomicAdd(&ranks[first_row + r - static_cast<int>(blockIdx.x) * kRowsOfBlock], sum);
+      if (first_row + r < n) reinterpret_cast<uint32_t *>(space.filled + first_row + r)[quarter] = filled[r];
+    }
+  }
+  __syncthreads();
+  const int row = static_cast<int>(blockIdx.x) * kRowsOfBlock + thread;
+  if (thread < kRowsOfBlock && row < n) {
+    space.rivals[row] = {columns.strengths[row] == 0 ? -1 : ranks[thread], counts[thread]};
+    space.lists[row] = lists[thread];
+  }
+}
+
+__device__ __forceinline__ bool is_empty(const uint4 &left) { return (left.x | left.y | left.z | left.w) == 0; }
+
+// Which word the first bit of `left` names; the bit is gone afterwards.
+__device__ __forceinline__ int take_next(uint4 &left, int words_of_quarter) {
+  const int quarter = left.x != 0 ? 0 : left.y != 0 ? 1 : left.z != 0 ? 2 : 3;
+  uint32_t &bits = quarter == 0 ? left.x : quarter == 1 ? left.y : quarter == 2 ? left.z : left.w;
+  const int place = quarter * words_of_quarter + __ffs(static_cast<int>(bits)) - 1;
+  bits &= bits - 1;
+  return place;
+}
+
+__device__ __noinline__ bool is_hit_by_row(const uint32_t *words, uint4 left, int words_of_quarter,
+                                           const uint32_t *among) {
+  uint32_t hit = 0;
+  while (hit == 0 && !is_empty(left)) {
+    const int place = take_next(left, words_of_quarter);
+    hit = words[place] & among[place];
+  }
+  return hit != 0;
+}
+
+// kRows: rows of a thread, thread t has t, t + kChooseThreads, ...
+template <int kRows>
+__global__ __launch_bounds__(kChooseThreads, 1) void choose(odtrt_nms_params params, AtOnce space,
+                                                            int32_t *__restrict__ kept,
+                                                            int32_t *__restrict__ num_kept) {
+  __shared__ uint32_t undecided[kMostWords + 1], stays[kMostWords + 1], by_rank[kMostWords];
+  __shared__ int32_t before[kMostWords + 1];
+  const int n = params.num_boxes, thread = static_cast<int>(threadIdx.x), lane = lane_id();
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  int rank[kRows];
+  uint32_t count[kRows];
+  uint4 list[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int row = thread + r * kChooseThreads;
+    const int2 rivals = row < n ? __ldcg(reinterpret_cast<const int2 *>(space.rivals) + row) : int2{-1, 0};
+    list[r] =
+        row < n ? __ldcg(space.lists + row) : uint4{kNobodyTwice, kNobodyTwice, kNobodyTwice, kNobodyTwice};
+    rank[r] = rivals.x;
+    count[r] = static_cast<uint32_t>(rivals.y);
+  }
+  auto is_hit = [&](int r, const uint32_t *among) {
+    if (count[r] > kListed) {
+      const size_t row = static_cast<size_t>(thread + r * kChooseThreads);
+      return is_hit_by_row(space.mask + row * space.words, __ldcg(space.filled + row), space.words_of_quarter,
+                           among);
+    }
+    const uint4 own = kRows > 2 ? __ldcg(space.lists + min(thread + r * kChooseThreads, n - 1)) : list[r];
+    const uint32_t pairs[4] = {own.x, own.y, own.z, own.w};
+    uint32_t hit = 0;
+#pragma unroll
+    for (int k = 0; k < kListed / 2; ++k) {
+      if (count[r] <= 2 * k || (hit & 1) != 0) break;
+      hit = among[(pairs[k] & 0xffff) / 32] >> (pairs[k] % 32) | among[pairs[k] >> 21] >> (pairs[k] >> 16 & 31);
+    }
+    return (hit & 1) != 0;
+  };
+  bool is_open[kRows], is_kept[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    is_kept[r] = rank[r] >= 0 && count[r] == 0;
+    is_open[r] = rank[r] >= 0 && !is_kept[r];
+    const uint32_t kept_now = __ballot_sync(0xffffffffu, is_kept[r]);
+    if (lane == 0) stays[warp_id() + r * (kChooseThreads / 32)] = kept_now;
+  }
+  if (thread < kMostWords) by_rank[thread] = 0;
+  if (thread == 0) undecided[kMostWords] = stays[kMostWords] = 0;
+  if (thread >= kRows * (kChooseThreads / 32) && thread < kMostWords) undecided[thread] = stays[thread] = 0;
+  __syncthreads();
+  for (;;) {
+    bool is_any = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (is_open[r]) is_open[r] = !is_hit(r, stays);
+      const uint32_t word = __ballot_sync(0xffffffffu, is_open[r]);
+      if (lane == 0) undecided[warp_id() + r * (kChooseThreads / 32)] = word;
+      is_any |= is_open[r];
+    }
+    if (!__syncthreads_or(is_any)) break;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      bool stay = is_open[r];
+      if (stay) stay = !is_hit(r, undecided);
+      is_kept[r] |= stay;
+      is_open[r] &= !stay;
+      const uint32_t word = __ballot_sync(0xffffffffu, stay);
+      if (lane == 0) stays[warp_id() + r * (kChooseThreads / 32)] = word;
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (is_kept[r]) atomicOr(&by_rank[rank[r] >> 5], 1u << (rank[r] & 31));
+  }
+  __syncthreads();
+  if (warp_id() == 0) {
+    constexpr int kEach = kMostWords / 32;
+    int counts[kEach], own = 0;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) own += counts[k] = __popc(by_rank[lane * kEach + k]);
+    int sum = own;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset <<= 1) {
+      const int other = __shfl_up_sync(0xffffffffu, sum, offset);
+      if (lane >= offset) sum += other;
+    }
+    if (lane == 31) before[kMostWords] = sum;
+    sum -= own;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      before[lane * kEach + k] = sum;
+      sum += counts[k];
+    }
+  }
+  __syncthreads();
+  const int total = min(before[kMostWords], params.max_kept);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (!is_kept[r]) continue;
+    const int place = before[rank[r] >> 5] + __popc(by_rank[rank[r] >> 5] & ((1u << (rank[r] & 31)) - 1));
+    if (place < total) kept[place] = thread + r * kChooseThreads;
+  }
+  for (int i = total + thread; i < params.max_kept; i += kChooseThreads) kept[i] = -1;
+  if (thread == 0) *num_kept = total;
+}
+
+// ---- more boxes ----------------------------------------------------------------------------------------------------
 
 struct Counts {
   int32_t valid, kept;
@@ -38,12 +351,6 @@ Workspace divide_workspace(const odtrt_nms_params &params, void *memory) {
   space.kept_ranks = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * n));
   space.size = static_cast<size_t>(next - static_cast<char *>(memory));
   return space;
-}
-
-__device__ __forceinline__ int sum_of_warp(int value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
 }
 
 __device__ __forceinline__ uint32_t strength(float score, float threshold) {
@@ -179,7 +486,10 @@ __global__ __launch_bounds__(kKeepThreads, 1) void keep(odtrt_nms_params params,
 using namespace odtrt;
 
 size_t odtrt_nms_workspace(const odtrt_nms_params *params) {
-  return is_valid(params) ? divide_workspace(*params, nullptr).size : 0;
+  if (!is_valid(params)) return 0;
+  const size_t in_segments = divide_workspace(*params, nullptr).size;
+  return params->num_boxes > kMostAtOnce ? in_segments
+                                         : std::max(in_segments, divide_at_once(*params, nullptr).size);
 }
 
 odtrt_status odtrt_nms_cuda(const odtrt_nms_params *params, const float *boxes, const float *scores,
@@ -189,12 +499,24 @@ odtrt_status odtrt_nms_cuda(const odtrt_nms_params *params, const float *boxes, 
     return ODTRT_INVALID_ARGUMENT;
   }
   const Workspace space = divide_workspace(*params, workspace);
-  if (workspace_size < space.size) return ODTRT_WORKSPACE_TOO_SMALL;
+  if (workspace_size < odtrt_nms_workspace(params)) return ODTRT_WORKSPACE_TOO_SMALL;
   Device device{};
   cudaError_t error = current_device(&device);
   const auto on = static_cast<cudaStream_t>(stream);
   const bool overlapped = device.overlaps_launches;
   const int n = params->num_boxes;
+  const AtOnce at_once = divide_at_once(*params, workspace);
+  const int shared_bytes =
+      at_once.words * 32 * static_cast<int>(sizeof(Box) + sizeof(float) + sizeof(uint32_t));
+  if (error == cudaSuccess && n <= kMostAtOnce && shared_bytes <= device.most_shared_bytes) {
+    error = launch(compare, dim3(max(1, (n + kRowsOfBlock - 1) / kRowsOfBlock)), kCompareThreads, shared_bytes,
+                   on, false, *params, boxes, scores, classes, at_once);
+    if (error == cudaSuccess) {
+      const auto kernel = n <= kChooseThreads ? choose<1> : n <= 2 * kChooseThreads ? choose<2> : choose<4>;
+      error = launch(kernel, dim3(1), kChooseThreads, 0, on, overlapped, *params, at_once, kept, num_kept);
+    }
+    return static_cast<odtrt_status>(error);
+  }
   const int blocks = n == 0 ? 1 : (n + kRanksPerBlock - 1) / kRanksPerBlock;
   if (error == cudaSuccess) {
     error =

@@ -49,6 +49,32 @@ __device__ __forceinline__ bool overlap(const Box &a, const Box &b) {
   return a.ymin < b.ymax && b.ymin < a.ymax && a.xmin < b.xmax && b.xmin < a.xmax;
 }
 
+// Deciding most pairs without a division. The quotient is at most t where intersection <= t / (1 + t) * (area +
+// other area). So areas are multiplied by t / (1 + t), less a margin of 2^-19 that no rounding bridges, and added: an
+// intersection below that sum does not suppress, one above it by more than kSurely does. Areas that are not of a usual
+// size become NaN, and so do all where the threshold is not: then nothing is decided here.
+constexpr float kSurely = 1.0f + 7.62939453125e-6f;  // 2^-17
+
+__device__ __forceinline__ float share_of_union(float iou_threshold) {
+  return iou_threshold >= 1e-6f && iou_threshold <= 2.0f
+             ? mul(divide(iou_threshold, add(1.0f, iou_threshold)), 1.0f - 1.9073486328125e-6f)
+             : float_of(0x7fc00000u);
+}
+
+__device__ __forceinline__ float cautious_area(float area, float share) {
+  return area >= 1e-20f && area <= 1e10f ? mul(area, share) : float_of(0x7fc00000u);
+}
+
+__device__ __forceinline__ float intersection_of(const Box &a, const Box &b) {  // or something negative
+  return mul(fmaxf(sub(fminf(a.ymax, b.ymax), fmaxf(a.ymin, b.ymin)), 0.0f),
+             sub(fminf(a.xmax, b.xmax), fmaxf(a.xmin, b.xmin)));
+}
+
+__device__ __forceinline__ bool may_suppress(const Box &a, float cautious_of_a, const Box &b,
+                                             float cautious_of_b) {
+  return !(intersection_of(a, b) < add(cautious_of_a, cautious_of_b));
+}
+
 struct Tile {
   float4 outlines[kChunk];  // of the better
   Candidate better[kChunk], weaker[kChunk];

@@ -1,0 +1,467 @@
+// settle, the first way: class by class.
+//
+// Boxes of different classes do not meet. So each block of the cluster takes some classes and settles them alone, with
+// no barrier but its own: the best 64 candidates at a time (select), who would suppress whom among them (mark), who
+// stays (settle), and what these suppress of the rest (filter). After two such batches all exchange what they found
+// and how far they have come; once max_total_detections are better than anything that is still undecided, each block
+// writes its own detections where they belong.
+// It gives up, and all blocks begin anew the second way (postprocess_together.cuh), where a block's classes have more
+// candidates than it holds, where a class reaches its cap, and where too few detections are above the bound.
+#pragma once
+
+#include <cuda_pipeline.h>
+
+#include "postprocess_candidates.cuh"
+
+namespace odtrt {
+namespace {
+
+constexpr int kMostSlots = 64;  // that one block reads
+constexpr int kShare = 2048;    // candidates of one block's classes
+constexpr int kSent = 4096;     // of them with room to spare
+constexpr int kFew = 64;        // candidates that are settled together
+constexpr int kMostMerged = 128;
+constexpr int kCounted = 64;
+constexpr int kBatchesOfRound = 2;
+constexpr int kFewGroups = 8;  // fewer are not worth it
+static_assert(kShare % kTailThreads == 0 && kShare / kTailThreads <= 32,
+              "a bit for each candidate of a thread");
+
+struct Report {
+  uint32_t size, is_capped;  // detections so far; whether it has given up
+  uint64_t frontier;         // key from which on these are all; 0: these are all
+};
+
+struct ByClass {
+  float4 sent_boxes[kSent];  // these two written by the other blocks: of each some
+  uint4 sent_infos[kSent];
+  uint32_t from[kMostRanks];                // how many it sent; as these
+  uint64_t lists[kMostRanks][kMostMerged];  // what each block found, best first; written by the other blocks
+  Report reports[2][kMostRanks];            // as this
+  union {
+    struct {
+      uint64_t slots[kMostSlots * kSlot];
+      uint64_t staged[kMostSlots * kSlot];
+    };
+    struct {  // then
+      float4 boxes[kShare];
+      uint4 infos[kShare];
+    };
+  };
+  uint4 found[kMostMerged];
+  float4 found_boxes[kMostMerged];
+  float4 batch_boxes[kFew];
+  uint4 batch[kFew];
+  uint2 rivals[kFew];
+  uint32_t rank[kFew];
+  // Cleared before, from here on.
+  alignas(16) uint32_t spans[3][kSpans];
+  uint32_t cursors[3];
+  uint32_t to[kMostRanks];        // candidates of this block for each
+  uint32_t held[kCounted];        // kept candidates of each class; the last: of all further ones
+  uint32_t kept_of[kCounted][2];  // of the batch, a bit each
+  uint32_t num_staged, bound;
+  uint32_t end_of_cleared;
+};
+
+// A block's candidates, as each of its threads knows them.
+struct Own {
+  int count, log_parts;     // 1 << log_parts threads share a candidate
+  uint32_t alive;           // a bit for each of this thread's candidates
+  uint32_t most_alive;      // no more than these are, in all
+  uint32_t found, kept;     // so far
+  int turn, batches;        // of spans, of cursors
+  uint64_t least, low;      // keys: of the lowest candidate there can be; all from low on are settled
+  bool is_done, is_capped;  // nothing is left to do; a class has reached its cap
+};
+
+// Settles the best kFew at most of this block's candidates that are alive. Called by all threads.
+__device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Own &own) {
+  const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
+  const int first = thread >> own.log_parts, step = kTailThreads >> own.log_parts;
+  const int part = thread & ((1 << own.log_parts) - 1);
+  const uint32_t most = static_cast<uint32_t>(call.params.max_total_detections);
+  const float iou_threshold = call.params.iou_threshold;
+  // select
+  uint64_t low = own.least;
+  if (own.most_alive > kFew) {
+    Range range{own.least, own.low - 1};
+#pragma unroll 1
+    for (;;) {
+      const int bits = 64 - __clzll(static_cast<long long>(range.high - range.low));
+      const int shift = max(0, bits - 7);
+      uint32_t *spans = shared.spans[own.turn];
+#pragma unroll 1
+      for (int i = first, c = 0; i < own.count && part == 0; i += step, ++c) {
+        if (!(own.alive >> c & 1)) continue;
+        const uint64_t key = key_of(shared.infos[i]);
+        if (key >= range.low && key <= range.high) atomicAdd(&spans[(key - range.low) >> shift], 1u);
+      }
+      __syncthreads();
+      const uint4 four = reinterpret_cast<const uint4 *>(spans)[lane];
+      own.turn = own.turn == 2 ? 0 : own.turn + 1;
+      if (thread < kSpans) shared.spans[own.turn == 2 ? 0 : own.turn + 1][thread] = 0;
+      uint32_t sum = four.x + four.y + four.z + four.w;  // of this lane's spans and those above
+#pragma unroll
+      for (int offset = 1; offset < 32; offset <<= 1) {
+        const uint32_t other = __shfl_down_sync(0xffffffffu, sum, offset);
+        if (lane + offset < 32) sum += other;
+      }
+      // The lowest span from which on no more than kFew lie.
+      const uint32_t sums[4] = {sum, sum - four.x, sum - four.x - four.y, sum - four.x - four.y - four.z};
+      const int too_many = (sums[0] > kFew) + (sums[1] > kFew) + (sums[2] > kFew) + (sums[3] > kFew);
+      const int lanes = __popc(__ballot_sync(0xffffffffu, too_many == 4));
+      const int span = 4 * lanes + (lanes < 32 ? __shfl_sync(0xffffffffu, too_many, lanes & 31) : 0);
+      uint32_t size = 0;
+      if (span < kSpans) {
+        const uint32_t own_size = (span & 3) == 0   ? sums[0]
+                                  : (span & 3) == 1 ? sums[1]
+                                  : (span & 3) == 2 ? sums[2]
+                                                    : sums[3];
+        size = __shfl_sync(0xffffffffu, own_size, span / 4);
+      }
+      if (span == 0 || size > 0) {
+        low = range.low + (static_cast<uint64_t>(span) << shift);
+        break;
+      }
+      range.low += static_cast<uint64_t>(span - 1) << shift;
+      range.high = range.low + ((uint64_t{1} << shift) - 1);
+    }
+  } else {
+    __syncthreads();  // the last batch is no longer needed
+  }
+  const int cursor = own.batches % 3;
+#pragma unroll 1
+  for (int i = first, c = 0; i < own.count; i += step, ++c) {
+    if (!(own.alive >> c & 1)) continue;
+    const uint4 info = shared.infos[i];
+    if (key_of(info) < low) continue;
+    own.alive &= ~(1u << c);
+    if (part != 0) continue;
+    const uint32_t at = atomicAdd(&shared.cursors[cursor], 1u);
+    shared.batch[at] = info;
+    shared.batch_boxes[at] = shared.boxes[i];
+  }
+  __syncthreads();
+  const int size = static_cast<int>(shared.cursors[cursor]);
+  ++own.batches;
+  if (thread == 0) shared.cursors[own.batches % 3 == 2 ? 0 : own.batches % 3 + 1] = 0;
+  own.low = low;
+  own.most_alive -= static_cast<uint32_t>(size);
+  own.is_done = low == own.least;
+  if (thread < 2 * kCounted) shared.kept_of[thread / 2][thread % 2] = 0;
+  const int log_ranks = __ffs(cluster_size()) - 1;
+  auto class_of = [log_ranks](const uint4 &info) {
+    return min(static_cast<int>(info.z & kGroupBits) >> log_ranks, kCounted - 1);
+  };
+  // mark: eight threads a row
+  const int row = thread / 8;
+  if (row - lane / 8 < size) {  // any row of the warp
+    const float4 own_corners = shared.batch_boxes[row];
+    const uint4 own_info = shared.batch[row];
+    const Box box = box_from(own_corners);
+    const uint64_t own_key = row < size ? key_of(own_info) : ~0ull;
+    const float own_area = float_of(own_info.w);
+    uint32_t rivals[2] = {0, 0}, rank = 0;
+    auto look_at = [&](int column, uint32_t &word) {
+      const uint4 info = shared.batch[column];
+      const float4 corners = shared.batch_boxes[column];
+      const bool is_better = column < size && key_of(info) > own_key;
+      rank += is_better;
+      if (may_suppress(box_from(corners), float_of(info.w), box, own_area) && is_better &&
+          is_same_group(info, own_info) && is_suppressed(corners, own_corners, iou_threshold)) {
+        word |= 1u << (column & 31);
+      }
+    };
+#pragma unroll 4
+    for (int column = thread % 8; column < min(32, (size + 7) & ~7); column += 8) look_at(column, rivals[0]);
+#pragma unroll 4
+    for (int column = 32 + thread % 8; column < ((size + 7) & ~7); column += 8) look_at(column, rivals[1]);
+#pragma unroll
+    for (int offset = 1; offset < 8; offset <<= 1) {
+      rivals[0] |= __shfl_xor_sync(0xffffffffu, rivals[0], offset);
+      rivals[1] |= __shfl_xor_sync(0xffffffffu, rivals[1], offset);
+      rank += __shfl_xor_sync(0xffffffffu, rank, offset);
+    }
+    if (thread % 8 == 0) {
+      shared.rivals[row] = make_uint2(rivals[0], rivals[1]);
+      shared.rank[row] = rank;
+    }
+  }
+  __syncthreads();
+  // settle: each warp for itself, two candidates a lane
+  struct Two {
+    uint32_t low, high;
+  };
+  const bool is_low = lane < size, is_high = lane + 32 < size;
+  const uint2 low_rivals = shared.rivals[lane], high_rivals = shared.rivals[lane + 32];
+  bool low_open = is_low, high_open = is_high;
+  Two open{__ballot_sync(0xffffffffu, is_low), __ballot_sync(0xffffffffu, is_high)}, kept{0, 0};
+  auto is_hit = [](const uint2 &rivals, const Two &among) {
+    return ((rivals.x & among.low) | (rivals.y & among.high)) != 0;
+  };
+#pragma unroll 1
+  while ((open.low | open.high) != 0) {
+    const bool low_stays = low_open && !is_hit(low_rivals, open),
+               high_stays = high_open && !is_hit(high_rivals, open);
+    const Two stays{__ballot_sync(0xffffffffu, low_stays), __ballot_sync(0xffffffffu, high_stays)};
+    kept.low |= stays.low;
+    kept.high |= stays.high;
+    low_open = low_open && !low_stays && !is_hit(low_rivals, stays);
+    high_open = high_open && !high_stays && !is_hit(high_rivals, stays);
+    open = {__ballot_sync(0xffffffffu, low_open), __ballot_sync(0xffffffffu, high_open)};
+  }
+  const int num_kept = __popc(kept.low) + __popc(kept.high);
+  const bool low_found = (kept.low >> lane & 1) && (shared.batch[lane].z & kVisible);
+  const bool high_found = (kept.high >> lane & 1) && (shared.batch[lane + 32].z & kVisible);
+  const int num_found =
+      __popc(__ballot_sync(0xffffffffu, low_found)) + __popc(__ballot_sync(0xffffffffu, high_found));
+  if (warp_id() == 0) {  // the others go on
+    const uint32_t ranks[2] = {shared.rank[lane], shared.rank[lane + 32]};
+    const Two bits{
+        (low_found && ranks[0] < 32 ? 1u << ranks[0] : 0) | (high_found && ranks[1] < 32 ? 1u << ranks[1] : 0),
+        (low_found && ranks[0] >= 32 ? 1u << (ranks[0] & 31) : 0) |
+            (high_found && ranks[1] >= 32 ? 1u << (ranks[1] & 31) : 0)};
+    const Two by_rank{warp_or(bits.low), warp_or(bits.high)};
+#pragma unroll 1
+    for (int k = 0; k < 2; ++k) {
+      const int i = lane + 32 * k;
+      const uint32_t rank = k == 0 ? ranks[0] : ranks[1], below = (1u << (rank & 31)) - 1;
+      const bool is_kept = (k == 0 ? kept.low : kept.high) >> lane & 1,
+                 is_found = k == 0 ? low_found : high_found;
+      const uint4 info = shared.batch[i];
+      const uint32_t place = own.found + (rank < 32 ? __popc(by_rank.low & below)
+                                                    : __popc(by_rank.low) + __popc(by_rank.high & below));
+      if (is_found && place < most) {
+        shared.found[place] = info;
+        shared.found_boxes[place] = shared.batch_boxes[i];
+      }
+      if (is_kept) {
+        atomicAdd(&shared.held[class_of(info)], 1u);
+        atomicOr(&shared.kept_of[class_of(info)][k], 1u << lane);
+      }
+    }
+  }
+  own.found += static_cast<uint32_t>(num_found);
+  own.kept += static_cast<uint32_t>(num_kept);
+  // No class can pass its cap before all have kept as many; and none matters where enough were found by then.
+  const uint32_t cap = static_cast<uint32_t>(call.cap);
+  if (own.kept > cap && cap < most + (own.kept - own.found)) {
+    __syncthreads();
+    uint32_t largest = 0;
+    for (int i = 0; i < kCounted; ++i) largest = max(largest, shared.held[i]);
+    own.is_capped = largest > cap;
+  }
+  own.is_done |= own.is_capped || own.found >= most;
+  if (own.is_done) return;
+  __syncthreads();
+  // filter
+  const uint32_t own_share = own.log_parts == 0   ? ~0u
+                             : own.log_parts == 1 ? 0x55555555u << part
+                                                  : 0x11111111u << part;
+#pragma unroll 1
+  for (int start = 0, c = 0; start < own.count; start += step, ++c) {
+    bool is_dead = false;
+    if (own.alive >> c & 1) {
+      const float4 own_corners = shared.boxes[start + first];
+      const uint4 own_info = shared.infos[start + first];
+      const Box box = box_from(own_corners);
+      const float own_area = float_of(own_info.w);
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+        for (uint32_t rest = shared.kept_of[class_of(own_info)][half] & own_share; rest != 0;
+             rest &= rest - 1) {
+          const int k = 32 * half + __ffs(static_cast<int>(rest)) - 1;
+          const uint4 info = shared.batch[k];
+          const float4 corners = shared.batch_boxes[k];
+          const Verdict verdict = judge(box_from(corners), float_of(info.w), box, own_area);
+          is_dead |=
+              is_same_group(info, own_info) &&
+              (verdict.surely || (verdict.perhaps && is_suppressed(corners, own_corners, iou_threshold)));
+        }
+      }
+    }
+    unsigned dead = __ballot_sync(0xffffffffu, is_dead);
+    if (own.log_parts == 1)
+      dead = dead >> (lane & 30) & 3;
+    else if (own.log_parts == 2)
+      dead = dead >> (lane & 28) & 15;
+    else
+      dead = is_dead;
+    if (dead != 0) own.alive &= ~(1u << c);
+  }
+}
+
+// How many of a list, best first, are better than `key`.
+__device__ __forceinline__ uint32_t count_better(const uint64_t *list, uint32_t size, uint64_t key) {
+  uint32_t place = 0;
+#pragma unroll 1
+  while (place < size) {
+    const uint32_t middle = (place + size) / 2;
+    if (list[middle] > key)
+      place = middle + 1;
+    else
+      size = middle;
+  }
+  return place;
+}
+
+// Whether all detections were found and written. Called by all threads of all blocks; all get the same answer.
+template <typename T, int kConverter>
+__device__ __noinline__ bool settle_by_class(const Call &call, const Workspace &space, int image,
+                                             const Box &window, float share, ByClass &shared) {
+  const odtrt_postprocess_params &params = call.params;
+  const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
+  const int ranks = cluster_size(), rank = cluster_rank();
+
+  // What `find` handed on, and the bound from which on that is all there is.
+  const int own_slots = (call.num_slots - rank + ranks - 1) / ranks;
+#pragma unroll 1
+  for (int i = 2 * thread; i < own_slots * kSlot; i += 2 * kTailThreads) {
+    __pipeline_memcpy_async(&shared.slots[i], &space.gathered[(rank + i / kSlot * ranks) * kSlot + i % kSlot],
+                            16);
+  }
+  __pipeline_commit();
+  static_assert(kMaxSlots <= 2 * kTailThreads, "two each");
+  const int last_slot = call.num_slots - 1;
+  uint32_t bound = warp_max(max(__ldcg(space.slot_bounds + min(thread, last_slot)),
+                                __ldcg(space.slot_bounds + min(thread + kTailThreads, last_slot))));
+  if (lane == 0 && bound != 0) atomicMax(&shared.bound, bound);
+  __pipeline_wait_prior(0);
+  __syncthreads();
+  bound = shared.bound;
+  if (bound == kTooMany) {  // everywhere
+    cluster_wait();
+    return false;
+  }
+  const uint64_t least = max(uint64_t{1}, static_cast<uint64_t>(bound) << 32);
+  constexpr int kEach = 8;
+#pragma unroll 1
+  for (int start = thread; start - thread < own_slots * kSlot; start += kTailThreads * kEach) {
+    unsigned is_in = 0;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      const int i = start + k * kTailThreads;
+      if (i < own_slots * kSlot) is_in |= static_cast<unsigned>(shared.slots[i] >= least) << k;
+    }
+    uint32_t sum = static_cast<uint32_t>(__popc(is_in)), at = 0;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset <<= 1) {
+      const uint32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
+      if (lane >= offset) sum += other;
+    }
+    if (lane == 31 && sum != 0) at = atomicAdd(&shared.num_staged, sum);
+    at = __shfl_sync(0xffffffffu, at, 31) + sum - __popc(is_in);
+#pragma unroll 1
+    for (; is_in != 0; is_in &= is_in - 1) {
+      shared.staged[at++] = shared.slots[start + (__ffs(static_cast<int>(is_in)) - 1) * kTailThreads];
+    }
+  }
+  __syncthreads();
+  // Each candidate to the block that has its class, which has room for kSent of them in all from each block.
+  const int num_staged = static_cast<int>(shared.num_staged), room = kSent / ranks, log = __ffs(ranks) - 1;
+  bool is_waited_for = false;
+#pragma unroll 1
+  for (int i = thread; i - thread < num_staged; i += kTailThreads) {
+    Decoded candidate{};
+    if (i < num_staged) candidate = decode_candidate<T>(call, image, window, share, shared.staged[i]);
+    if (!is_waited_for) cluster_wait();  // the others are there
+    is_waited_for = true;
+    if (i >= num_staged) continue;
+    const int owner = static_cast<int>(candidate.info.z & kGroupBits) & (ranks - 1);
+    const int at = static_cast<int>(atomicAdd(&shared.to[owner], 1u));
+    if (at >= room) continue;
+    *in_block(&shared.sent_boxes[rank * room + at], owner) = candidate.box;
+    *in_block(&shared.sent_infos[rank * room + at], owner) = candidate.info;
+  }
+  if (!is_waited_for) cluster_wait();
+  __syncthreads();
+  if (thread < ranks) *in_block(&shared.from[rank], thread) = shared.to[thread];
+  __syncwarp();
+  sync_cluster();
+  // What a warp's block sent, to where it belongs among all.
+  bool is_too_many = false;
+  int count;
+  {
+    const int of_lane = lane < ranks ? static_cast<int>(shared.from[lane]) : 0;
+    count = static_cast<int>(warp_add(static_cast<uint32_t>(of_lane)));
+    is_too_many = __any_sync(0xffffffffu, of_lane > room) || count > kShare;
+    for (int r = warp_id(); r < ranks && !is_too_many; r += kTailThreads / 32) {
+      const int base = static_cast<int>(warp_add(static_cast<uint32_t>(lane < r ? of_lane : 0)));
+      const int size = __shfl_sync(0xffffffffu, of_lane, r);
+#pragma unroll 1
+      for (int i = lane; i < size; i += 32) {
+        shared.boxes[base + i] = shared.sent_boxes[r * room + i];
+        shared.infos[base + i] = shared.sent_infos[r * room + i];
+      }
+    }
+  }
+  __syncthreads();
+  Own own{};
+  own.count = is_too_many ? 0 : count;
+  own.log_parts = own.count <= kTailThreads / 4 ? 2 : own.count <= kTailThreads / 2 ? 1 : 0;
+  for (int i = thread >> own.log_parts, c = 0; i < own.count; i += kTailThreads >> own.log_parts, ++c)
+    own.alive |= 1u << c;
+  own.most_alive = static_cast<uint32_t>(own.count);
+  own.least = max(least, static_cast<uint64_t>(ordered(params.score_threshold)) << 32);
+  own.low = kConverter == ODTRT_IDENTITY ? ~0ull : (ordered(1.0f) + 1ull) << 32;
+  own.is_capped = is_too_many;
+  own.is_done = own.is_capped || own.count == 0;
+  const uint32_t most = static_cast<uint32_t>(params.max_total_detections);
+  uint32_t sent = 0, own_size, total, size_of_list;
+  // Each settles some, and tells all what it found and how far it has come, until enough are found that nobody can
+  // still find anything better than.
+#pragma unroll 1
+  for (int round = 0;; ++round) {
+#pragma unroll 1
+    for (int batch = 0; batch < kBatchesOfRound && !own.is_done; ++batch) settle_few(call, shared, own);
+    __syncthreads();
+    own_size = min(own.found, most);
+    for (uint32_t i = sent + (thread >> log); i < own_size; i += static_cast<uint32_t>(kTailThreads >> log)) {
+      *in_block(&shared.lists[rank][i], thread & (ranks - 1)) = key_of(shared.found[i]);
+    }
+    sent = own_size;
+    if (thread < ranks) {
+      Report report{own_size, own.is_capped, own.is_done ? 0 : own.low};
+      if (own.found >= most) report.frontier = key_of(shared.found[most - 1]);
+      *in_block(&shared.reports[round & 1][rank], thread) = report;
+    }
+    __syncwarp();
+    sync_cluster();
+    const Report report = lane < ranks ? shared.reports[round & 1][lane] : Report{0, 0, 0};
+    if (__any_sync(0xffffffffu, report.is_capped)) return false;
+    size_of_list = report.size;  // of this lane's
+    total = warp_add(size_of_list);
+    if (!__any_sync(0xffffffffu, report.frontier != 0)) break;
+    const uint64_t frontier = warp_max(report.frontier);
+    if (warp_add(lane < ranks ? count_better(shared.lists[lane], size_of_list, frontier - 1) : 0) >= most)
+      break;
+  }
+  if (bound != 0 && total < most) return false;
+  // A detection's place: how many are better in all lists. A lane a list.
+  const uint32_t list_size = __shfl_sync(0xffffffffu, size_of_list, lane % kMostRanks);
+  for (uint32_t start = 0; start < own_size; start += kTailThreads / kMostRanks) {
+    const uint32_t item = start + static_cast<uint32_t>(thread / kMostRanks);
+    if (__all_sync(0xffffffffu, item >= own_size)) break;
+    const uint4 info = shared.found[min(item, own_size - 1)];
+    const uint64_t key = key_of(info);
+    uint32_t place = count_better(shared.lists[lane % kMostRanks], list_size, key);
+#pragma unroll
+    for (int offset = 1; offset < kMostRanks; offset <<= 1)
+      place += __shfl_xor_sync(0xffffffffu, place, offset);
+    if (lane % kMostRanks == 0 && item < own_size && place < most) {
+      const int label = static_cast<int>(info.z & kGroupBits);
+      const Pair pair{static_cast<int32_t>(place_of(key)) - label * params.num_anchors, label};
+      const Box box =
+          info.z & kIsDecoded ? box_from(shared.found_boxes[item]) : box_of<T>(call, image, pair.anchor);
+      write_detection(call, image, static_cast<int>(place), box, window, key, pair);
+    }
+    if (__all_sync(0xffffffffu, place >= most)) break;  // what follows is worse
+  }
+  if (rank == 0) write_padding(call, image, static_cast<int>(min(total, most)));
+  return true;
+}
+
+}  // namespace
+}  // namespace odtrt
