@@ -3,8 +3,9 @@
     python plugins/bench/resources.py      writes results/nms_resources.json; needs nvcc, no GPU
 
 ``what: kernel``: registers, static shared memory, stack and spills of each kernel, as ptxas reports them
-for sm_87; shared memory that a launch asks for comes on top. A kernel that exists for several types has
-one row for each: input type, score converter.
+for sm_87, and for sm_90 of those that need clusters of blocks; shared memory that a launch asks for comes on
+top. A kernel that exists for several types has one row for each: input type, score converter, and for `find`
+whether an anchor's pairs are looked at one by one.
 
 ``what: roofline``: logits bytes of one image over the board's memory bandwidth. An ESTIMATE and a lower
 bound: no kernel was run on a Jetson. Bandwidths are NVIDIA's data sheet figures, which no program
@@ -28,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 KERNELS = ROOT / "plugins" / "kernels"
 SOURCES = ("postprocess.cu", "nms.cu", "preprocess.cu")
-ARCHITECTURE = "sm_87"
+ARCHITECTURE, WITH_CLUSTERS = "sm_87", "sm_90"
+NEED_CLUSTERS = ("find", "settle")
 CONVERTERS = ("sigmoid", "softmax", "identity")  # odtrt_score_converter
 BOARDS = {"Orin AGX": 204.8, "Orin NX": 102.4, "Orin Nano 8GB": 68.0}  # GB/s, memory
 NETWORKS = {
@@ -48,7 +50,11 @@ def main() -> None:
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         sys.exit("nvcc not found: install the CUDA toolkit, or add its bin folder to PATH")
-    rows = [*(row for source in SOURCES for row in kernels(nvcc, source)), *roofline()]
+    rows = [
+        *(row for source in SOURCES for row in kernels(nvcc, source, ARCHITECTURE)),
+        *kernels(nvcc, "postprocess.cu", WITH_CLUSTERS),
+        *roofline(),
+    ]
     write_results(
         ROOT / "results" / "nms_resources.json",
         "nms_resources",
@@ -57,25 +63,27 @@ def main() -> None:
     )
 
 
-def kernels(nvcc: str, source: str) -> Iterator[dict[str, Any]]:
+def kernels(nvcc: str, source: str, architecture: str) -> Iterator[dict[str, Any]]:
     release = re.search(r"release (\S+),", answer(nvcc, "--version"))
     compiler = f"nvcc {release.group(1)}" if release else "nvcc"
     with tempfile.TemporaryDirectory() as folder:
         report = answer(
-            nvcc, f"-arch={ARCHITECTURE}", "-std=c++17", "-O3", "-Xptxas", "-v", "-c", str(KERNELS / source),
+            nvcc, f"-arch={architecture}", "-std=c++17", "-O3", "-Xptxas", "-v", "-c", str(KERNELS / source),
             "-o", f"{folder}/kernels.o",
         )  # fmt: skip
     entries = re.split(r"Compiling entry function '", report)[1:]
     if not entries:
         sys.exit(f"{source}: ptxas names no kernel:\n{report}")
     for entry in sorted(entries):
-        yield {
-            "what": "kernel",
-            "source": source,
-            **figures(entry),
-            "architecture": ARCHITECTURE,
-            "compiler": compiler,
-        }
+        found = figures(entry)
+        if (found["kernel"] in NEED_CLUSTERS) == (architecture == WITH_CLUSTERS):
+            yield {
+                "what": "kernel",
+                "source": source,
+                **found,
+                "architecture": architecture,
+                "compiler": compiler,
+            }
 
 
 def figures(entry: str) -> dict[str, Any]:
@@ -107,6 +115,10 @@ def readable(mangled: str) -> tuple[str, str]:
     words = [DTYPE_NAMES.get(argument, argument) for argument in arguments]
     if len(words) > 1 and words[1].strip("(int)").isdigit():  # <type, converter, ...>
         words[1] = CONVERTERS[int(words[1].strip("(int)"))]
+    words = [
+        {"true": "pair by pair", "false": "by anchors"}.get(word.removeprefix("(bool)"), word)
+        for word in words
+    ]
     return found.group(1), ", ".join(words)
 
 
