@@ -329,6 +329,7 @@ TABLES |= {
             Column("source", "source"),
             Column("kernel", "kernel"),
             Column("for", "variant"),
+            Column("compiled for", "architecture"),
             Column("registers", "registers"),
             Column("static shared memory, bytes", "shared_bytes", ","),
             Column("stack, bytes", "stack_bytes"),
@@ -336,7 +337,7 @@ TABLES |= {
             Column("compiler", "compiler"),
         ),
         only={"what": ("kernel",)},
-        made="Compiled for sm_87",
+        made="Compiled",
         names_packages=False,
     ),
     "engine_cpu": Table(
