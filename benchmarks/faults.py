@@ -999,6 +999,7 @@ MISMATCHES = (
         _HRTX,
     ),
     Mismatch("older driver", "ok", False, {"machine": dataclasses.replace(A100, cuda="13.0")}),
+    Mismatch("other TF32 override", "rebuild", True, _RTX_PLAN, {**_RTX_HERE, "tf32_override": "0"}, _HRTX),
     Mismatch("plugin missing", "refuse", False, {"plugin": PLUGIN}),
     Mismatch(
         "plugin of another ABI",

@@ -17,6 +17,7 @@ Sources of the rules, as the rows name them:
   it on another").
 * NI: NvInfer.h of TensorRT 11, HardwareCompatibilityLevel.
 * RTX: docs.nvidia.com, TensorRT-RTX, "Engine Compatibility" and "CPU-Only AOT and TensorRT-RTX Engines".
+* H200: seen with TensorRT-RTX 1.4.0.76 on an H200 (benchmarks/engine_gpu.py).
 * odtrt: our own caution.
 """
 
@@ -44,6 +45,9 @@ from odtrt_lib.folder import atomic_write, sha256
 from odtrt_lib.passport import FLAVOURS, Machine, Passport, PluginIdentity
 
 LOCK, STATUS, OUTPUT = ".rebuild.lock", ".rebuild.json", ".rebuild.log"
+
+# Of best_plan at a folder in which plans are being replaced; three were once not enough.
+_MOST_LOOKS = 20
 
 
 class Action(str, enum.Enum):
@@ -79,12 +83,17 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Here:
-    """Where a plan is to run. flavour, version: of the installed TensorRT, None where there is none."""
+    """Where a plan is to run.
+
+    flavour, version: of the installed TensorRT, None where there is none. tf32_override: what the environment
+    variable NVIDIA_TF32_OVERRIDE is, None where it is not set.
+    """
 
     machine: Machine
     flavour: Optional[str]
     version: Optional[str]
     plugin: Optional[PluginIdentity] = None
+    tf32_override: Optional[str] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +237,11 @@ class Case:
         return capability in targets or ("default" in targets and _numbers(capability) >= (8, 0))
 
     @property
+    def tf32_override(self) -> Optional[str]:
+        """What NVIDIA_TF32_OVERRIDE was at the build."""
+        return self.passport.settings.get("tf32_override")
+
+    @property
     def driver_is_older(self) -> bool:
         built, here = self.passport.machine.cuda, self.here.machine.cuda
         return built is not None and here is not None and _numbers(here) < _numbers(built)
@@ -256,6 +270,8 @@ class Case:
             "targets": ", ".join(plan.compute_capabilities).replace("default", "8.0 and newer"),
             "built_cuda": built.cuda,
             "cuda": here.cuda,
+            "built_tf32": self.tf32_override or "not set",
+            "tf32": self.here.tf32_override or "not set",
             "plugin": plan.plugin.file if plan.plugin else None,
             "built_abi": plan.plugin.abi if plan.plugin else None,
             "abi": self.here.plugin.abi if self.here.plugin else None,
@@ -575,6 +591,14 @@ POLICY: Tuple[Rule, ...] = (
         "RTX",
         lambda case: case.driver_is_older,
     ),
+    Rule(
+        "other TF32 override",
+        "the environment variable NVIDIA_TF32_OVERRIDE is not what it was at the build (TensorRT-RTX)",
+        _REBUILD,
+        "NVIDIA_TF32_OVERRIDE was {built_tf32} at the build and is {tf32} here: TensorRT-RTX refuses the plan",
+        "H200",
+        lambda case: case.is_rtx and case.tf32_override != case.here.tf32_override,
+    ),
     # The plugin.
     Rule(
         "plugin missing",
@@ -622,7 +646,8 @@ def here(plugin: Union[str, Path, None] = None) -> Here:
 
     flavour, version = next(iter(engine.available_runtimes()), (None, None))
     identity = None if plugin is None else passports.plugin_identity(plugin)
-    return Here(passports.this_machine(), flavour, version, identity)
+    override = os.environ.get(engine.TF32_OVERRIDE)
+    return Here(passports.this_machine(), flavour, version, identity, override)
 
 
 def check(folder: Union[str, Path], passport: Passport, here: Here) -> Verdict:
@@ -642,7 +667,7 @@ def best_plan(
     """
     folder = Path(folder)
     quick = tuple(rule for rule in POLICY if not rule.reads_plan)
-    for _ in range(3):
+    for _ in range(_MOST_LOOKS):
         found = passports.passports(folder)
         for one in found:
             case = Case(folder, one, here)

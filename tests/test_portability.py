@@ -120,6 +120,13 @@ def test_every_place_meets_one_row_about_the_library_and_one_about_the_gpu(folde
                 assert len(names) == 1, (group, names, changes, place, library)
 
 
+def test_what_the_environment_says_about_tf32_belongs_to_the_place(monkeypatch):
+    monkeypatch.setenv(engine.TF32_OVERRIDE, "0")
+    assert portability.here().tf32_override == "0"
+    monkeypatch.delenv(engine.TF32_OVERRIDE)
+    assert portability.here().tf32_override is None
+
+
 def test_the_reasons_name_what_was_found_and_the_gravest_comes_first(folder):
     one = install(folder)
     place = Here(faults.RTX_4090, "tensorrt", "10.13.3")
