@@ -5,8 +5,8 @@
 tests/test_gpu.py first: the numpy reference and the CPU library, bit for bit. Then NVIDIA's compute-sanitizer
 around a choice of its cases. With DRIVE (built from plugins/tensorrt/drive), PLUGIN (libodtrt_tensorrt.so)
 and CASES (the folder that scripts/plugin_cases.py writes): the plugin through its own interface, in a stream
-and in a captured CUDA graph, alone and under every tool of compute-sanitizer. The sanitizer runs at the
-same time as the tests, so their seconds say little.
+and in a captured CUDA graph, alone and under every tool of compute-sanitizer. Each result is written as it comes: a run
+that is cut off has what it did.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,6 @@ def sanitize(tool: str, name: str, command: list[str]) -> dict[str, Any]:
         "agrees": "calls agree" in answer.stdout or "all checks passed" in answer.stdout,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    print(row, flush=True)
     if row["problems"] or not row["agrees"]:
         print(answer.stdout[-3000:], answer.stderr[-1000:])
     return row
@@ -70,21 +68,19 @@ def sanitize(tool: str, name: str, command: list[str]) -> dict[str, Any]:
 def main() -> None:
     if sys.argv[1:2] == ["few"]:
         return few(int(sys.argv[2]))
-    pool = ThreadPoolExecutor(6)
-    choice = "a choice of the cases above"
-    sanitized = [
-        pool.submit(sanitize, tool, choice, [sys.executable, __file__, "few", largest])
-        for tool, largest in (("racecheck", "12000"), ("memcheck", "25000"))
-    ]
-    drive, plugin, cases = sys.argv[1:] if len(sys.argv) == 4 else ("", "", "")
-    paths = sorted(Path(cases).glob("*.case")) if cases else []
-    driven = {
-        path: [
-            pool.submit(sanitize, tool, f"plugin, {path.stem}", [drive, plugin, str(path)]) for tool in TOOLS
-        ]
-        for path in paths
-    }
     rows: list[dict[str, Any]] = []
+    gpu = torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(row, flush=True)
+        write_results(
+            ROOT / "results" / f"nms_checks.{gpu}.json",
+            "nms_checks",
+            "python plugins/bench/check_gpu.py DRIVE PLUGIN CASES",
+            rows,
+        )
+
     for name, check in vars(test_gpu).copy().items():
         if not name.startswith("test_"):
             continue
@@ -94,37 +90,33 @@ def main() -> None:
             failure = ""
         except AssertionError as error:
             failure = str(error)[:500]
-        rows.append(
+        calls = {"calls": sum(1 for _ in nms_cases.all_cases())} if not rows else {}
+        add(
             {
                 "check": "tests/test_gpu.py",
                 "case": name.removeprefix("test_").replace("_", " "),
                 "agrees": not failure,
                 "failure": failure,
                 "seconds": round(time.perf_counter() - started, 1),
+                **calls,
             }
         )
-        print(rows[-1], flush=True)
-    rows[0]["calls"] = sum(1 for _ in nms_cases.all_cases())
-    rows += [future.result() for future in sanitized]
-    for path in paths:
-        answer = subprocess.run([drive, plugin, str(path)], capture_output=True, text=True).stdout
-        rows.append(
-            {
-                "check": "the plugin through its interface, in a stream and in a CUDA graph",
-                "case": path.stem,
-                "agrees": "all checks passed" in answer,
-                "checks": answer.count("ok  "),
-            }
-        )
-        print(rows[-1], flush=True)
-        rows += [future.result() for future in driven[path]]
-    name = torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
-    write_results(
-        ROOT / "results" / f"nms_checks.{name}.json",
-        "nms_checks",
-        "python plugins/bench/check_gpu.py DRIVE PLUGIN CASES",
-        rows,
-    )
+    if len(sys.argv) == 4:
+        drive, plugin, cases = sys.argv[1:]
+        for case in sorted(Path(cases).glob("*.case")):
+            answer = subprocess.run([drive, plugin, str(case)], capture_output=True, text=True).stdout
+            add(
+                {
+                    "check": "the plugin through its interface, in a stream and in a CUDA graph",
+                    "case": case.stem,
+                    "agrees": "all checks passed" in answer,
+                    "checks": answer.count("ok  "),
+                }
+            )
+            for tool in TOOLS:
+                add(sanitize(tool, f"plugin, {case.stem}", [drive, plugin, str(case)]))
+    for tool, largest in (("memcheck", 25_000), ("racecheck", 12_000)):
+        add(sanitize(tool, "a choice of the cases above", [sys.executable, __file__, "few", str(largest)]))
     sys.exit(not all(row["agrees"] and not row.get("problems") for row in rows))
 
 
