@@ -11,11 +11,12 @@ everything that the outputs depend on:
 * ``code``: the notebook's code cells, in order. Prose may be edited freely.
 * ``library``: the modules of odtrt_lib that the notebook imports, and those that they import. An edit in
   another module leaves the notebook fresh, and so does an edit of comments, docstrings or blank lines.
-* ``data``: the files below ``models/parts`` that an export reads, where the notebook names that folder.
+* ``data``: the files below ``models/parts`` that an export reads, where the notebook names that folder, and
+  the measurements ``results/*.json`` that it names.
 
-A notebook is run in a fresh folder that shows it the library and the models and nothing else, so no
-output depends on what an earlier run left behind. Recording fails where an output holds an absolute path,
-the host's name or anything on stderr, and then leaves the notebook as it was.
+A notebook is run in a fresh folder that shows it the library, the models, the measurements and nothing
+else, so no output depends on what an earlier run left behind. Recording fails where an output holds an
+absolute path, the host's name or anything on stderr, and then leaves the notebook as it was.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ _PACKAGES = {
     "onnxruntime": "ONNX Runtime",
     "tensorrt-rtx-cu13": "TensorRT-RTX",
 }
+_RESULTS = re.compile(r"results/[\w.-]+\.json")
 _MODEL_FILES = ("pipeline.config", "label_map.pbtxt", "checkpoint/*")
 # What TensorFlow's C++ side writes to file descriptor 2 whatever its log level; the rest of stderr counts.
 _TENSORFLOW_LOG = re.compile(
@@ -107,11 +109,15 @@ def essential(path: Path) -> str:
 
 
 def data_sha256(notebook: Any, root: Path) -> str:
-    """The hash of the shipped model's files if a code cell names them, else an empty string."""
-    if not any("models/parts" in cell.source for cell in notebook.cells if cell.cell_type == "code"):
+    """The hash of the model's files and the measurements that code cells name; empty where they name none."""
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    files = [root / name for name in sorted(set(_RESULTS.findall(code)))]
+    if "models/parts" in code:
+        parts = root / "models" / "parts"
+        files = sorted(path for pattern in _MODEL_FILES for path in parts.glob(pattern)) + files
+    files = [path for path in files if path.is_file()]
+    if not files:
         return ""
-    parts = root / "models" / "parts"
-    files = sorted(path for pattern in _MODEL_FILES for path in parts.glob(pattern) if path.is_file())
     return _sha256("".join(f"{path.name}:{_sha256(path.read_bytes())}" for path in files).encode())
 
 
@@ -133,7 +139,7 @@ def problems(path: Path, root: Path) -> list[str]:
     changed = {
         "code": "a code cell was edited",
         "library": "a module of odtrt_lib that it uses was edited",
-        "data": "the shipped model is another one",
+        "data": "the shipped model or a measurement that it shows is another one",
     }
     found = hashes(notebook, root)
     return [
@@ -154,7 +160,7 @@ def run(notebook: Any, root: Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         stage = Path(folder)
         (stage / "notebooks").mkdir()
-        for name in ("odtrt_lib", "models"):
+        for name in ("odtrt_lib", "models", "results"):
             (stage / name).symlink_to(root / name, target_is_directory=True)
         environment = {**os.environ, "PYTHONPATH": str(stage), "PYTHONDONTWRITEBYTECODE": "1"}
         client = NotebookClient(

@@ -467,6 +467,19 @@ def test_another_model_makes_it_stale(copied: Path):
     assert "model" in record_notebooks.problems(copied, copied.parents[1])[0]
 
 
+def test_another_measurement_makes_a_notebook_stale_that_shows_it(tmp_path: Path):
+    path = small_notebook(tmp_path, "import odtrt_lib\nprint(open('../results/x.cpu.json').read())")
+    (tmp_path / "results").mkdir()
+    for name in ("x", "y"):
+        (tmp_path / "results" / f"{name}.cpu.json").write_text("1")
+    record_notebooks.record(path, tmp_path)
+    assert read(path).cells[0].outputs[0].text == "1\n"
+    (tmp_path / "results" / "y.cpu.json").write_text("2")
+    assert record_notebooks.problems(path, tmp_path) == []
+    (tmp_path / "results" / "x.cpu.json").write_text("2")
+    assert "measurement" in record_notebooks.problems(path, tmp_path)[0]
+
+
 def test_a_notebook_that_was_never_recorded_is_stale(copied: Path):
     notebook = read(copied)
     del notebook.metadata["odtrt"]
