@@ -31,7 +31,7 @@ def nms_gpu(results: Path) -> str:
     sizes = sorted({row["anchors"] for row in rows})
     times = [row["graph_p50_us"] for row in rows if "graph_p50_us" in row]
     times += [row["p50_us"] for row in rows] + [row["floor_us"] for row in rows if "floor_us" in row]
-    scale = Scale(min(times), max(times))
+    scale = Scale(times)
     height = TOP + LINE * len(sizes) + 44
     text = (
         f"Microseconds for one image of 90 classes on {measured['device'].get('gpu', 'a GPU')}, "
@@ -117,6 +117,81 @@ def engine_memory(results: Path) -> str:
     return "\n".join([*parts, "</svg></div>"]) + "\n"
 
 
+ARITHMETIC = {"FP32": "c", "TF32": "b", "FP16": "a"}  # arithmetic -> CSS class of its dot
+
+
+def engine_gpu(results: Path) -> str:
+    """Latency of one image, and the load without and with kept kernels, by model and arithmetic."""
+    path = results / "engine.h200.json"
+    if not path.is_file():
+        return f"<p><em>Not measured yet: <code>results/{path.name}</code> does not exist.</em></p>\n"
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    rows = {(row["model"], row["arithmetic"]): row for row in measured["rows"] if "error" not in row}
+    models = list(dict.fromkeys(model for model, _ in rows))
+    left, gap, top, step, block = 84, 84, 100, 18, 88
+    middle = (left + WIDTH - RIGHT) // 2
+    latency = Scale([row["p50_ms"] for row in rows.values()], left, middle - gap // 2)
+    loads = [row[f"load_{name}_seconds"] for row in rows.values() for name in ("warm", "cold")]
+    load = Scale(loads, middle + gap // 2, WIDTH - RIGHT)
+    bottom = top + block * len(models) - 24
+    text = (
+        f"{', '.join(models)} on {measured['device'].get('gpu', 'a GPU')}, each in "
+        f"{', '.join(ARITHMETIC)} as far as measured: milliseconds of the network for one image, and seconds "
+        "to load the plan the first time and again. The tables have the figures."
+    )
+    parts = [
+        *figure("engine-gpu", bottom + 40, "Plans on a GPU by model and arithmetic", text),
+        *arithmetic_legend(),
+        f'<text class="ink" x="{latency.left}" y="{top - 42}">one image, ms</text>',
+        f'<text class="ink" x="{load.left}" y="{top - 42}">load, s: again (ring), first (dot)</text>',
+        *latency.grid(top - 32, bottom),
+        *load.grid(top - 32, bottom),
+        f'<text class="soft" x="{middle}" y="{bottom + 36}" text-anchor="middle">'
+        "both axes logarithmic</text>",
+    ]
+    for number, model in enumerate(models):
+        y = top + block * number
+        parts.append(f'<text class="ink halo" x="24" y="{y - 14}">{escape(model)}</text>')
+        for place, (name, mark) in enumerate(ARITHMETIC.items()):
+            found = rows.get((model, name))
+            parts += plan_line(found, name, mark, y + step * place, latency, load)
+    return "\n".join([*parts, "</svg></div>"]) + "\n"
+
+
+def plan_line(row: Row | None, name: str, mark: str, y: float, latency: Scale, load: Scale) -> list[str]:
+    """One model in one arithmetic: a dot at its latency; a ring and a dot at the loads, again and first."""
+    parts = [f'<text class="soft" x="{latency.left - 12}" y="{y + 4}" text-anchor="end">{name}</text>']
+    if row is None:
+        return [*parts, f'<text class="soft halo" x="{latency.left + 6}" y="{y + 4}">not measured</text>']
+    x, again, first = (
+        latency.at(row["p50_ms"]),
+        *(load.at(row[f"load_{name}_seconds"]) for name in ("warm", "cold")),
+    )
+    what = f"{escape(row['model'])}, {name}"
+    return [
+        *parts,
+        f'<circle class="dot {mark}" cx="{x}" cy="{y}" r="6">'
+        f"<title>{what}: {row['p50_ms']:.2f} ms</title></circle>",
+        f'<text class="soft halo" x="{x + 11}" y="{y + 4}">{row["p50_ms"]:.2f}</text>',
+        f'<path class="span" d="M{again} {y} H{first}"/>',
+        f'<circle class="dot ring {mark}" cx="{again}" cy="{y}" r="5"/>',
+        f'<circle class="dot {mark}" cx="{first}" cy="{y}" r="6"><title>{what}: loaded first in '
+        f"{row['load_cold_seconds']:.1f} s, again in {row['load_warm_seconds']:.1f} s</title></circle>",
+        f'<text class="soft halo" x="{again - 10}" y="{y + 4}" text-anchor="end">'
+        f"{row['load_warm_seconds']:.1f}</text>",
+        f'<text class="soft halo" x="{first + 11}" y="{y + 4}">{row["load_cold_seconds"]:.1f}</text>',
+    ]
+
+
+def arithmetic_legend() -> list[str]:
+    parts, x = [], 30
+    for name, mark in ARITHMETIC.items():
+        parts.append(f'<circle class="dot {mark}" cx="{x}" cy="18" r="6"/>')
+        parts.append(f'<text class="ink" x="{x + 14}" y="23">{name}</text>')
+        x += 80
+    return parts
+
+
 # What check() asks, in order, and the rules of odtrt_lib.portability.POLICY that say no.
 QUESTIONS = (
     (
@@ -139,7 +214,7 @@ QUESTIONS = (
         ("Same library version, or a newer one and version-compatible?", "8 to 10, 10 to 11, within a major"),
         (
             *("no library", "other flavour", "other version, RTX", "older library"),
-            *("newer minor", "newer major"),
+            *("newer minor", "newer major", "other TF32 override"),
         ),
     ),
     (
@@ -210,12 +285,13 @@ def figure(name: str, height: int, title: str, text: str) -> list[str]:
 class Scale:
     """A logarithmic axis over whole decades."""
 
-    def __init__(self, least: float, most: float) -> None:
-        self.first, self.last = math.floor(math.log10(least)), math.ceil(math.log10(most))
+    def __init__(self, values: Sequence[float], left: float = LEFT, right: float = WIDTH - RIGHT) -> None:
+        self.first, self.last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+        self.left, self.right = left, right
 
     def at(self, value: float) -> float:
         share = (math.log10(value) - self.first) / (self.last - self.first)
-        return round(LEFT + share * (WIDTH - RIGHT - LEFT), 1)
+        return round(self.left + share * (self.right - self.left), 1)
 
     def grid(self, top: float, bottom: float) -> list[str]:
         parts = []

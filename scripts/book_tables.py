@@ -31,7 +31,8 @@ Row = dict[str, Any]
 class Column:
     """A column: its heading, the row's key, and how a figure is written (a format such as ``.3f``).
 
-    is_optional: rows that lack the key show a dash.
+    is_optional: rows that lack the key show a dash; where all lack it, there is no such column. until: text
+    ends before these characters.
     """
 
     heading: str
@@ -39,6 +40,7 @@ class Column:
     form: str = ""
     divisor: float = 1
     is_optional: bool = False
+    until: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Table:
     """One generated file.
 
     claim: the measurement whose rows are shown, where a topic's file has several. only: key -> the values
-    that a shown row has there. made: how the figures came about. names_packages: do these matter?
+    that a shown row has there. made: how the figures came about. names_packages: do these matter? library:
+    the one whose version the rows have under ``version``.
     """
 
     results: str
@@ -55,6 +58,7 @@ class Table:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     made: str = "Measured"
     names_packages: bool = True
+    library: str = ""
 
 
 TABLES = {
@@ -174,6 +178,15 @@ _DEVICE_TIMES = (
     Column("in a CUDA graph, µs", "graph_p50_us", ".1f", is_optional=True),
     Column("from a stream, µs", "p50_us", ".1f"),
     Column("99th percentile, µs", "p99_us", ".1f"),
+)
+_MODEL_AND_ARITHMETIC = (Column("model", "model"), Column("multiplies in", "arithmetic"))
+_BACKEND = (
+    Column("model", "model"),
+    Column("form", "form", is_optional=True),
+    Column("backend", "description", is_optional=True, until=", plan"),
+    Column("precision", "precision", is_optional=True),
+    Column("multiplies in", "arithmetic", is_optional=True),
+    Column("batch", "batch", is_optional=True),
 )
 _ONE_IMAGE = {"what": ("postprocess",), "batch": (1,), "dtype": ("float32",)}
 
@@ -384,33 +397,106 @@ TABLES |= {
     "engine_gpu": Table(
         "engine.h200.json",
         (
-            Column("model", "model"),
-            Column("plan", "precision"),
-            Column("multiplies in", "arithmetic"),
-            Column("build, s", "build_cold_seconds", ".1f"),
-            Column("again, s", "build_warm_seconds", ".1f"),
-            Column("host memory, MiB", "peak_rss_mb", ",.0f"),
-            Column("GPU memory, MiB", "peak_gpu_mb", ",.0f", is_optional=True),
-            Column("first load, s", "load_cold_seconds", ".1f"),
-            Column("with kept kernels, s", "load_warm_seconds", ".1f"),
-            Column("network, median, ms", "p50_ms", ".2f"),
-            Column("99th percentile, ms", "p99_ms", ".2f"),
-            Column("error of boxes", "boxes_relative_err", ".0e"),
-            Column("of classes", "logits_relative_err", ".0e"),
+            *_MODEL_AND_ARITHMETIC,
+            Column("weights", "weights", is_optional=True),
+            Column("median, ms", "p50_ms", ".2f", is_optional=True),
+            Column("99th percentile, ms", "p99_ms", ".2f", is_optional=True),
+            Column("error of boxes", "boxes_relative_err", ".1e", is_optional=True),
+            Column("of classes", "logits_relative_err", ".1e", is_optional=True),
+            Column("ONNX Runtime's in FP16: boxes", "half_boxes_relative_err", ".1e", is_optional=True),
+            Column("classes", "half_logits_relative_err", ".1e", is_optional=True),
+            Column("within the limits", "passed"),
         ),
+        names_packages=False,
+        library="TensorRT-RTX",
+    ),
+    "engine_gpu_memory": Table(
+        "engine.h200.json",
+        (
+            *_MODEL_AND_ARITHMETIC,
+            Column("host memory of the build", "peak_rss_mb", ",.0f", is_optional=True),
+            Column("GPU memory of the build", "peak_gpu_mb", ",.0f", is_optional=True),
+            Column("host memory of loading", "load_peak_rss_mb", ",.0f", is_optional=True),
+            Column("GPU memory of the loaded plan", "device_memory_mb", ",.0f", is_optional=True),
+            Column("not given back by closing it", "device_memory_left_mb", ",.0f", is_optional=True),
+        ),
+        names_packages=False,
+        library="TensorRT-RTX",
+    ),
+    "engine_gpu_times": Table(
+        "engine.h200.json",
+        (
+            *_MODEL_AND_ARITHMETIC,
+            Column("build, s", "build_cold_seconds", ".1f", is_optional=True),
+            Column("built again, s", "build_warm_seconds", ".1f", is_optional=True),
+            Column("first load, s", "load_cold_seconds", ".1f", is_optional=True),
+            Column("loaded again, s", "load_warm_seconds", ".1f", is_optional=True),
+            Column("kept kernels, MB", "kernels_mb", ".1f", is_optional=True),
+        ),
+        names_packages=False,
+        library="TensorRT-RTX",
+    ),
+    "engine_gpu_detections": Table(
+        "engine.h200.json",
+        (
+            *_MODEL_AND_ARITHMETIC,
+            Column("weights", "weights", is_optional=True),
+            Column("post-processing", "postprocessing", is_optional=True, until=","),
+            Column("same bits as the CPU's", "postprocessing_is_exact", is_optional=True),
+            Column("ONNX Runtime's detections", "detections", ",", is_optional=True),
+            Column("found again", "matched", ",", is_optional=True),
+            Column("cut off", "at_threshold", ",", is_optional=True),
+            Column("missing", "missing", is_optional=True),
+            Column("extra", "extra", is_optional=True),
+            Column("largest score difference", "max_score_difference", ".0e", is_optional=True),
+        ),
+        names_packages=False,
+        library="TensorRT-RTX",
     ),
     "backends_gpu": Table(
         "backends.h200.json",
         (
-            Column("model", "model"),
-            Column("backend", "description", is_optional=True),
-            Column("multiplies in", "arithmetic", is_optional=True),
-            Column("image to detections, median, ms", "detect_p50_us", ".2f", 1000, is_optional=True),
+            *_BACKEND,
+            Column("median, ms", "detect_p50_us", ".2f", 1000, is_optional=True),
             Column("99th percentile, ms", "detect_p99_us", ".2f", 1000, is_optional=True),
+            Column("of eight together, ms", "detect8_p50_us", ".2f", 1000, is_optional=True),
+            Column("of eight submitted, ms", "submit8_p50_us", ".2f", 1000, is_optional=True),
             Column("network alone, ms", "network_p50_us", ".2f", 1000, is_optional=True),
+        ),
+        names_packages=False,
+    ),
+    "backends_gpu_start": Table(
+        "backends.h200.json",
+        (
+            *_BACKEND,
+            Column("plan, MiB", "plan_mb", ".1f", is_optional=True),
+            Column("opened first, s", "first_start_open_seconds", ".2f", is_optional=True),
+            Column("opened again, s", "second_start_open_seconds", ".2f", is_optional=True),
+            Column("first detections then, ms", "second_start_first_detect_seconds", ".1f", 1e-3, True),
+            Column("GPU memory, MiB", "device_memory_mb", ",.0f", is_optional=True),
+        ),
+        only={"backend": ("tensorrt", "tensorrt_rtx")},
+        names_packages=False,
+    ),
+    "backends_gpu_agreement": Table(
+        "backends.h200.json",
+        (
+            *_BACKEND,
+            Column("images", "images", is_optional=True),
             Column("ONNX Runtime's detections", "references", ",", is_optional=True),
             Column("found again", "matched", ",", is_optional=True),
+            Column("missing", "missing", is_optional=True),
+            Column("extra", "extra", is_optional=True),
+            Column("score 0.3 and more", "sure_references", ",", is_optional=True),
+            Column("of these missing", "sure_missing", is_optional=True),
+            Column("extra of that score", "sure_extra", is_optional=True),
+            Column("largest score difference", "max_score_difference", ".3f", is_optional=True),
+            Column("allowed", "score_tolerance", "g", is_optional=True),
+            Column("least IoU", "min_iou", ".3f", is_optional=True),
+            Column("allowed", "iou", "g", is_optional=True),
         ),
+        only={"backend": ("tensorrt", "tensorrt_rtx")},
+        names_packages=False,
     ),
     "faults": Table(
         "faults.json",
@@ -462,6 +548,8 @@ def generated(root: Path) -> dict[str, str]:
     parts["portability_policy.md"] = policy()
     parts["faults_total.md"] = faults(root / "results" / "faults.json")
     parts["nms_goals.md"] = goals(root / "results" / "nms.h200.json")
+    parts["engine_gpu_gaps.md"] = engine_gaps(root / "results")
+    parts["engine_gpu.svg"] = book_plots.engine_gpu(root / "results")
     parts["engine_memory.svg"] = book_plots.engine_memory(root / "results")
     parts["passport_tree.svg"] = book_plots.passport_tree(
         {rule.name: rule.action.value for rule in portability.POLICY}
@@ -514,12 +602,20 @@ def markdown(table: Table, results: Path) -> str:
     if "gpu" in device:
         machine = f"one {device['gpu']}, driver {device['driver']}"
     made_with = f"{machine}, {packages}" if packages and table.names_packages else machine
+    if table.library:
+        found = {row["version"] for row in rows if "version" in row}
+        made_with += f", {table.library} {', '.join(sorted(found))}"
     source = (
         f"*{table.made} on {measured['date'][:10]} on {made_with}; "
         f"`results/{table.results}`, written by `{measured['command']}`.*"
     )
-    headings = [column.heading for column in table.columns]
-    cells = [[cell(row, column) for column in table.columns] for row in rows]
+    columns = [
+        column
+        for column in table.columns
+        if not column.is_optional or any(row.get(column.key) is not None for row in rows)
+    ]
+    headings = [column.heading for column in columns]
+    cells = [[cell(row, column) for column in columns] for row in rows]
     return f"{grid(headings, cells)}\n\n{source}\n"
 
 
@@ -636,6 +732,24 @@ def policy() -> str:
     )
 
 
+def engine_gaps(results: Path) -> str:
+    """Which of the models that were built on a CPU were not measured on the GPU, and in which arithmetic."""
+    paths = [results / name for name in ("engine.cpu.json", "engine.h200.json")]
+    for path in paths:
+        if not path.is_file():
+            return not_measured(path)
+    built, measured = (json.loads(path.read_text(encoding="utf-8"))["rows"] for path in paths)
+    done = {(row["model"], row["arithmetic"]) for row in measured if "error" not in row}
+    gaps = []
+    for model in dict.fromkeys(row["model"] for row in built if row["kind"] == "build"):
+        lacks = [name for name in book_plots.ARITHMETIC if (model, name) not in done]
+        where = "" if len(lacks) == len(book_plots.ARITHMETIC) else f" in {' and '.join(lacks)}"
+        gaps += [f"{model}{where}"] if lacks else []
+    if not gaps:
+        return "*Every model of the table in decision 2 was measured.*\n"
+    return f"*Of the models in decision 2, not measured on a GPU: {', '.join(gaps)}.*\n"
+
+
 FAULTS = {
     "a plan, a passport or a folder damaged": ("plan: ", "passport: ", "folder: "),
     "kill -9 during install, rebuild, record, pack": ("kill -9 ",),
@@ -673,7 +787,8 @@ def cell(row: Row, column: Column) -> str:
         return "yes" if value else "no"
     if column.form:
         return format(value / column.divisor if column.divisor != 1 else value, column.form)
-    return str(value).replace("|", "\\|")
+    text = str(value).partition(column.until)[0] if column.until else str(value)
+    return text.replace("|", "\\|")
 
 
 def stamps(root: Path) -> str:

@@ -271,6 +271,59 @@ def test_the_memory_figure_draws_each_attempt_under_its_limit(tmp_path: Path):
     assert all(y > float(limit) for line in lines for _, y in line), "200 MB lie below a limit of 310"
 
 
+PLAN_ROW = {"model": "d0", "p50_ms": 2.0, "load_warm_seconds": 0.5, "load_cold_seconds": 5.0}
+
+
+@pytest.fixture
+def engine_results(tmp_path: Path) -> Path:
+    """Two models built on a CPU; on the GPU one was measured in two arithmetics and failed in the third."""
+    rows = [{**PLAN_ROW, "arithmetic": "FP32", "p50_ms": 20.0}, {**PLAN_ROW, "arithmetic": "TF32"}]
+    rows.append({"model": "d0", "arithmetic": "FP16", "error": "no memory"})
+    built = [{"kind": "build", "model": name, "precision": "fp32"} for name in ("d0", "d1")]
+    measured = {"device": {"gpu": "NVIDIA Example"}, "rows": rows}
+    (tmp_path / "engine.h200.json").write_text(json.dumps(measured))
+    (tmp_path / "engine.cpu.json").write_text(json.dumps({"rows": built}))
+    return tmp_path
+
+
+def test_the_figure_of_plans_draws_each_row_and_names_what_is_missing(engine_results: Path):
+    drawn = book_plots.engine_gpu(engine_results)
+    assert re.findall(r"<title>(.*?)</title>", drawn) == [
+        "d0, FP32: 20.00 ms",
+        "d0, FP32: loaded first in 5.0 s, again in 0.5 s",
+        "d0, TF32: 2.00 ms",
+        "d0, TF32: loaded first in 5.0 s, again in 0.5 s",
+    ]
+    assert "NVIDIA Example" in drawn and drawn.count(">not measured<") == 1
+
+
+def test_what_was_not_measured_on_the_gpu_is_named(engine_results: Path):
+    assert "not measured on a GPU: d0 in FP16, d1." in book_tables.engine_gaps(engine_results)
+
+
+def test_a_plan_that_failed_has_dashes_in_the_tables(engine_results: Path):
+    path = engine_results / "engine.h200.json"
+    measured = json.loads(path.read_text())
+    measured |= {"date": "2026-01-02T03:04:05", "command": "python measure.py", "versions": {}}
+    measured["device"] |= {"driver": "1.2", "cores": 2}
+    for row in measured["rows"]:
+        row |= {"weights": "random", "passed": False}
+    path.write_text(json.dumps(measured))
+    text = book_tables.markdown(book_tables.TABLES["engine_gpu"], engine_results)
+    assert "| d0 | FP16 | random | – | no |" in text and "| d0 | TF32 | random | 2.00 | no |" in text
+
+
+def test_an_optional_column_appears_with_its_first_figure(gpu_results: Path):
+    columns = (book_tables.Column("anchors", "anchors"), book_tables.Column("at", "at", is_optional=True))
+    table = book_tables.Table("nms.h200.json", columns)
+    assert "| at |" not in book_tables.markdown(table, gpu_results)
+    path = gpu_results / "nms.h200.json"
+    path.write_text(path.read_text().replace('"p50_us": 2000.0', '"p50_us": 2000.0, "at": "noon, sharp"'))
+    text = book_tables.markdown(table, gpu_results)
+    assert "| at |" in text and "| 1917 | noon, sharp |" in text and "| 12804 | – |" in text
+    assert book_tables.cell({"at": "noon, sharp"}, book_tables.Column("at", "at", until=",")) == "noon"
+
+
 def test_a_figure_that_a_row_lacks_is_an_error_unless_it_is_optional(gpu_results: Path):
     column = book_tables.Column("graph", "graph_p50_us", ".1f")
     row = {"implementation": "PyTorch"}
