@@ -5,8 +5,8 @@
 tests/test_gpu.py first: the numpy reference and the CPU library, bit for bit. Then NVIDIA's compute-sanitizer
 around a choice of its cases. With DRIVE (built from plugins/tensorrt/drive), PLUGIN (libodtrt_tensorrt.so)
 and CASES (the folder that scripts/plugin_cases.py writes): the plugin through its own interface, in a stream
-and in a captured CUDA graph, alone and under every tool of compute-sanitizer. Each result is written as it comes: a run
-that is cut off has what it did.
+and in a captured CUDA graph, alone and under every tool of compute-sanitizer. Each result is written as it
+comes: a run that is cut off has what it did.
 """
 
 from __future__ import annotations
