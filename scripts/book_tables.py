@@ -26,6 +26,8 @@ from odtrt_lib import boards, portability  # noqa: E402
 
 Row = dict[str, Any]
 
+NO_BREAK_HYPHEN = "\u2011"
+
 
 @dataclass(frozen=True)
 class Column:
@@ -180,13 +182,10 @@ _DEVICE_TIMES = (
     Column("99th percentile, µs", "p99_us", ".1f"),
 )
 _MODEL_AND_ARITHMETIC = (Column("model", "model"), Column("multiplies in", "arithmetic"))
-_BACKEND = (
-    Column("model", "model"),
+_PLAN = (
     Column("form", "form", is_optional=True),
-    Column("backend", "description", is_optional=True, until=", plan"),
     Column("precision", "precision", is_optional=True),
     Column("multiplies in", "arithmetic", is_optional=True),
-    Column("batch", "batch", is_optional=True),
 )
 _ONE_IMAGE = {"what": ("postprocess",), "batch": (1,), "dtype": ("float32",)}
 
@@ -394,18 +393,28 @@ TABLES |= {
         only={"kind": ("ladder",)},
         made="Built",
     ),
-    "engine_gpu": Table(
+    "engine_gpu_latency": Table(
         "engine.h200.json",
         (
             *_MODEL_AND_ARITHMETIC,
-            Column("weights", "weights", is_optional=True),
             Column("median, ms", "p50_ms", ".2f", is_optional=True),
+            Column("95th percentile, ms", "p95_ms", ".2f", is_optional=True),
             Column("99th percentile, ms", "p99_ms", ".2f", is_optional=True),
-            Column("error of boxes", "boxes_relative_err", ".1e", is_optional=True),
-            Column("of classes", "logits_relative_err", ".1e", is_optional=True),
-            Column("ONNX Runtime's in FP16: boxes", "half_boxes_relative_err", ".1e", is_optional=True),
+        ),
+        names_packages=False,
+        library="TensorRT-RTX",
+    ),
+    "engine_gpu": Table(
+        "engine.h200.json",
+        (
+            Column("model", "model"),
+            Column("in", "arithmetic"),
+            Column("weights", "weights", is_optional=True),
+            Column("boxes", "boxes_relative_err", ".1e", is_optional=True),
+            Column("classes", "logits_relative_err", ".1e", is_optional=True),
+            Column("CPU, FP16: boxes", "half_boxes_relative_err", ".1e", is_optional=True),
             Column("classes", "half_logits_relative_err", ".1e", is_optional=True),
-            Column("within the limits", "passed"),
+            Column("passes", "passed"),
         ),
         names_packages=False,
         library="TensorRT-RTX",
@@ -456,11 +465,13 @@ TABLES |= {
     "backends_gpu": Table(
         "backends.h200.json",
         (
-            *_BACKEND,
+            Column("model", "model"),
+            Column("batch", "batch", is_optional=True),
+            Column("backend", "description", is_optional=True, until=", plan"),
+            *_PLAN,
             Column("median, ms", "detect_p50_us", ".2f", 1000, is_optional=True),
             Column("99th percentile, ms", "detect_p99_us", ".2f", 1000, is_optional=True),
             Column("of eight together, ms", "detect8_p50_us", ".2f", 1000, is_optional=True),
-            Column("of eight submitted, ms", "submit8_p50_us", ".2f", 1000, is_optional=True),
             Column("network alone, ms", "network_p50_us", ".2f", 1000, is_optional=True),
         ),
         names_packages=False,
@@ -468,7 +479,8 @@ TABLES |= {
     "backends_gpu_start": Table(
         "backends.h200.json",
         (
-            *_BACKEND,
+            Column("model", "model"),
+            *_PLAN,
             Column("plan, MiB", "plan_mb", ".1f", is_optional=True),
             Column("opened first, s", "first_start_open_seconds", ".2f", is_optional=True),
             Column("opened again, s", "second_start_open_seconds", ".2f", is_optional=True),
@@ -481,19 +493,20 @@ TABLES |= {
     "backends_gpu_agreement": Table(
         "backends.h200.json",
         (
-            *_BACKEND,
+            Column("model", "model"),
+            *_PLAN,
             Column("images", "images", is_optional=True),
-            Column("ONNX Runtime's detections", "references", ",", is_optional=True),
+            Column("detections", "references", ",", is_optional=True),
             Column("found again", "matched", ",", is_optional=True),
             Column("missing", "missing", is_optional=True),
             Column("extra", "extra", is_optional=True),
             Column("score 0.3 and more", "sure_references", ",", is_optional=True),
             Column("of these missing", "sure_missing", is_optional=True),
             Column("extra of that score", "sure_extra", is_optional=True),
-            Column("largest score difference", "max_score_difference", ".3f", is_optional=True),
-            Column("allowed", "score_tolerance", "g", is_optional=True),
-            Column("least IoU", "min_iou", ".3f", is_optional=True),
-            Column("allowed", "iou", "g", is_optional=True),
+            Column("scores differ by", "max_score_difference", ".3f", is_optional=True),
+            Column("limit", "score_tolerance", "g", is_optional=True),
+            Column("IoU", "min_iou", ".2f", is_optional=True),
+            Column("limit", "iou", "g", is_optional=True),
         ),
         only={"backend": ("tensorrt", "tensorrt_rtx")},
         names_packages=False,
@@ -786,7 +799,8 @@ def cell(row: Row, column: Column) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if column.form:
-        return format(value / column.divisor if column.divisor != 1 else value, column.form)
+        text = format(value / column.divisor if column.divisor != 1 else value, column.form)
+        return text.replace("e-", f"e{NO_BREAK_HYPHEN}")
     text = str(value).partition(column.until)[0] if column.until else str(value)
     return text.replace("|", "\\|")
 

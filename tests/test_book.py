@@ -310,7 +310,9 @@ def test_a_plan_that_failed_has_dashes_in_the_tables(engine_results: Path):
         row |= {"weights": "random", "passed": False}
     path.write_text(json.dumps(measured))
     text = book_tables.markdown(book_tables.TABLES["engine_gpu"], engine_results)
-    assert "| d0 | FP16 | random | – | no |" in text and "| d0 | TF32 | random | 2.00 | no |" in text
+    assert "| d0 | FP16 | random | no |" in text
+    text = book_tables.markdown(book_tables.TABLES["engine_gpu_latency"], engine_results)
+    assert "| d0 | TF32 | 2.00 |" in text and "| d0 | FP16 | – |" in text
 
 
 def test_an_optional_column_appears_with_its_first_figure(gpu_results: Path):
@@ -330,6 +332,11 @@ def test_a_figure_that_a_row_lacks_is_an_error_unless_it_is_optional(gpu_results
     with pytest.raises(KeyError):
         book_tables.cell(row, column)
     assert book_tables.cell(row, book_tables.Column("graph", "graph_p50_us", is_optional=True)) == "–"
+
+
+def test_a_line_does_not_break_within_a_figure():
+    text = book_tables.cell({"x": 1.2e-6}, book_tables.Column("x", "x", ".1e"))
+    assert text == f"1.2e{book_tables.NO_BREAK_HYPHEN}06" and "-" not in text
 
 
 @pytest.mark.parametrize(
