@@ -496,7 +496,7 @@ TABLES |= {
             Column("model", "model"),
             *_PLAN,
             Column("images", "images", is_optional=True),
-            Column("detections", "references", ",", is_optional=True),
+            Column("boxes", "references", ",", is_optional=True),
             Column("found again", "matched", ",", is_optional=True),
             Column("missing", "missing", is_optional=True),
             Column("extra", "extra", is_optional=True),
