@@ -276,7 +276,7 @@ PLAN_ROW = {"model": "d0", "p50_ms": 2.0, "load_warm_seconds": 0.5, "load_cold_s
 
 @pytest.fixture
 def engine_results(tmp_path: Path) -> Path:
-    """Two models built on a CPU; on the GPU one was measured in two arithmetics and failed in the third."""
+    """Two models built on a CPU; on the GPU one was measured in FP32 and TF32, and failed in FP16."""
     rows = [{**PLAN_ROW, "arithmetic": "FP32", "p50_ms": 20.0}, {**PLAN_ROW, "arithmetic": "TF32"}]
     rows.append({"model": "d0", "arithmetic": "FP16", "error": "no memory"})
     built = [{"kind": "build", "model": name, "precision": "fp32"} for name in ("d0", "d1")]
