@@ -1,9 +1,10 @@
-"""Builds of the CPU library for tests: sanitized, for another processor, or with a seeded defect."""
+"""Builds of the library for tests: sanitized, for another processor, emulating a GPU, or with defects."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
@@ -22,12 +23,23 @@ def build_with_defect(folder: Path, file: str, old: str, new: str, *cmake_option
     For example ``("kernels/semantics.h", "b < a ? b : a", "b > a ? b : a")``, or ``("CMakeLists.txt",
     "-ffp-contract=off", "-ffp-contract=fast -mfma")``.
     """
+    return build_library(folder / "build", *cmake_options, sources=_changed(folder, [(file, old, new)]))
+
+
+def build_emulated(folder: Path, *cmake_options: str, changes: Iterable[tuple[str, str, str]] = ()) -> Path:
+    """libodtrt.so whose kernels run in plugins/emulator, after ``changes``: ``(file, old, new)`` each."""
+    sources = _changed(folder, changes) if changes else PLUGINS
+    return build_library(folder / "build", *cmake_options, sources=sources / "emulator")
+
+
+def _changed(folder: Path, changes: Iterable[tuple[str, str, str]]) -> Path:
     copy = folder / "plugins"
     shutil.copytree(PLUGINS, copy, ignore=shutil.ignore_patterns("build*"))
-    text = (copy / file).read_text()
-    assert old in text, f"{file} has no {old!r} to seed a defect in"
-    (copy / file).write_text(text.replace(old, new, 1))
-    return build_library(folder / "build", *cmake_options, sources=copy)
+    for file, old, new in changes:
+        text = (copy / file).read_text()
+        assert old in text, f"{file} has no {old!r} to seed a defect in"
+        (copy / file).write_text(text.replace(old, new, 1))
+    return copy
 
 
 def build_driver(library: Path, compiler: str, *options: str) -> Path:

@@ -16,6 +16,7 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cuda_calls
 import nms_cases
 
 from odtrt_lib import native, nms
@@ -49,51 +50,13 @@ def stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
-class GpuPostprocess:
-    """One case's buffers on the GPU; ``enqueue`` runs it, ``result`` fetches what it wrote."""
-
+class GpuPostprocess(cuda_calls.Postprocess):
     def __init__(self, case: nms_cases.Case) -> None:
         assert library is not None
-        self.params = native.postprocess_params(case.spec)
-        self.batch, most = len(case.box_encodings), case.spec.nms.max_total_detections
-        self.inputs = [
-            to_gpu(array)
-            for array in (case.box_encodings, case.class_logits, case.anchors, case.clip_windows)
-        ]
-        # What is there before must not matter: fill everything with a pattern.
-        self.outputs = [
-            torch.full(shape, -7, dtype=dtype, device="cuda")
-            for shape, dtype in (
-                ((self.batch,), torch.int32),
-                ((self.batch, most, 4), torch.float32),
-                ((self.batch, most), torch.float32),
-                ((self.batch, most), torch.int32),
-                ((self.batch, most), torch.int32),
-            )
-        ]
-        self.workspace_size = native.postprocess_workspace(library, self.params, self.batch)
-        self.workspace = torch.full((self.workspace_size,), 0xAB, dtype=torch.uint8, device="cuda")
-        dtype = native.FLOAT16 if case.class_logits.dtype == np.float16 else native.FLOAT32
-        boxes, logits, anchors, windows = (tensor.data_ptr() for tensor in self.inputs)
-        self.heads = native.HeadPointers(boxes, logits, dtype, anchors, windows)
-        self.out = native.DetectionPointers(*(tensor.data_ptr() for tensor in self.outputs))
+        super().__init__(library, case, to_gpu)
 
     def enqueue(self) -> None:
-        assert library is not None
-        native.postprocess_cuda(
-            library,
-            self.params,
-            self.batch,
-            self.heads,
-            self.out,
-            self.workspace.data_ptr(),
-            self.workspace_size,
-            stream(),
-        )
-
-    def result(self) -> nms.Postprocessed:
-        torch.cuda.synchronize()
-        return nms.Postprocessed(*(tensor.cpu().numpy() for tensor in self.outputs))
+        self.enqueue_on(stream())
 
 
 def by_gpu(case: nms_cases.Case) -> nms.Postprocessed:
@@ -104,32 +67,7 @@ def by_gpu(case: nms_cases.Case) -> nms.Postprocessed:
 
 def nms_by_gpu(case: nms_cases.NmsCase) -> np.ndarray:
     assert library is not None
-    count = len(case.boxes)
-    most = count if case.max_kept is None else case.max_kept
-    params = native.NmsParams(count, max(1, most), case.score_threshold, case.iou_threshold)
-    boxes, scores = to_gpu(case.boxes), to_gpu(case.scores)
-    classes = None if case.classes is None else to_gpu(case.classes)
-    kept = torch.full((max(1, most),), -7, dtype=torch.int32, device="cuda")
-    num_kept = torch.full((1,), -7, dtype=torch.int32, device="cuda")
-    size = native.nms_workspace(library, params)
-    workspace = torch.full((size,), 0xAB, dtype=torch.uint8, device="cuda")
-    native.nms_cuda(
-        library,
-        params,
-        boxes.data_ptr(),
-        scores.data_ptr(),
-        None if classes is None else classes.data_ptr(),
-        kept.data_ptr(),
-        num_kept.data_ptr(),
-        workspace.data_ptr(),
-        size,
-        stream(),
-    )
-    torch.cuda.synchronize()
-    indices = kept.cpu().numpy()
-    number = int(num_kept.cpu())
-    assert (indices[number:] == -1).all(), case.name
-    return indices[:number]
+    return cuda_calls.select(library, case, to_gpu, stream())
 
 
 def fail_on(lines: list[str]) -> None:
@@ -246,13 +184,8 @@ def test_preprocess_is_the_cpu_librarys_bit_for_bit() -> None:
             (1 / 127.5, 1 / 60, 1 / 58),
             (-1, -2, 0.25),
         )
-        expected = np.empty((3, size, size), np.float32)
-        native.preprocess_cpu(library, image, spec, true, expected)
-        on_gpu, output = to_gpu(image), torch.full((3, size, size), -7.0, device="cuda")
-        params = native.preprocess_params(spec, (height, width), true)
-        native.preprocess_cuda(library, params, on_gpu.data_ptr(), output.data_ptr(), stream())
-        if not np.array_equal(expected.view(np.int32), output.cpu().numpy().view(np.int32)):
-            lines.append(f"{height}x{width} -> {size}: {np.abs(expected - output.cpu().numpy()).max()}")
+        found = cuda_calls.preprocess_difference(library, image, spec, true, to_gpu, stream())
+        lines += [found] if found else []
     fail_on(lines)
 
 

@@ -9,15 +9,11 @@
 namespace odtrt {
 
 #if defined(ODTRT_EMULATED)
-inline int cluster_rank() { return emu::self->cluster_rank; }
-inline int cluster_size() { return emu::self->cluster_size; }
-inline void cluster_arrive() { emu::cluster_arrive(); }
-inline void cluster_wait() { emu::cluster_wait(); }
-template <typename T>
-inline T *in_block(T *own, int rank) {
-  const auto at = reinterpret_cast<char *>(own) - emu::self->dynamic_shared;
-  return reinterpret_cast<T *>(emu::self->cluster_shared + emu::self->shared_stride * rank + at);
-}
+using emulator::cluster_arrive;
+using emulator::cluster_rank;
+using emulator::cluster_size;
+using emulator::cluster_wait;
+using emulator::in_block;
 inline void prefetch(const void *) {}
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ __forceinline__ int cluster_rank() {
