@@ -595,7 +595,8 @@ POLICY: Tuple[Rule, ...] = (
         "other TF32 override",
         "the environment variable NVIDIA_TF32_OVERRIDE is not what it was at the build (TensorRT-RTX)",
         _REBUILD,
-        "NVIDIA_TF32_OVERRIDE was {built_tf32} at the build and is {tf32} here: TensorRT-RTX refuses the plan",
+        "NVIDIA_TF32_OVERRIDE was {built_tf32} at the build and is {tf32} here: TensorRT-RTX refuses such a "
+        "plan",
         "H200",
         lambda case: case.is_rtx and case.tf32_override != case.here.tf32_override,
     ),
