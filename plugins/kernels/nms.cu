@@ -246,7 +246,7 @@ __global__ __launch_bounds__(kChooseThreads, 1) void choose(odtrt_nms_params par
     const uint32_t pairs[4] = {own.x, own.y, own.z, own.w};
     uint32_t hit = 0;
 #pragma unroll
-    for (int k = 0; k < kListed / 2; ++k) {
+    for (uint32_t k = 0; k < kListed / 2; ++k) {
       if (count[r] <= 2 * k || (hit & 1) != 0) break;
       hit = among[(pairs[k] & 0xffff) / 32] >> (pairs[k] % 32) | among[pairs[k] >> 21] >> (pairs[k] >> 16 & 31);
     }

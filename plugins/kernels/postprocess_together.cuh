@@ -12,7 +12,6 @@
 // truncated. A cluster is scheduled as a whole and has a barrier of its own, so no block waits for one that may not
 // run.
 #pragma once
-#pragma once
 
 #include "postprocess_candidates.cuh"
 
@@ -22,10 +21,10 @@ namespace {
 constexpr int kBatch = 256;
 constexpr int kBatchWords = kBatch / 32;
 constexpr int kRowWords = kBatchWords + 4;  // of the mask: rivals, rank
-constexpr int kHeld = 1024;                  // candidates that one block holds
+constexpr int kHeld = 1024;                 // candidates that one block holds
 constexpr int kAnchorsHeld = 4096;          // that are looked at before their pairs are collected
-constexpr uint32_t kRowsMost =
-    3072;  // anchors of the first head, where not all pairs fit; at least two thirds of it
+// Anchors of the first head, where not all pairs fit; at least two thirds of it.
+constexpr uint32_t kRowsMost = 3072;
 constexpr int kRowsInFlight = 4;
 static_assert(kBatch <= kTailThreads && kHeld % kTailThreads == 0 && kBatch % 128 == 0, "");
 
