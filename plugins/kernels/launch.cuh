@@ -43,6 +43,32 @@ inline cudaError_t current_device(Device *device) {
 }
 
 #if CUDART_VERSION >= 11080
+inline cudaLaunchAttribute cluster_of(int ranks) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(ranks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
+#endif
+
+// Allows a kernel much shared memory and large clusters; a launch with them fails otherwise.
+inline cudaError_t allow(const void *kernel, int shared_bytes, int ranks) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 40 * 1024) {  // with what the kernel declares, more than 48 KiB perhaps
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+#if CUDART_VERSION >= 11080
+  if (error == cudaSuccess && ranks > 8) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+#else
+  (void)ranks;
+#endif
+  return error;
+}
+
+#if CUDART_VERSION >= 11080
 // How many clusters of `ranks` blocks of this kernel the current device can run at the same time.
 template <typename Kernel>
 int active_clusters(Kernel kernel, int ranks, int threads, size_t shared_bytes) {
@@ -51,18 +77,11 @@ int active_clusters(Kernel kernel, int ranks, int threads, size_t shared_bytes) 
   config.gridDim = dim3(static_cast<unsigned>(ranks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(ranks);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attribute = cluster_of(ranks);
   config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
-  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared_bytes));
-  if (error == cudaSuccess && ranks > 8) {
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
+  cudaError_t error = allow(function, static_cast<int>(shared_bytes), ranks);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
   if (error != cudaSuccess) (void)cudaGetLastError();  // it is not this call's
   return error == cudaSuccess ? clusters : 0;
@@ -81,17 +100,9 @@ int active_clusters(Kernel, int, int, size_t) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                             cudaStream_t stream, bool overlapped, int cluster, Arguments... arguments) {
-  if (shared_bytes > 40 * 1024) {  // with what the kernel declares, more than 48 KiB perhaps
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = allow(reinterpret_cast<const void *>(kernel), shared_bytes, cluster);
+  if (error != cudaSuccess) return error;
 #if CUDART_VERSION >= 11080
-  if (cluster > 8) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
-                                                   cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
-  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
@@ -103,12 +114,7 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), dim3 grid, int thread
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = static_cast<unsigned>(cluster);
-    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
-    ++count;
-  }
+  if (cluster > 1) attributes[count++] = cluster_of(cluster);
   config.attrs = attributes;
   config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);

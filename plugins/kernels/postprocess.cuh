@@ -118,7 +118,7 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
 #endif
 }
 
-__device__ __forceinline__ uint32_t warp_add(uint32_t value) {
+__device__ __forceinline__ uint32_t warp_sum(uint32_t value) {
 #if __CUDA_ARCH__ >= 800
   return __reduce_add_sync(0xffffffffu, value);
 #else

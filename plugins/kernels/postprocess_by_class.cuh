@@ -385,10 +385,10 @@ __device__ __noinline__ bool settle_by_class(const Call &call, const Workspace &
   int count;
   {
     const int of_lane = lane < ranks ? static_cast<int>(shared.from[lane]) : 0;
-    count = static_cast<int>(warp_add(static_cast<uint32_t>(of_lane)));
+    count = static_cast<int>(warp_sum(static_cast<uint32_t>(of_lane)));
     is_too_many = __any_sync(0xffffffffu, of_lane > room) || count > kShare;
     for (int r = warp_id(); r < ranks && !is_too_many; r += kTailThreads / 32) {
-      const int base = static_cast<int>(warp_add(static_cast<uint32_t>(lane < r ? of_lane : 0)));
+      const int base = static_cast<int>(warp_sum(static_cast<uint32_t>(lane < r ? of_lane : 0)));
       const int size = __shfl_sync(0xffffffffu, of_lane, r);
 #pragma unroll 1
       for (int i = lane; i < size; i += 32) {
@@ -432,10 +432,10 @@ __device__ __noinline__ bool settle_by_class(const Call &call, const Workspace &
     const Report report = lane < ranks ? shared.reports[round & 1][lane] : Report{0, 0, 0};
     if (__any_sync(0xffffffffu, report.is_capped)) return false;
     size_of_list = report.size;  // of this lane's
-    total = warp_add(size_of_list);
+    total = warp_sum(size_of_list);
     if (!__any_sync(0xffffffffu, report.frontier != 0)) break;
     const uint64_t frontier = warp_max(report.frontier);
-    if (warp_add(lane < ranks ? count_better(shared.lists[lane], size_of_list, frontier - 1) : 0) >= most)
+    if (warp_sum(lane < ranks ? count_better(shared.lists[lane], size_of_list, frontier - 1) : 0) >= most)
       break;
   }
   if (bound != 0 && total < most) return false;

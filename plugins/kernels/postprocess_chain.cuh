@@ -237,10 +237,7 @@ __global__ __launch_bounds__(kGatherThreads, 2) void gather(ODTRT_PARAMETER Call
                                    const bool is_in = is_candidate && bin_of(score_of(key)) >= bound;
                                    const unsigned vote = __ballot_sync(0xffffffffu, is_in);
                                    if (vote == 0) return;
-                                   int at = 0;
-                                   if (lane_id() == 0) at = atomicAdd(&shared.size, __popc(vote));
-                                   at =
-                                       __shfl_sync(0xffffffffu, at, 0) + __popc(vote & ((1u << lane_id()) - 1));
+                                   const int at = take_place(&shared.size, vote);
                                    if (!is_in) return;
                                    if (at < kMaxStaged) {
                                      shared.keys[at] = key;
@@ -321,9 +318,7 @@ __device__ __forceinline__ int put_in_order(const Workspace &space, Ordering &sh
         const bool is_in = own[k] != 0 && bin_of(score_of(own[k])) >= lowest_bin;
         const unsigned vote = __ballot_sync(0xffffffffu, is_in);
         if (vote == 0) continue;
-        int at = 0;
-        if (lane_id() == 0) at = atomicAdd(&shared.size, __popc(vote));
-        at = __shfl_sync(0xffffffffu, at, 0) + __popc(vote & ((1u << lane_id()) - 1));
+        const int at = take_place(&shared.size, vote);
         if (is_in) shared.keys[at] = own[k];
       }
     }

@@ -30,9 +30,7 @@ struct Slot {
 __device__ __forceinline__ void take_key(Slot &slot, bool is_in, uint64_t key) {
   const unsigned vote = __ballot_sync(0xffffffffu, is_in);
   if (vote == 0) return;
-  uint32_t at = 0;
-  if (lane_id() == 0) at = atomicAdd(&slot.size, static_cast<uint32_t>(__popc(vote)));
-  at = __shfl_sync(0xffffffffu, at, 0) + __popc(vote & ((1u << lane_id()) - 1));
+  const uint32_t at = take_place(&slot.size, vote);
   if (is_in && at < kMostTaken) slot.keys[at] = key;
 }
 

@@ -268,9 +268,7 @@ __device__ __forceinline__ void visit_own_pairs(const Call &call, const Workspac
 __device__ __forceinline__ void take_candidate(Tail &shared, bool is_in, uint64_t key) {
   const unsigned vote = __ballot_sync(0xffffffffu, is_in);
   if (vote == 0) return;
-  uint32_t at = 0;
-  if (lane_id() == 0) at = atomicAdd(&shared.size, static_cast<uint32_t>(__popc(vote)));
-  at = __shfl_sync(0xffffffffu, at, 0) + __popc(vote & ((1u << lane_id()) - 1));
+  const uint32_t at = take_place(&shared.size, vote);
   if (is_in && at < kHeld) {
     shared.own[at].x = static_cast<uint32_t>(key);
     shared.own[at].y = static_cast<uint32_t>(key >> 32);

@@ -36,6 +36,14 @@ struct Candidate {
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) >> 5; }
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
 
+// For each lane in `vote`, which is not 0, a place of its own behind `*size`. Called by a whole warp.
+template <typename Count>
+__device__ __forceinline__ Count take_place(Count *size, unsigned vote) {
+  Count at = 0;
+  if (lane_id() == 0) at = atomicAdd(size, static_cast<Count>(__popc(vote)));
+  return __shfl_sync(0xffffffffu, at, 0) + __popc(vote & ((1u << lane_id()) - 1));
+}
+
 // What decides most pairs at once: rectangles that do not overlap here cannot suppress each other. Candidates that
 // need the full test against everything (NaN, infinities, a negative threshold) get the whole plane, candidates
 // without area an empty rectangle, which overlaps nothing.
