@@ -53,7 +53,6 @@ from odtrt_lib.results import write_results
 from odtrt_lib.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
-NO_TF32 = "NVIDIA_TF32_OVERRIDE"
 # Arithmetic: the plan's precision, and the IoU and the score tolerance that its detections are held to.
 # TF32 rounds to 10 bits as FP16 does, but only the factors of a product.
 ARITHMETIC = {"FP32": ("fp32", 0.99, 1e-3), "TF32": ("fp32", 0.95, 0.01), "FP16": ("fp16", 0.9, 0.05)}
@@ -104,9 +103,9 @@ def parse() -> argparse.Namespace:
 
 def in_a_process(command: list[str], arithmetic: str) -> dict[str, Any]:
     """The JSON that a Python process prints, its lines put together; ``error`` where it fails."""
-    environment = {name: value for name, value in os.environ.items() if name != NO_TF32}
+    environment = {name: value for name, value in os.environ.items() if name != engine.TF32_OVERRIDE}
     if arithmetic == "FP32":
-        environment[NO_TF32] = "0"
+        environment[engine.TF32_OVERRIDE] = "0"
     row: dict[str, Any] = {}
     with subprocess.Popen(
         [sys.executable, *command],
@@ -169,7 +168,8 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             score_tolerance=tolerance,
             max_detections=detector.spec.nms.max_total_detections,
         )
-        compared = compare(detections(detector, images))
+        found = detections(detector, images)
+        compared = compare(found)
         row.update(
             agrees=compared.agrees,
             batch_agrees=compare(in_coco_form(detector.detect_batch(images))).agrees,
@@ -184,7 +184,7 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             max_score_difference=compared.max_score_difference,
             min_iou=compared.min_iou,
         )
-        compared = compare(detections(detector, images), score_threshold=SURE)
+        compared = compare(found, score_threshold=SURE)
         row.update(
             sure_references=compared.references,
             sure_matched=compared.matched,
