@@ -2,9 +2,10 @@
 //
 // Boxes of different classes do not meet. So each block of the cluster takes some classes and settles them alone, with
 // no barrier but its own: the best 64 candidates at a time (select), who would suppress whom among them (mark), who
-// stays (settle), and what these suppress of the rest (filter). After two such batches all exchange what they found
-// and how far they have come; once max_total_detections are better than anything that is still undecided, each block
-// writes its own detections where they belong.
+// stays (settle), and, before the next batch, what these suppress of the rest (filter). The best 24 suppress nearly as
+// much as the best 64 and are compared in a seventh of the time, so most blocks begin with so many. After two batches
+// all exchange what they found and how far they have come; once max_total_detections are better than anything that is
+// still undecided, each block writes its own detections where they belong.
 // It gives up, and all blocks begin anew the second way (postprocess_together.cuh), where a block's classes have more
 // candidates than it holds, where a class reaches its cap, and where too few detections are above the bound.
 #pragma once
@@ -16,10 +17,12 @@
 namespace odtrt {
 namespace {
 
-constexpr int kMostSlots = 64;  // that one block reads
-constexpr int kShare = 2048;    // candidates of one block's classes
-constexpr int kSent = 4096;     // of them with room to spare
-constexpr int kFew = 64;        // candidates that are settled together
+constexpr int kMostSlots = 64;   // that one block reads
+constexpr int kShare = 2048;     // candidates of one block's classes
+constexpr int kSent = 4096;      // of them with room to spare
+constexpr int kFew = 64;         // candidates that are settled together
+constexpr int kFewAtFirst = 24;  // the first time, of a block that has more than kFew and no more than kMany
+constexpr int kMany = 512;
 constexpr int kMostMerged = 128;
 constexpr int kCounted = 64;
 constexpr int kBatchesOfRound = 2;
@@ -61,6 +64,7 @@ struct ByClass {
   uint32_t held[kCounted];        // kept candidates of each class; the last: of all further ones
   uint32_t kept_of[kCounted][2];  // of the batch, a bit each
   uint32_t num_staged, bound;
+  uint32_t num_alive[2];
   uint32_t end_of_cleared;
 };
 
@@ -82,9 +86,59 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
   const int part = thread & ((1 << own.log_parts) - 1);
   const uint32_t most = static_cast<uint32_t>(call.params.max_total_detections);
   const float iou_threshold = call.params.iou_threshold;
+  const int log_ranks = __ffs(cluster_size()) - 1;
+  auto class_of = [log_ranks](const uint4 &info) {
+    return min(static_cast<int>(info.z & kGroupBits) >> log_ranks, kCounted - 1);
+  };
+  if (own.batches > 0) {
+    __syncthreads();
+    // filter
+    const uint32_t own_share = own.log_parts == 0   ? ~0u
+                               : own.log_parts == 1 ? 0x55555555u << part
+                                                    : 0x11111111u << part;
+#pragma unroll 1
+    for (int start = 0, c = 0; start < own.count; start += step, ++c) {
+      bool is_dead = false;
+      if (own.alive >> c & 1) {
+        const float4 own_corners = shared.boxes[start + first];
+        const uint4 own_info = shared.infos[start + first];
+        const Box box = box_from(own_corners);
+        const float own_area = float_of(own_info.w);
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+          for (uint32_t rest = shared.kept_of[class_of(own_info)][half] & own_share; rest != 0;
+               rest &= rest - 1) {
+            const int k = 32 * half + __ffs(static_cast<int>(rest)) - 1;
+            const uint4 info = shared.batch[k];
+            const float4 corners = shared.batch_boxes[k];
+            const Verdict verdict = judge(box_from(corners), float_of(info.w), box, own_area);
+            is_dead |=
+                is_same_group(info, own_info) &&
+                (verdict.surely || (verdict.perhaps && is_suppressed(corners, own_corners, iou_threshold)));
+          }
+        }
+      }
+      unsigned dead = __ballot_sync(0xffffffffu, is_dead);
+      if (own.log_parts == 1)
+        dead = dead >> (lane & 30) & 3;
+      else if (own.log_parts == 2)
+        dead = dead >> (lane & 28) & 15;
+      else
+        dead = is_dead;
+      if (dead != 0) own.alive &= ~(1u << c);
+    }
+    uint32_t &num_alive = shared.num_alive[own.batches & 1];
+    const uint32_t alive_here = warp_sum(part == 0 ? static_cast<uint32_t>(__popc(own.alive)) : 0u);
+    if (lane == 0 && alive_here != 0) atomicAdd(&num_alive, alive_here);
+    __syncthreads();
+    own.most_alive = num_alive;
+    if (thread == 0) shared.num_alive[~own.batches & 1] = 0;
+  }
   // select
+  const uint32_t few = own.batches == 0 && own.count > kFew && own.count <= kMany ? kFewAtFirst : kFew;
   uint64_t low = own.least;
-  if (own.most_alive > kFew) {
+  if (own.most_alive > few) {
     Range range{own.least, own.low - 1};
 #pragma unroll 1
     for (;;) {
@@ -109,7 +163,7 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
       }
       // The lowest span from which on no more than kFew lie.
       const uint32_t sums[4] = {sum, sum - four.x, sum - four.x - four.y, sum - four.x - four.y - four.z};
-      const int too_many = (sums[0] > kFew) + (sums[1] > kFew) + (sums[2] > kFew) + (sums[3] > kFew);
+      const int too_many = (sums[0] > few) + (sums[1] > few) + (sums[2] > few) + (sums[3] > few);
       const int lanes = __popc(__ballot_sync(0xffffffffu, too_many == 4));
       const int span = 4 * lanes + (lanes < 32 ? __shfl_sync(0xffffffffu, too_many, lanes & 31) : 0);
       uint32_t size = 0;
@@ -127,8 +181,6 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
       range.low += static_cast<uint64_t>(span - 1) << shift;
       range.high = range.low + ((uint64_t{1} << shift) - 1);
     }
-  } else {
-    __syncthreads();  // the last batch is no longer needed
   }
   const int cursor = own.batches % 3;
 #pragma unroll 1
@@ -150,10 +202,6 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
   own.most_alive -= static_cast<uint32_t>(size);
   own.is_done = low == own.least;
   if (thread < 2 * kCounted) shared.kept_of[thread / 2][thread % 2] = 0;
-  const int log_ranks = __ffs(cluster_size()) - 1;
-  auto class_of = [log_ranks](const uint4 &info) {
-    return min(static_cast<int>(info.z & kGroupBits) >> log_ranks, kCounted - 1);
-  };
   // mark: eight threads a row
   const int row = thread / 8;
   if (row - lane / 8 < size) {  // any row of the warp
@@ -168,14 +216,15 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
       const float4 corners = shared.batch_boxes[column];
       const bool is_better = column < size && key_of(info) > own_key;
       rank += is_better;
-      if (may_suppress(box_from(corners), float_of(info.w), box, own_area) && is_better &&
-          is_same_group(info, own_info) && is_suppressed(corners, own_corners, iou_threshold)) {
+      const Verdict verdict = judge(box_from(corners), float_of(info.w), box, own_area);
+      if (is_better && is_same_group(info, own_info) &&
+          (verdict.surely || (verdict.perhaps && is_suppressed(corners, own_corners, iou_threshold)))) {
         word |= 1u << (column & 31);
       }
     };
-#pragma unroll 4
+#pragma unroll 2
     for (int column = thread % 8; column < min(32, (size + 7) & ~7); column += 8) look_at(column, rivals[0]);
-#pragma unroll 4
+#pragma unroll 2
     for (int column = 32 + thread % 8; column < ((size + 7) & ~7); column += 8) look_at(column, rivals[1]);
 #pragma unroll
     for (int offset = 1; offset < 8; offset <<= 1) {
@@ -224,7 +273,7 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
             (high_found && ranks[1] >= 32 ? 1u << (ranks[1] & 31) : 0)};
     const Two by_rank{warp_or(bits.low), warp_or(bits.high)};
 #pragma unroll 1
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < 2 && 32 * k < size; ++k) {
       const int i = lane + 32 * k;
       const uint32_t rank = k == 0 ? ranks[0] : ranks[1], below = (1u << (rank & 31)) - 1;
       const bool is_kept = (k == 0 ? kept.low : kept.high) >> lane & 1,
@@ -253,44 +302,6 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
     own.is_capped = largest > cap;
   }
   own.is_done |= own.is_capped || own.found >= most;
-  if (own.is_done) return;
-  __syncthreads();
-  // filter
-  const uint32_t own_share = own.log_parts == 0   ? ~0u
-                             : own.log_parts == 1 ? 0x55555555u << part
-                                                  : 0x11111111u << part;
-#pragma unroll 1
-  for (int start = 0, c = 0; start < own.count; start += step, ++c) {
-    bool is_dead = false;
-    if (own.alive >> c & 1) {
-      const float4 own_corners = shared.boxes[start + first];
-      const uint4 own_info = shared.infos[start + first];
-      const Box box = box_from(own_corners);
-      const float own_area = float_of(own_info.w);
-#pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll 1
-        for (uint32_t rest = shared.kept_of[class_of(own_info)][half] & own_share; rest != 0;
-             rest &= rest - 1) {
-          const int k = 32 * half + __ffs(static_cast<int>(rest)) - 1;
-          const uint4 info = shared.batch[k];
-          const float4 corners = shared.batch_boxes[k];
-          const Verdict verdict = judge(box_from(corners), float_of(info.w), box, own_area);
-          is_dead |=
-              is_same_group(info, own_info) &&
-              (verdict.surely || (verdict.perhaps && is_suppressed(corners, own_corners, iou_threshold)));
-        }
-      }
-    }
-    unsigned dead = __ballot_sync(0xffffffffu, is_dead);
-    if (own.log_parts == 1)
-      dead = dead >> (lane & 30) & 3;
-    else if (own.log_parts == 2)
-      dead = dead >> (lane & 28) & 15;
-    else
-      dead = is_dead;
-    if (dead != 0) own.alive &= ~(1u << c);
-  }
 }
 
 // How many of a list, best first, are better than `key`.
@@ -368,10 +379,15 @@ __device__ __noinline__ bool settle_by_class(const Call &call, const Workspace &
     if (i < num_staged) candidate = decode_candidate<T>(call, image, window, share, shared.staged[i]);
     if (!is_waited_for) cluster_wait();  // the others are there
     is_waited_for = true;
-    if (i >= num_staged) continue;
-    const int owner = static_cast<int>(candidate.info.z & kGroupBits) & (ranks - 1);
-    const int at = static_cast<int>(atomicAdd(&shared.to[owner], 1u));
-    if (at >= room) continue;
+    // A place among what goes to the same block: one addition for all lanes of the warp that send there.
+    const int owner = i < num_staged ? static_cast<int>(candidate.info.z & kGroupBits) & (ranks - 1) : -1;
+    const unsigned peers = __match_any_sync(0xffffffffu, owner);
+    const int leader = __ffs(static_cast<int>(peers)) - 1;
+    uint32_t base = 0;
+    if (lane == leader && owner >= 0) base = atomicAdd(&shared.to[owner], static_cast<uint32_t>(__popc(peers)));
+    base = __shfl_sync(0xffffffffu, base, leader);
+    const int at = static_cast<int>(base) + __popc(peers & ((1u << lane) - 1));
+    if (owner < 0 || at >= room) continue;
     *in_block(&shared.sent_boxes[rank * room + at], owner) = candidate.box;
     *in_block(&shared.sent_infos[rank * room + at], owner) = candidate.info;
   }

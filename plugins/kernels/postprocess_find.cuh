@@ -35,7 +35,7 @@ __device__ __forceinline__ void take_key(Slot &slot, bool is_in, uint64_t key) {
 }
 
 // Fills the slot with this block's best pairs: all from the returned grade on. These are the pairs of about the best
-// twenty anchors, and kSlot at most. kTooMany: there was no way.
+// sixteen anchors, and kSlot at most. kTooMany: there was no way.
 template <typename T, int kConverter, bool kCountsPairs>
 __device__ __noinline__ uint32_t hand_on_best(const Call &call, const T *__restrict__ logits, Slot &slot) {
   const odtrt_postprocess_params &params = call.params;
@@ -51,7 +51,7 @@ __device__ __noinline__ uint32_t hand_on_best(const Call &call, const T *__restr
   for (int row = own_rows - kTogether + thread; row < (own_rows + 3) / 4 * 4; row += kGradeThreads) {
     if (row >= own_rows || anchor_of(row) >= n) slot.grades[row] = 0;
   }
-  uint32_t most_rows = 16 + static_cast<uint32_t>(own_rows) / 16, bound;
+  uint32_t most_rows = 12 + static_cast<uint32_t>(own_rows) / 16, bound;
   int size;
 #pragma unroll 1
   for (;; most_rows /= 4) {
@@ -221,9 +221,10 @@ __global__ __launch_bounds__(kGradeThreads, kFindBlocks) void find(ODTRT_PARAMET
 #pragma unroll
     for (int k = 0; k < kEach; ++k)
       is_class[k] = 32 * k + lane >= params.background_column && 32 * k + lane < columns;
-    float own = none;              // lane l has the best of the l-th anchor that was not put yet
-    int filled = 0, held_row = 0;  // lane l's
+    float own = none;  // lane l has the best of the l-th anchor that was not put yet
+    int filled = 0, own_anchor = n;
     own_row *= kRowsAtOnce;
+    int held_row = 0;  // of own_anchor
     for (int first = first_warp * kRowsAtOnce; first < n;
          first += warps * kRowsAtOnce, own_row += kGradeThreads / 32 * kRowsAtOnce) {
       const T *row = logits + static_cast<size_t>(first) * columns + lane;
@@ -252,7 +253,7 @@ __global__ __launch_bounds__(kGradeThreads, kFindBlocks) void find(ODTRT_PARAMET
 #pragma unroll
       for (int r = 0; r < kRowsAtOnce; ++r) {
         const float of_row = unordered(warp_max(ordered(best[r])));
-        if (lane == filled + r) own = of_row, held_row = own_row + r;
+        if (lane == filled + r) own = of_row, own_anchor = first + r, held_row = own_row + r;
         promising |= static_cast<unsigned>(first + r < n && mul(of_row, params.logit_factor) >= least_logit)
                      << r;
       }
@@ -270,14 +271,13 @@ __global__ __launch_bounds__(kGradeThreads, kFindBlocks) void find(ODTRT_PARAMET
           }
           if (lane == 0) at = atomicAdd(&slot.size, count);
           at = __shfl_sync(0xffffffffu, at, 0);
-          is_full |= at + count > kSlot;
-          if (is_full) break;
+          is_full |= at >= kSlot;
           const uint32_t place_of_lane = place_of_pair(params, {first + r, lane - params.background_column});
           const uint32_t place_step = place_of_pair(params, {0, 32});
 #pragma unroll
           for (int k = 0; k < kEach; ++k) {
             const uint32_t own_at = at + __popc(votes[k] & ((1u << lane) - 1));
-            if (votes[k] >> lane & 1) {
+            if ((votes[k] >> lane & 1) && own_at < kSlot) {
               slot.keys[own_at] = static_cast<uint64_t>(bits_of(mul(values[r][k], params.logit_factor))) << 32 |
                                   (place_of_lane + k * place_step);
             }
@@ -296,12 +296,9 @@ __global__ __launch_bounds__(kGradeThreads, kFindBlocks) void find(ODTRT_PARAMET
         }
       }
       filled += kRowsAtOnce;
-      if (filled > 32 - kRowsAtOnce ||
-          first + warps * kRowsAtOnce >= n) {  // a score costs more than a comparison
-        const int group = static_cast<int>(blockIdx.x) + held_row / kRowsAtOnce * static_cast<int>(gridDim.x);
-        const int anchor = group * kRowsAtOnce + held_row % kRowsAtOnce;
-        if (lane < filled && anchor < n) {
-          put(held_row, anchor, score_of_logit<kConverter>(mul(own, params.logit_factor)));
+      if (filled == 32 || first + warps * kRowsAtOnce >= n) {  // a score costs more than a comparison
+        if (lane < filled && own_anchor < n) {
+          put(held_row, own_anchor, score_of_logit<kConverter>(mul(own, params.logit_factor)));
         }
         filled = 0;
       }
