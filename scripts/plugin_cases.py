@@ -4,6 +4,7 @@ PYTHONPATH=. python scripts/plugin_cases.py FOLDER
 
 One file a case, ``FOLDER/<name>.case``: the attributes of ``OdtrtDetect``, the anchors, and several sets of
 random heads, each with the bits that the numpy reference (:func:`odtrt_lib.nms.postprocess_reference`) gives.
+``FOLDER/short/<name>.case`` has one set only, for tools under which a call takes ten seconds.
 Little-endian, in the order that drive.cpp's ``read_case`` reads. Needs numpy only.
 """
 
@@ -103,8 +104,8 @@ CASES = (
 )
 
 
-def write_case(path: Path, case: Case, seed: int = 0) -> None:
-    """Writes one case; see the module."""
+def write_case(path: Path, case: Case, seed: int = 0, sets: int = SETS) -> None:
+    """Writes one case with so many sets of heads; see the module."""
     rng = np.random.default_rng(seed)
     spec, heads = case.spec, case.heads
     has_windows = fuse.has_clip_windows(spec)
@@ -114,7 +115,7 @@ def write_case(path: Path, case: Case, seed: int = 0) -> None:
     ).astype(np.float32)
     parts = [
         b"ODTRTC01",
-        struct.pack("<4i", SETS, case.batch, heads.num_anchors, heads.num_columns),
+        struct.pack("<4i", sets, case.batch, heads.num_anchors, heads.num_columns),
         struct.pack("<2i", case.dtype is np.float16, has_windows),
         struct.pack(
             "<ii f 4f ff iiii",
@@ -131,7 +132,7 @@ def write_case(path: Path, case: Case, seed: int = 0) -> None:
         ),
         anchors.tobytes(),
     ]
-    for number in range(SETS):
+    for number in range(sets):
         encodings = rng.normal(0, 1, (case.batch, heads.num_anchors, 4)).astype(case.dtype)
         logits = rng.normal(case.logit_mean - number, 2, (case.batch, heads.num_anchors, heads.num_columns))
         logits = logits.astype(case.dtype)
@@ -149,9 +150,10 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit("usage: python scripts/plugin_cases.py FOLDER")
     folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "short").mkdir(parents=True, exist_ok=True)
     for seed, case in enumerate(CASES):
         write_case(folder / f"{case.name}.case", case, seed)
+        write_case(folder / "short" / f"{case.name}.case", case, seed, sets=1)
         print(folder / f"{case.name}.case")
 
 
