@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from conftest import TINY_CONFIG
 from google.protobuf import descriptor_pb2
 
 from odtrt_lib import odapi
@@ -69,3 +71,29 @@ def test_absent_packages_are_named_with_their_command(monkeypatch):
         odapi.prepare()
     with pytest.raises(MissingDependencyError, match="make install"):
         odapi.regenerate_protos()
+
+
+def test_a_random_resnet_is_calm(tmp_path):
+    text = TINY_CONFIG
+    for old, new in (
+        ("ssd_mobilenet_v2_fpn_keras", "ssd_resnet50_v1_fpn_keras"),
+        ("depth_multiplier: 0.35", "depth_multiplier: 1"),
+        ("height: 96 width: 128", "height: 160 width: 160"),
+        ("max_level: 6", "max_level: 7"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    config = tmp_path / "pipeline.config"
+    config.write_text(text)
+    model = odapi.load_model(config, odapi.write_random_checkpoint(config, tmp_path / "checkpoint"))
+    _, images = odapi._build(config, is_training=False)
+    smooth_and_patches = images[1:3]
+    exact = model.predict(smooth_and_patches, None)
+    for variable in (*model.feature_extractor.variables, *model._box_predictor.variables):
+        if variable.shape.rank == 4:
+            variable.assign(variable.numpy().astype(np.float16).astype(np.float32))
+    rounded = model.predict(smooth_and_patches, None)
+    for name in ("box_encodings", "class_predictions_with_background"):
+        largest = np.abs(exact[name]).max()
+        assert np.abs(exact[name][1] - exact[name][0]).max() > 0.1 * largest, name
+        assert np.abs(rounded[name] - exact[name]).max() < 0.01 * largest, name
