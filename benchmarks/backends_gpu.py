@@ -25,6 +25,7 @@ A row is one model on one backend, in a process of its own, written as soon as i
   detections, without and with the kernels that TensorRT-RTX kept from the first; the driver's own cache of
   compiled code is empty both times.
 * ``device_memory_mb``: what the loaded detector takes after its first detections, besides CUDA's own context.
+* ``error``: why there is no measurement, in one line.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import ctypes
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -87,7 +89,7 @@ def main() -> None:
                 command += [] if plugin is None else ["--plugin", str(plugin)]
                 form = "split" if plugin is None else "fused"
                 row = {"model": folder.name, "arithmetic": arithmetic, "form": form}
-                add({**row, **in_a_process(command, arithmetic)})
+                add({**row, **in_a_process(command, arithmetic, folder)})
 
 
 def parse() -> argparse.Namespace:
@@ -101,8 +103,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def in_a_process(command: list[str], arithmetic: str) -> dict[str, Any]:
-    """The JSON that a Python process prints, its lines put together; ``error`` where it fails."""
+def in_a_process(command: list[str], arithmetic: str, folder: Path) -> dict[str, Any]:
+    """The JSON that a Python process prints, its lines put together; ``error`` where it fails on FOLDER."""
     environment = {name: value for name, value in os.environ.items() if name != engine.TF32_OVERRIDE}
     if arithmetic == "FP32":
         environment[engine.TF32_OVERRIDE] = "0"
@@ -124,9 +126,16 @@ def in_a_process(command: list[str], arithmetic: str) -> dict[str, Any]:
         if line.startswith("{"):
             row.update(json.loads(line))
     if process.returncode != 0:
-        last = (complaints.strip().splitlines() or [""])[-1]
-        row["error"] = f"exit status {process.returncode}: {last}"
+        row["error"] = reason(process.returncode, complaints, folder)
     return row
+
+
+def reason(status: int, complaints: str, folder: Path) -> str:
+    """Why a Python process failed, in one line: an exception's message, without the path of FOLDER."""
+    last = (complaints.strip().splitlines() or [""])[-1]
+    raised = re.fullmatch(r"[\w.]+: (.+)", last) if status == 1 else None
+    said = raised[1] if raised else f"exit status {status}: {last}"
+    return said.replace(f"{folder}: ", "").replace(f"{folder}/", "")
 
 
 def read_images(model: Path, folder: Path) -> list[np.ndarray]:
@@ -283,7 +292,7 @@ def in_a_fresh_process(folder: Path, arithmetic: str, plugin: Path | None) -> di
         answer = subprocess.run(command, capture_output=True, text=True, env=environment)
     if answer.returncode:
         sys.stderr.write(answer.stderr)
-        raise OdtrtError(f"{folder}: a fresh process failed: {answer.stderr.strip().splitlines()[-1:]}")
+        raise OdtrtError(reason(answer.returncode, answer.stderr, folder))
     return json.loads(answer.stdout.splitlines()[-1])
 
 

@@ -18,7 +18,8 @@ as soon as it is measured:
   memory that the whole process has had by then; ``device_memory_mb``: what the loaded plan takes besides
   CUDA's own context, ``device_memory_left_mb``: what is still gone after it was closed.
   ``kernels_mb``: the kept kernels.
-* ``p50_ms`` and so on: one run of the network on device memory, batch 1, no CUDA graph.
+* ``p50_ms`` and so on: one run of the network on device memory, batch 1, no CUDA graph; ``runs`` of them
+  were timed.
 * ``boxes_relative_err``, ``logits_relative_err``: the largest difference from ONNX Runtime's single
   precision, divided by the largest value there. ``half_*``: the same of ONNX Runtime in half precision: what
   rounding does to these weights, whoever computes.
@@ -57,6 +58,7 @@ from odtrt_lib.spec import DetectorSpec, load_spec
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_RELATIVE_ERROR = {"FP32": 1e-3, "TF32": 2e-2, "FP16": 2e-2}
 WARM_UP, RUNS = 50, 500
+FEWEST_RUNS, LONGEST_SECONDS = 50, 10
 WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
 
 
@@ -80,8 +82,8 @@ def main(arguments: list[str]) -> int:
         for arithmetic, (precision, _, _) in ARITHMETIC.items():
             row: dict[str, Any] = {"kind": "gpu", "model": name}
             row.update(precision=precision, arithmetic=arithmetic, passed=False)
-            command = [__file__, "--row", str(recorded / precision / name), arithmetic]
-            row.update(in_a_process(command, arithmetic))
+            folder = recorded / precision / name
+            row.update(in_a_process([__file__, "--row", str(folder), arithmetic], arithmetic, folder))
             if "error" in row:
                 row["passed"] = False
             rows = [one for one in rows if identity(one) != identity(row)] + [row]
@@ -227,16 +229,23 @@ def coco_form(found: Any) -> list[dict[str, Any]]:
 
 
 def latency(once: Callable[[], None]) -> dict[str, float]:
-    """Percentiles of one run, milliseconds."""
-    times = []
-    for number in range(WARM_UP + RUNS):
-        started = time.perf_counter()
+    """Percentiles of one run, milliseconds. After LONGEST_SECONDS, warm-up included, it stops early."""
+    times: list[float] = []
+    begun = time.perf_counter()
+    for _ in range(WARM_UP):
         once()
-        if number >= WARM_UP:
-            times.append(1e3 * (time.perf_counter() - started))
+        if time.perf_counter() - begun > LONGEST_SECONDS / 4:
+            break
+    while len(times) < RUNS:
+        started = time.perf_counter()
+        if len(times) >= FEWEST_RUNS and started - begun > LONGEST_SECONDS:
+            break
+        once()
+        times.append(1e3 * (time.perf_counter() - started))
+    shares = (("p50_ms", 50), ("p95_ms", 95), ("p99_ms", 99))
     return {
-        name: round(float(np.percentile(times, share)), 4)
-        for name, share in (("p50_ms", 50), ("p95_ms", 95), ("p99_ms", 99))
+        "runs": len(times),
+        **{name: round(float(np.percentile(times, share)), 4) for name, share in shares},
     }
 
 
