@@ -1,7 +1,7 @@
-"""The CUDA kernels, bit for bit: the numpy reference, the CPU library, CUDA graphs, real logits.
+"""The CUDA kernels, bit for bit: the numpy reference, the CPU library, CUDA graphs.
 
 Needs an NVIDIA GPU, PyTorch for its memory, and `make plugin` with nvcc: `make test-gpu`. Without pytest,
-``python tests/test_gpu.py`` runs the same checks.
+``python tests/test_gpu.py`` runs the same checks. The heads of real detectors: plugins/bench/check_gpu.py.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import pytest
 from kernels_build import build_emulated
 
 from odtrt_lib import native, nms
-from odtrt_lib.spec import InputSpec, NmsSpec, Resizer
+from odtrt_lib.spec import InputSpec, NmsSpec, Resizer, ScoreSpec
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("cmake") is None or shutil.which("g++") is None,
@@ -42,6 +42,42 @@ BEHIND = 64  # bytes behind each buffer, which nobody may write
 
 # Seeded defects: file, what is there, what is there instead while {it} holds, what finds it.
 DEFECTS = {
+    "a slot that is just full is taken for all there is": (
+        "postprocess_find.cuh",
+        "slot.size >= kSlot;",
+        "slot.size >= kSlot + ({it} ? 1u : 0u);",
+        WRONG,
+    ),
+    "a block does not say from which grade on its slot has all": (
+        "postprocess_find.cuh",
+        "space.slot_bounds[blockIdx.x] = bound;",
+        "space.slot_bounds[blockIdx.x] = {it} ? 0 : bound;",
+        WRONG,
+    ),
+    "no barrier before the rest is filtered": (
+        "postprocess_by_class.cuh",
+        "  if (own.batches > 0) {\n    __syncthreads();",
+        "  if (own.batches > 0) {\n    if (!{it}) __syncthreads();",
+        RACE,
+    ),
+    "what was kept suppresses nothing of the rest": (
+        "postprocess_by_class.cuh",
+        "atomicOr(&shared.kept_of[class_of(info)][k], 1u << lane);",
+        "atomicOr(&shared.kept_of[class_of(info)][k], {it} ? 0u : 1u << lane);",
+        WRONG,
+    ),
+    "no barrier before the candidates go to their buckets": (
+        "postprocess_chain.cuh",
+        "__syncthreads();  // counts[b] is now where bucket b ends",
+        "if (!{it}) __syncthreads();",
+        RACE,
+    ),
+    "one more than a class may hold, on older GPUs": (
+        "postprocess_chain.cuh",
+        "popc(peers & ((1u << lane) - 1)) < static_cast<uint32_t>(call.cap);",
+        "popc(peers & ((1u << lane) - 1)) < static_cast<uint32_t>(call.cap) + {it};",
+        WRONG,
+    ),
     "no barrier of the cluster before a batch is marked": (
         "postprocess_together.cuh",
         "      sync_cluster();\n      // mark",
@@ -199,6 +235,30 @@ def cases_at_the_edges() -> Iterator[nms_cases.Case]:
     settings = dataclasses.replace(settings, max_detections_per_class=5000)
     spec = nms_cases.detector_spec(5003, 1, settings)
     yield nms_cases.make_case("no gaps between the keys", spec, 1, rng, "scattered", "all equal")
+    yield just_full(0.0, "sigmoid")
+    yield just_full(-np.inf, "identity")
+
+
+def just_full(threshold: float, converter: str) -> nms_cases.Case:
+    """64 candidates fill the slot of a block; then come anchors that are NaN, then better candidates."""
+    spec = nms_cases.detector_spec(
+        800, 16, dataclasses.replace(USUAL, score_threshold=threshold), scores=ScoreSpec(converter, 1.0)
+    )
+    rng = np.random.default_rng(0)
+    case = nms_cases.make_case(f"just full, {converter}", spec, 1, rng, "scattered")
+    logits = np.full_like(case.class_logits, np.nan)
+    logits[0, :4] = 0.01 * rng.random((4, 16)) - 2
+    logits[0, 320:324] = 0.01 * rng.random((4, 16)) + 3  # the same warp's, where 40 warps take four in turn
+    return dataclasses.replace(case, class_logits=logits)
+
+
+def cases_by_class() -> Iterator[nms_cases.Case]:
+    """Hundreds of candidates of many classes, in crowds; in the last two more than the slots hold."""
+    yield just_full(0.0, "sigmoid")
+    spec = nms_cases.detector_spec(900, 16, dataclasses.replace(USUAL, score_threshold=0.05))
+    for seed, less in enumerate((7, 7, 5, 0)):
+        case = nms_cases.make_case(f"by class {seed}", spec, 1, np.random.default_rng(seed), "crowds")
+        yield dataclasses.replace(case, class_logits=case.class_logits - np.float32(less))
 
 
 def nms_case(count: int, classes: int, threshold: float, most: int | None) -> nms_cases.NmsCase:
@@ -229,7 +289,8 @@ def defective(tmp_path_factory) -> Emulated:
         (f"kernels/{file}", old, new.replace("{it}", f'(emulator::setting("DEFECT", 0) == {number})'))
         for number, (file, old, new, _) in enumerate(DEFECTS.values(), start=1)
     ]
-    return Emulated(build_emulated(tmp_path_factory.mktemp("defective"), changes=changes))
+    folder = tmp_path_factory.mktemp("defective")
+    return Emulated(build_emulated(folder, "-DODTRT_FEW_PAIRS=100", changes=changes))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -243,7 +304,12 @@ def test_postprocess_of_small_heads_as_of_large_ones(emulated_large, way):
 
 
 def test_postprocess_at_the_edges(emulated_large):
-    emulated_large.check(cases_at_the_edges(), CLUSTER=1)
+    emulated_large.check(cases_at_the_edges(), CLUSTER=1, MULTIPROCESSORS=1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_postprocess_class_by_class(emulated_large, way):
+    emulated_large.check(cases_by_class(), **WAYS[way])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -290,6 +356,7 @@ def test_no_races(emulated, emulated_large):
     for library, first in ((emulated, 0), (emulated_large, 300)):
         library.check(random_cases(first, first + 7), RACES=1, CLUSTER=4)
         library.check(random_cases(first + 7, first + 14), RACES=1, MAJOR=8)
+    emulated_large.check(itertools.islice(cases_by_class(), 3), RACES=1, CLUSTER=4)
     emulated.check(map(nms_cases.random_nms_case, range(30)), RACES=1)
     emulated.check([nms_case(1025, 1, 0.5, None)], RACES=1)
 
@@ -298,9 +365,12 @@ def test_no_races(emulated, emulated_large):
 def test_a_seeded_defect_is_found(defective, defect):
     number, (file, _, _, expected) = list(DEFECTS).index(defect) + 1, DEFECTS[defect]
     cases: Iterator[AnyCase] = random_cases(40)
-    if not file.startswith("postprocess"):
+    if "find" in file or "by_class" in file:
+        cases = cases_by_class()
+    elif not file.startswith("postprocess"):
         cases = itertools.chain(map(nms_cases.random_nms_case, range(40)), [nms_case(2049, 1, 0.5, None)])
-    settings = {"CLUSTER": 4, "RACES": int(expected == RACE)}
+    way = {"MAJOR": 8} if "chain" in file else {"CLUSTER": 4, "MULTIPROCESSORS": 1 if "find" in file else 3}
+    settings = {**way, "RACES": int(expected == RACE)}
     for case in cases:
         if found := defective.complaint(case, DEFECT=number, **settings):
             assert expected in found

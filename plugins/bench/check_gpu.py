@@ -1,19 +1,25 @@
 """Checks the CUDA kernels on a GPU, and writes down what was checked.
 
-    python plugins/bench/check_gpu.py [DRIVE PLUGIN CASES]    writes results/nms_checks.<gpu>.json
+    python plugins/bench/check_gpu.py [--plugin DRIVE PLUGIN CASES] [--heads HEADS] [--also NAME=LIBRARY ...]
 
-tests/test_gpu.py: the numpy reference and the CPU library, bit for bit. NVIDIA's compute-sanitizer around a
-choice of its cases. With DRIVE (built from plugins/tensorrt/drive), PLUGIN (libodtrt_tensorrt.so) and CASES
+writes results/nms_checks.<gpu>.json. tests/test_gpu.py: the numpy reference and the CPU library, bit for bit.
+NVIDIA's compute-sanitizer around a choice of its cases. --also: the same with another libodtrt.so. Built with
+``-DCMAKE_CUDA_FLAGS=-DODTRT_FEW_PAIRS=100`` one sends the short cases, too, through the kernels of large
+heads; with ``-DODTRT_OVERLAPS_FROM=99`` a new GPU goes the way of older ones, five kernels.
+
+--heads (the folder that record_heads.py wrote): what real detectors said about photographs, beside the CPU
+library. --plugin, with DRIVE (built from plugins/tensorrt/drive), PLUGIN (libodtrt_tensorrt.so) and CASES
 (the folder that scripts/plugin_cases.py writes): the plugin through its own interface, in a stream and in a
 captured CUDA graph, alone and under every tool of compute-sanitizer.
 
-Several checks run at the same time, each in a process of its own, on one GPU: that finds more, not less, but
-no time here says anything about the kernels. Under racecheck a call takes ten seconds, so it gets the short
-cases. Each result is written as it comes; what was not finished has no answer.
+Several checks run at the same time on one GPU, each in a process of its own: no time here says anything about
+the kernels. Under racecheck a call takes ten seconds, so it gets fewer and shorter cases. Each result is
+written as it comes; what was not finished has no answer.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -25,99 +31,138 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # not installed where it runs
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "tests"),
+    str(ROOT / "plugins" / "bench"),
+]  # not installed where it runs
 
 import nms_cases
+import nms_gpu
 import test_gpu
-import torch
 
+from odtrt_lib import native
 from odtrt_lib.results import write_results
 
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-PROBLEMS = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
+# Logits of the largest case, chosen cases, drawn cases, cases of plain suppression.
+CHOICES = {
+    "memcheck": (25_000, 50, 25, 12),
+    "racecheck": (8_500, 4, 2, 2),
+    "initcheck": (25_000, 50, 25, 12),
+    "synccheck": (25_000, 50, 25, 12),
+}
+SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
+CALLS = re.compile(r"(\d+) calls agree")
 AT_ONCE = 12
-# Logits of the largest case, drawn cases, cases of plain suppression.
-CHOICES = {"memcheck": (25_000, 25, 12), "racecheck": (8_500, 2, 2)}
-PASSED = ("calls agree", "all checks passed")
+COMMAND = "python plugins/bench/check_gpu.py --plugin DRIVE PLUGIN CASES --heads HEADS --also NAME=LIBRARY"
+Job = tuple[dict[str, Any], list[str], dict[str, str]]  # a row to be, a command, its environment
 
 
-def few(largest: int, drawn: int, drawn_nms: int) -> None:
-    """A choice of cases that the sanitizer's slowness allows: short heads, ties, softmax, NaN."""
-    chosen = [
-        case
-        for case in nms_cases.chosen_cases()
-        if case.class_logits.size <= largest and case.spec.nms.max_total_detections <= 1000
-    ]
-    sizes = map(nms_cases.random_case, range(1000))
-    short = itertools.islice((case for case in sizes if case.class_logits.size <= largest), drawn)
-    lines, calls = [], 5
-    for case in [*chosen[: 2 * drawn], *short]:
-        found = nms_cases.difference(test_gpu.by_cpu_library(case), test_gpu.by_gpu(case))
-        lines += [f"{case.name}: {found}"] if found else []
-        calls += 1
-    lines += list(
-        nms_cases.nms_disagreements(test_gpu.nms_by_gpu, map(nms_cases.random_nms_case, range(drawn_nms)))
+def few(largest: int, most_chosen: int, drawn: int, drawn_nms: int) -> None:
+    """Cases that a sanitizer's slowness allows: short heads, ties, softmax, NaN; and preprocessing."""
+    short = [case for case in nms_cases.chosen_cases() if case.class_logits.size <= largest]
+    short = [case for case in short if case.spec.nms.max_total_detections <= 1000][:most_chosen]
+    every = (
+        case for case in map(nms_cases.random_case, itertools.count()) if case.class_logits.size <= largest
     )
+    cases = [*short, *itertools.islice(every, drawn)]
+    lines = compare(cases)
+    nms = map(nms_cases.random_nms_case, range(drawn_nms))
+    lines += list(nms_cases.nms_disagreements(test_gpu.nms_by_gpu, nms))
     test_gpu.test_preprocess_is_the_cpu_librarys_bit_for_bit()
     test_gpu.fail_on(lines)
-    print(f"{calls + drawn_nms} calls agree")
+    print(f"{len(cases) + drawn_nms} calls agree, and preprocessing")
+
+
+def recorded(folder: Path) -> None:
+    """The heads of real detectors, at three thresholds, in both precisions."""
+    cases = [
+        nms_gpu.recorded_case(path, threshold, dtype)
+        for path in sorted(folder.glob("*.npz"))
+        for threshold in nms_gpu.THRESHOLDS
+        for dtype in (np.float32, np.float16)
+    ]
+    test_gpu.fail_on(compare(cases))
+    print(f"{len(cases)} calls agree")
+
+
+def compare(cases: list[nms_cases.Case]) -> list[str]:
+    found = (
+        (case, nms_cases.difference(test_gpu.by_cpu_library(case), test_gpu.by_gpu(case))) for case in cases
+    )
+    return [f"{case.name}: {difference}" for case, difference in found if difference]
 
 
 def one_test(name: str) -> None:
     """One function of tests/test_gpu.py."""
     getattr(test_gpu, name)()
-    print("calls agree")
+    print("all checks passed")
 
 
-def row_of(row: dict[str, Any], command: list[str]) -> dict[str, Any]:
+def row_of(row: dict[str, Any], command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """``row`` and what the command says: whether all agrees, and what compute-sanitizer counted."""
     started = time.perf_counter()
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    answer = subprocess.run(command, capture_output=True, text=True, env=one_thread)
-    found = PROBLEMS.search(answer.stdout)
-    row |= {"agrees": answer.returncode == 0 and any(words in answer.stdout for words in PASSED)}
-    if row["check"].startswith("compute-sanitizer"):
-        row["problems"] = int(found.group(1) or found.group(2)) if found else None
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    said = answer.stdout
+    calls = CALLS.search(said)
+    row["agrees"] = answer.returncode == 0 and (calls is not None or "all checks passed" in said)
+    if calls:
+        row["calls"] = int(calls.group(1))
     if "interface" in row["check"]:
-        row["checks"] = answer.stdout.count("ok  ")
+        row["checks"] = said.count("ok  ")
+    if row["check"].startswith("compute-sanitizer"):
+        summary = SUMMARY.search(said)
+        row["problems"] = int(summary.group(1) or summary.group(2)) if summary else None
     row["seconds"] = round(time.perf_counter() - started, 1)
-    if row.get("problems") or not row["agrees"]:
-        row["failure"] = (answer.stderr.strip() or answer.stdout.strip())[-500:]
-        print(answer.stdout[-3000:], answer.stderr[-1000:])
+    if not passed(row):
+        row["failure"] = (answer.stderr.strip() or said.strip())[-500:]
+        print(said[-3000:], answer.stderr[-1000:])
     return row
 
 
-def jobs(arguments: list[str]) -> list[tuple[dict[str, Any], list[str]]]:
-    """Every check: a row to be, and a command. The longest come first."""
-    own = [sys.executable, __file__]
-    tests = [name for name in vars(test_gpu) if name.startswith("test_")]
-    found: list[tuple[dict[str, Any], list[str]]] = []
-    for name in tests:
-        row: dict[str, Any] = {
-            "check": "tests/test_gpu.py",
-            "case": name.removeprefix("test_").replace("_", " "),
-        }
-        if name == "test_postprocess_is_the_references_bit_for_bit":
-            row["calls"] = sum(1 for _ in nms_cases.all_cases())
-        found.append((row, [*own, "test", name]))
-    plugins: list[tuple[dict[str, Any], list[str]]] = []
-    if len(arguments) == 3:
-        drive, plugin, folder = arguments
+def passed(row: dict[str, Any]) -> bool:
+    """Whether a check ended, agrees, and, under a sanitizer, has a summary that counts nothing."""
+    return bool(row["agrees"]) and row.get("problems", 0) == 0
+
+
+def jobs(options: argparse.Namespace) -> list[Job]:
+    """Every check."""
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    own = [sys.executable, __file__, "--do"]
+    found: list[Job] = []
+    libraries = [("", here)]
+    for also in options.also:
+        name, _, library = also.partition("=")
+        libraries.append((f", {name}", {**here, native.ENVIRONMENT_VARIABLE: library}))
+    for name, environment in libraries:
+        for test in (test for test in vars(test_gpu) if test.startswith("test_")):
+            row: dict[str, Any] = {"check": f"tests/test_gpu.py{name}"}
+            row["case"] = test.removeprefix("test_").replace("_", " ")
+            if test == "test_postprocess_is_the_references_bit_for_bit":
+                row["calls"] = sum(1 for _ in nms_cases.all_cases())
+            found.append((row, [*own, "test", test], environment))
+        for tool, sizes in CHOICES.items():
+            row = {"check": f"compute-sanitizer {tool}{name}", "case": "a choice of the cases above"}
+            found.append((row, [*sanitizer(tool), *own, "few", *map(str, sizes)], environment))
+        if options.heads:
+            row = {"check": f"heads of real detectors{name}", "case": "beside the CPU library"}
+            found.append((row, [*own, "heads", options.heads], environment))
+    if options.plugin:
+        drive, plugin, folder = options.plugin
         for case in sorted(Path(folder).glob("*.case")):
             row = {
                 "check": "the plugin through its interface, in a stream and in a CUDA graph",
                 "case": case.stem,
             }
-            plugins.append((row, [drive, plugin, str(case)]))
-            for tool in TOOLS:
+            found.append((row, [drive, plugin, str(case)], here))
+            for tool in CHOICES:
                 read = case.parent / "short" / case.name if tool == "racecheck" else case
                 row = {"check": f"compute-sanitizer {tool}", "case": f"plugin, {case.stem}"}
-                plugins.append((row, [*sanitizer(tool), drive, plugin, str(read)]))
-    for tool, sizes in CHOICES.items():
-        row = {"check": f"compute-sanitizer {tool}", "case": "a choice of the cases above"}
-        plugins.append((row, [*sanitizer(tool), *own, "few", *map(str, sizes)]))
-    return [*found, *plugins]
+                found.append((row, [*sanitizer(tool), drive, plugin, str(read)], here))
+    return found
 
 
 def sanitizer(tool: str) -> list[str]:
@@ -125,26 +170,28 @@ def sanitizer(tool: str) -> list[str]:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["few"]:
-        return few(*map(int, sys.argv[2:]))
-    if sys.argv[1:2] == ["test"]:
-        return one_test(sys.argv[2])
-    gpu = torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
-    planned = jobs(sys.argv[1:])
-    rows = [{**row, "agrees": None, "failure": "not finished"} for row, _ in planned]
-    slowest = sorted(range(len(planned)), key=lambda i: "racecheck" not in planned[i][0]["check"])
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--plugin", nargs=3, metavar=("DRIVE", "PLUGIN", "CASES"))
+    arguments.add_argument("--heads")
+    arguments.add_argument("--also", action="append", default=[], metavar="NAME=LIBRARY")
+    arguments.add_argument("--do", nargs="+", help=argparse.SUPPRESS)  # one job, in its process
+    options = arguments.parse_args()
+    if options.do:
+        what, *values = options.do
+        if what == "few":
+            return few(*map(int, values))
+        return one_test(values[0]) if what == "test" else recorded(Path(values[0]))
+    path = ROOT / "results" / f"nms_checks.{nms_gpu.gpu_name()}.json"
+    planned = jobs(options)
+    rows = [{**row, "agrees": None, "failure": "not finished"} for row, _, _ in planned]
+    racecheck_first = sorted(range(len(planned)), key=lambda i: "racecheck" not in planned[i][0]["check"])
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        running = {pool.submit(row_of, *planned[i]): i for i in slowest}
+        running = {pool.submit(row_of, *planned[i]): i for i in racecheck_first}
         for done in as_completed(running):
             rows[running[done]] = done.result()
             print(json.dumps(done.result()), flush=True)
-            write_results(
-                ROOT / "results" / f"nms_checks.{gpu}.json",
-                "nms_checks",
-                "python plugins/bench/check_gpu.py DRIVE PLUGIN CASES",
-                rows,
-            )
-    sys.exit(not all(row["agrees"] and not row.get("problems") for row in rows))
+            write_results(path, "nms_checks", COMMAND, rows)
+    sys.exit(not all(map(passed, rows)))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 // Boxes of different classes do not meet. So each block of the cluster takes some classes and settles them alone, with
 // no barrier but its own: the best 64 candidates at a time (select), who would suppress whom among them (mark), who
 // stays (settle), and, before the next batch, what these suppress of the rest (filter). The best 24 suppress nearly as
-// much as the best 64 and are compared in a seventh of the time, so most blocks begin with so many. After two batches
-// all exchange what they found and how far they have come; once max_total_detections are better than anything that is
-// still undecided, each block writes its own detections where they belong.
+// much as the best 64, and take a seventh of the comparisons, so a block with some hundred candidates begins with so
+// many. After two batches all exchange what they found and how far they have come; once max_total_detections are
+// better than anything that is still undecided, each block writes its own detections where they belong.
 // It gives up, and all blocks begin anew the second way (postprocess_together.cuh), where a block's classes have more
-// candidates than it holds, where a class reaches its cap, and where too few detections are above the bound.
+// candidates than it holds, where a class passes its cap, and where too few detections are above the bound.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -64,7 +64,7 @@ struct ByClass {
   uint32_t held[kCounted];        // kept candidates of each class; the last: of all further ones
   uint32_t kept_of[kCounted][2];  // of the batch, a bit each
   uint32_t num_staged, bound;
-  uint32_t num_alive[2];
+  uint32_t num_alive[2];  // candidates that are left, of every other batch
   uint32_t end_of_cleared;
 };
 
@@ -161,7 +161,7 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
         const uint32_t other = __shfl_down_sync(0xffffffffu, sum, offset);
         if (lane + offset < 32) sum += other;
       }
-      // The lowest span from which on no more than kFew lie.
+      // The lowest span from which on no more than `few` lie.
       const uint32_t sums[4] = {sum, sum - four.x, sum - four.x - four.y, sum - four.x - four.y - four.z};
       const int too_many = (sums[0] > few) + (sums[1] > few) + (sums[2] > few) + (sums[3] > few);
       const int lanes = __popc(__ballot_sync(0xffffffffu, too_many == 4));

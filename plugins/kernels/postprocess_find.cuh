@@ -19,6 +19,10 @@ constexpr int kFindBlocks = 5;              // on a multiprocessor
 constexpr int kRowsHeld = 1024;             // anchors of a block, where it has to choose among its pairs
 constexpr int kMostTaken = kGradeThreads;
 
+// Which score a logit has is known from the logit alone. Code that cannot run for softmax is compiled for it too.
+template <int kConverter>
+constexpr int kOfLogit = kConverter == ODTRT_SOFTMAX ? ODTRT_SIGMOID : kConverter;
+
 struct Slot {
   alignas(16) uint32_t grades[kRowsHeld];
   uint64_t keys[kMostTaken];  // or scaled logits and places; kSlot of them are handed on
@@ -34,8 +38,8 @@ __device__ __forceinline__ void take_key(Slot &slot, bool is_in, uint64_t key) {
   if (is_in && at < kMostTaken) slot.keys[at] = key;
 }
 
-// Fills the slot with this block's best pairs: all from the returned grade on. These are the pairs of about the best
-// sixteen anchors, and kSlot at most. kTooMany: there was no way.
+// Fills the slot with this block's best pairs: all from the returned grade on. These are the pairs of a dozen or two of
+// its best anchors, the more the more it has, and kSlot at most. kTooMany: there was no way.
 template <typename T, int kConverter, bool kCountsPairs>
 __device__ __noinline__ uint32_t hand_on_best(const Call &call, const T *__restrict__ logits, Slot &slot) {
   const odtrt_postprocess_params &params = call.params;
@@ -109,9 +113,7 @@ __device__ __noinline__ uint32_t hand_on_best(const Call &call, const T *__restr
       __syncthreads();
       if (thread < min(static_cast<int>(slot.size), kMostTaken)) {
         const uint64_t rough = slot.keys[thread];
-        const float score = score_of_logit < kConverter == ODTRT_SOFTMAX
-                                ? ODTRT_SIGMOID
-                                : kConverter > (float_of(static_cast<uint32_t>(rough >> 32)));
+        const float score = score_of_logit<kOfLogit<kConverter>>(float_of(static_cast<uint32_t>(rough >> 32)));
         slot.keys[thread] = score > params.score_threshold && ordered(score) >= bound
                                 ? order_key(score, static_cast<uint32_t>(rough))
                                 : 0;
@@ -172,7 +174,8 @@ __global__ __launch_bounds__(kGradeThreads, kFindBlocks) void find(ODTRT_PARAMET
   const int first_warp = static_cast<int>(blockIdx.x) + warp_id() * static_cast<int>(gridDim.x);
   bool is_full = false;  // the slot, as far as this warp knows
   const float above = params.score_threshold;
-  const bool is_rough = !kCountsPairs && kConverter != ODTRT_SOFTMAX;
+  constexpr bool kIsPlain =
+      !kCountsPairs && kConverter != ODTRT_SOFTMAX;  // the slot has logits, not yet scores
   auto hand_on = [&](bool is_candidate, uint64_t key) {
     const unsigned vote = __ballot_sync(0xffffffffu, is_candidate);
     if (vote == 0) return;
@@ -306,16 +309,14 @@ __global__ __launch_bounds__(kGradeThreads, kFindBlocks) void find(ODTRT_PARAMET
   }
   __syncthreads();
   uint32_t bound = 0;
-  const bool is_chosen = slot.size > kSlot;
+  const bool is_chosen = slot.size >= kSlot;  // just full: a warp may have held back what it found after that
   if (is_chosen) bound = hand_on_best<T, kConverter, kCountsPairs>(call, logits, slot);
   const size_t own_slot = static_cast<size_t>(blockIdx.x) * kSlot;
   if (thread < kSlot && bound != kTooMany) {
     uint64_t key = thread < static_cast<int>(is_chosen ? slot.found : slot.size) ? slot.keys[thread] : 0;
     bool is_candidate = is_chosen ? key != 0 : thread < static_cast<int>(slot.size);
-    if (is_rough && is_candidate && !is_chosen) {
-      const float score = score_of_logit < kConverter == ODTRT_SOFTMAX
-                              ? ODTRT_SIGMOID
-                              : kConverter > (float_of(static_cast<uint32_t>(key >> 32)));
+    if (kIsPlain && is_candidate && !is_chosen) {
+      const float score = score_of_logit<kOfLogit<kConverter>>(float_of(static_cast<uint32_t>(key >> 32)));
       is_candidate = score > above;
       key = is_candidate ? order_key(score, static_cast<uint32_t>(key)) : 0;
     }

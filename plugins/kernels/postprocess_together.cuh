@@ -246,8 +246,7 @@ __device__ __forceinline__ void visit_own_pairs(const Call &call, const Workspac
             const float scaled = mul(value, params.logit_factor);
             const bool is_class = label >= 0 && column < columns;
             if (!__any_sync(0xffffffffu, is_class && scaled >= least_logit)) continue;
-            const float score =
-                score_of_logit < kConverter == ODTRT_SOFTMAX ? ODTRT_SIGMOID : kConverter > (scaled);
+            const float score = score_of_logit<kOfLogit<kConverter>>(scaled);
             check(is_class && score > params.score_threshold,
                   order_key(score, place_of_pair(params, {anchors[r], label})));
           }
