@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,12 @@ train_input_reader { label_map_path: "label_map.pbtxt" tf_record_input_reader { 
 eval_config { }
 eval_input_reader { label_map_path: "label_map.pbtxt" tf_record_input_reader { input_path: "none" } }
 """
+
+
+def pytest_configure() -> None:
+    """A shell starts its background jobs with SIGINT ignored, and what tests start would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
