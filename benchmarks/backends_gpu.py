@@ -24,8 +24,12 @@ A row is one model on one backend, in a process of its own, written as soon as i
 * ``first_start_*``, ``second_start_*``: a fresh process, seconds from opening the folder to the first
   detections, without and with the kernels that TensorRT-RTX kept from the first; the driver's own cache of
   compiled code is empty both times.
-* ``device_memory_mb``: what the loaded detector takes after its first detections, besides CUDA's own context.
+* ``device_memory_mb``: what the loaded detector takes after its first detections, besides CUDA's own context,
+  in MiB. ``plan_mb``: the plan, in MB of 10^6 bytes.
 * ``error``: why there is no measurement, in one line.
+
+The exit status is 1 where a row has an ``error``, and where FP32 finds anything else than ONNX Runtime. That
+TF32 or FP16 does is a finding about rounding, no failure: the rows say it.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,12 +69,14 @@ BATCH = 8
 MOST_SECONDS = 180
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse()
     if arguments.start is not None:
-        return print(json.dumps(start(arguments)))
+        print(json.dumps(start(arguments)))
+        return 0
     if arguments.row is not None:
-        return print(json.dumps(serve(arguments.folders[0], arguments)))
+        print(json.dumps(serve(arguments.folders[0], arguments)))
+        return 0
     gpu = (passport.this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
     path = ROOT / "results" / f"backends.{gpu}.json"
     rows: list[dict[str, Any]] = []
@@ -90,42 +97,63 @@ def main() -> None:
                 form = "split" if plugin is None else "fused"
                 row = {"model": folder.name, "arithmetic": arithmetic, "form": form}
                 add({**row, **in_a_process(command, arithmetic, folder)})
+    return 1 if any(map(has_failed, rows)) else 0
+
+
+def has_failed(row: dict[str, Any]) -> bool:
+    """Whether there is no measurement, or FP32, by one of the three ways of asking, does not agree."""
+    answers = (row.get(name, True) for name in ("agrees", "batch_agrees", "submit_agrees"))
+    return "error" in row or (row["arithmetic"] == "FP32" and not all(answers))
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--images", type=Path)
     parser.add_argument("--arithmetic", nargs="+", choices=list(ARITHMETIC), default=list(ARITHMETIC))
     parser.add_argument("--plugin", type=Path)
     parser.add_argument("--row", choices=list(ARITHMETIC), help="measure FOLDER in it, print the row")
     parser.add_argument("--start", choices=list(ARITHMETIC), help="open FOLDER once, print the times")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.images is None and arguments.start is None:
+        parser.error("--images DIR is required")
+    return arguments
 
 
 def in_a_process(command: list[str], arithmetic: str, folder: Path) -> dict[str, Any]:
-    """The JSON that a Python process prints, its lines put together; ``error`` where it fails on FOLDER."""
+    """The JSON that a Python process prints, its lines put together; ``error`` where it fails on FOLDER.
+
+    After MOST_SECONDS it is killed, and with it all that it started, which would go on using the GPU.
+    """
     environment = {name: value for name, value in os.environ.items() if name != engine.TF32_OVERRIDE}
     if arithmetic == "FP32":
         environment[engine.TF32_OVERRIDE] = "0"
     row: dict[str, Any] = {}
+    is_late = False
     with subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        start_new_session=True,
     ) as process:
         try:
             said, complaints = process.communicate(timeout=MOST_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
+            is_late = True
+            os.killpg(process.pid, signal.SIGKILL)
             said, complaints = process.communicate()
+        except BaseException:  # a session of its own does not hear Ctrl-C
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     sys.stderr.write(complaints)
     for line in said.splitlines():
         if line.startswith("{"):
             row.update(json.loads(line))
-    if process.returncode != 0:
+    if is_late:
+        row["error"] = f"stopped after {MOST_SECONDS} s"
+    elif process.returncode != 0:
         row["error"] = reason(process.returncode, complaints, folder)
     return row
 
@@ -169,7 +197,7 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     with Detector.open(folder, here.flavour, plugin=plugin, precision=precision) as detector:
         detector.detect(images[0])
         row["device_memory_mb"] = round(before - free_device_mb(), 1)
-        row["plan_mb"] = round(plan.plan_bytes / 2**20, 1)
+        row["plan_mb"] = round(plan.plan_bytes / 1e6, 1)
         compare = functools.partial(
             agreement,
             expected,
@@ -285,7 +313,7 @@ def free_device_mb() -> float:
 
 
 def in_a_fresh_process(folder: Path, arithmetic: str, plugin: Path | None) -> dict[str, float]:
-    command = [sys.executable, __file__, str(folder), "--images", str(folder), "--start", arithmetic]
+    command = [sys.executable, __file__, str(folder), "--start", arithmetic]
     command += [] if plugin is None else ["--plugin", str(plugin)]
     with tempfile.TemporaryDirectory() as empty:
         environment = {**os.environ, "CUDA_CACHE_PATH": empty}
@@ -317,4 +345,4 @@ def start(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ Needs numpy, tensorrt_rtx, Polygraphy and odtrt_lib there; FOLDER holds the mode
 what ONNX Runtime makes of one image. Each model and arithmetic is a process of its own and one row, written
 as soon as it is measured:
 
+* ``date``: the day of this row's measurement, UTC. That of the whole file is its last row's.
 * ``arithmetic``: what the network multiplies in. TensorRT-RTX runs an fp32 plan in TF32, whatever the
   builder's flag said (``tf32_flag``), unless NVIDIA_TF32_OVERRIDE=0 stands in the environment: ``FP32``.
 * ``build_cold_seconds``, ``build_warm_seconds``: two builds one after the other. TensorRT-RTX has no timing
@@ -19,7 +20,7 @@ as soon as it is measured:
   CUDA's own context, ``device_memory_left_mb``: what is still gone after it was closed.
   ``kernels_mb``: the kept kernels.
 * ``p50_ms`` and so on: one run of the network on device memory, batch 1, no CUDA graph; ``runs`` of them
-  were timed.
+  were timed. Rows without ``runs`` come from the older form of this script, which always timed 500.
 * ``boxes_relative_err``, ``logits_relative_err``: the largest difference from ONNX Runtime's single
   precision, divided by the largest value there. ``half_*``: the same of ONNX Runtime in half precision: what
   rounding does to these weights, whoever computes.
@@ -42,6 +43,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,8 @@ def main(arguments: list[str]) -> int:
     for name in chosen or everything:
         for arithmetic, (precision, _, _) in ARITHMETIC.items():
             row: dict[str, Any] = {"kind": "gpu", "model": name}
-            row.update(precision=precision, arithmetic=arithmetic, passed=False)
+            today = datetime.now(timezone.utc).date().isoformat()
+            row.update(precision=precision, arithmetic=arithmetic, date=today, passed=False)
             folder = recorded / precision / name
             row.update(in_a_process([__file__, "--row", str(folder), arithmetic], arithmetic, folder))
             if "error" in row:

@@ -1,7 +1,6 @@
 """Asks NVIDIA Nsight Compute what the two post-processing kernels wait for.
 
-    python plugins/bench/ncu_gpu.py            writes results/nms_ncu.<gpu>.json
-    python plugins/bench/ncu_gpu.py read FILE  the same from what `ncu --page raw --csv` printed
+    python plugins/bench/ncu_gpu.py    writes results/nms_ncu.<gpu>.json
 
 Needs ncu with access to the GPU's counters, PyTorch, and libodtrt.so with CUDA. Each row is a kernel of one
 call, the second of two, so that code and heads are in the caches; the clocks are the GPU's own:
@@ -16,14 +15,17 @@ call, the second of two, so that code and heads are in the caches; the clocks ar
   cycles it waited for what. barrier: other warps of its block. long_scoreboard: memory. membar: its writes,
   before a barrier of the cluster. short_scoreboard: shared memory. wait: the instruction before.
   not_selected: another warp's instruction was issued.
+* ``ncu_version``: Nsight Compute's; rows that lack it are older than this key.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +109,24 @@ def watched() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def rows_of(printed: str) -> list[dict[str, Any]]:
-    """ncu's table, the second of every two calls. Raises ValueError where it is not of our cases."""
+def version_in(printed: str) -> str:
+    """The version in what `ncu --version` printed."""
+    found = re.search(r"^Version (\S+)", printed, re.MULTILINE)
+    return found[1] if found else "unknown"
+
+
+def rows_of(printed: str, cases: Sequence[tuple[int, float, int]] = CASES) -> list[dict[str, Any]]:
+    """ncu's table, the second of every two calls. Raises ValueError where it is not of these cases."""
     lines = list(csv.reader(io.StringIO(printed[printed.index('"ID"') :])))
     names, units, found = lines[0], lines[1], lines[2:]
-    if len(found) != 4 * len(CASES):
-        raise ValueError(f"ncu watched {len(found)} kernels, expected {4 * len(CASES)}")
+    if len(found) != 4 * len(cases):
+        raise ValueError(f"ncu watched {len(found)} kernels, expected {4 * len(cases)}")
     rows = []
     for number, values in enumerate(found):
         if number % 4 < 2:
             continue
         row = dict(zip(names, values, strict=True))
-        anchors, threshold, objects = CASES[number // 4]
+        anchors, threshold, objects = cases[number // 4]
         is_find = "find<" in row["Kernel Name"]
         if is_find == bool(number % 2):
             raise ValueError(f"kernel {number} is {row['Kernel Name']}: not the order of a call")
@@ -143,20 +151,15 @@ def number_in(text: str) -> float:
 def main() -> None:
     if sys.argv[1:2] == ["calls"]:
         return calls()
-    printed = Path(sys.argv[2]).read_text() if sys.argv[1:2] == ["read"] else watched()
-    rows = rows_of(printed)
-    gpu = device()
-    write_results(
-        ROOT / "results" / f"nms_ncu.{gpu}.json", "nms_ncu", "python plugins/bench/ncu_gpu.py", rows
-    )
+    said = subprocess.run(["ncu", "--version"], capture_output=True, text=True, check=True).stdout
+    rows = [{**row, "ncu_version": version_in(said)} for row in rows_of(watched())]
+
+    import nms_gpu  # needs the GPU, which was ncu's until here
+
+    path = ROOT / "results" / f"nms_ncu.{nms_gpu.gpu_name()}.json"
+    write_results(path, "nms_ncu", "python plugins/bench/ncu_gpu.py", rows)
     for row in rows:
         print(row)
-
-
-def device() -> str:
-    import torch
-
-    return torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,9 @@ def drawn_case(anchors: int, threshold: float, batch: int, dtype: type, objects:
 
 def recorded_case(path: Path, threshold: float, dtype: type) -> nms_cases.Case:
     heads = np.load(path)
-    spec_file = path.with_suffix(".spec.json")
-    spec_file.write_text(str(heads["spec"]))
-    spec = load_spec(spec_file)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "spec.json").write_text(str(heads["spec"]))
+        spec = load_spec(Path(folder) / "spec.json")
     spec = dataclasses.replace(spec, nms=dataclasses.replace(spec.nms, score_threshold=threshold))
     return nms_cases.Case(
         path.stem,
@@ -286,6 +287,11 @@ def preprocess_rows(replays: int) -> list[dict[str, Any]]:
     return rows
 
 
+def gpu_name() -> str:
+    """The GPU as results files name it, such as ``h200``."""
+    return torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("heads", nargs="?")
@@ -331,8 +337,7 @@ def main() -> None:
             )
             print(rows[-1], flush=True)
     rows += preprocess_rows(replays)
-    name = torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
-    output = options.output or str(ROOT / "results" / f"nms.{name}.json")
+    output = options.output or str(ROOT / "results" / f"nms.{gpu_name()}.json")
     write_results(output, "nms", "python plugins/bench/nms_gpu.py HEADS", rows)
     print(json.dumps({"rows": len(rows), "written": output}))
 

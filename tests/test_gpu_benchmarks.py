@@ -1,0 +1,129 @@
+"""The scripts that measure on a GPU, without one: what counts as failed, what is stopped, what is read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from odtrt_lib.passport import Machine
+
+ROOT = Path(__file__).resolve().parent.parent
+# Two calls as ncu printed them on an H200, without the columns that are not read and most stalls.
+SAMPLE = ROOT / "tests" / "ncu_sample.csv"
+
+
+@pytest.fixture
+def backends_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import backends_gpu
+
+    return backends_gpu
+
+
+@pytest.fixture
+def ncu_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "plugins" / "bench")
+    import ncu_gpu
+
+    return ncu_gpu
+
+
+def is_gone(process: int) -> bool:
+    state = Path(f"/proc/{process}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+@pytest.mark.parametrize(
+    ("row", "fails"),
+    [
+        ({"arithmetic": "FP32", "detect_p50_us": 1.0}, False),  # ONNX Runtime's own row
+        ({"arithmetic": "FP32", "agrees": True, "batch_agrees": True, "submit_agrees": True}, False),
+        ({"arithmetic": "FP32", "agrees": False, "batch_agrees": True, "submit_agrees": True}, True),
+        ({"arithmetic": "FP32", "agrees": True, "batch_agrees": False, "submit_agrees": True}, True),
+        ({"arithmetic": "TF32", "agrees": False}, False),
+        ({"arithmetic": "FP16", "agrees": False}, False),
+        ({"arithmetic": "FP16", "error": "no memory"}, True),
+    ],
+)
+def test_errors_and_another_answer_in_fp32_are_failures(backends_gpu, row, fails):
+    assert backends_gpu.has_failed(row) is fails
+
+
+def test_a_row_that_takes_too_long_is_stopped_with_all_that_it_started(backends_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(backends_gpu, "MOST_SECONDS", 2)
+    code = (
+        "import subprocess; nothing = subprocess.DEVNULL\n"
+        "child = subprocess.Popen(['tail', '-f', '/dev/null'], stdout=nothing, stderr=nothing)\n"
+        "print('{\"child\": %d}' % child.pid, flush=True); child.wait()"
+    )
+    row = backends_gpu.in_a_process(["-c", code], "TF32", tmp_path)
+    assert row["error"] == "stopped after 2 s"
+    assert is_gone(row["child"])
+
+
+def test_ctrl_c_ends_the_row_too(backends_gpu, monkeypatch, tmp_path):
+    started = []
+
+    def interrupted(process, *_, **__):
+        started.append(process.pid)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        backends_gpu.in_a_process(["-c", "import signal; signal.pause()"], "TF32", tmp_path)
+    assert is_gone(*started)
+
+
+def test_pictures_are_asked_for_unless_only_the_start_is_timed(backends_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["backends_gpu.py", "folder", "--start", "FP16"])
+    assert backends_gpu.parse().images is None
+    monkeypatch.setattr(sys, "argv", ["backends_gpu.py", "folder"])
+    with pytest.raises(SystemExit):
+        backends_gpu.parse()
+    assert "--images DIR is required" in capsys.readouterr().err
+
+
+def test_each_plan_has_the_day_of_its_own_measurement(backends_gpu, monkeypatch, tmp_path):
+    import engine_gpu
+
+    old = {"model": "old", "arithmetic": "FP32", "date": "2026-01-02", "passed": True}
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "engine.example.json"
+    path.write_text(json.dumps({"rows": [old]}))
+    (tmp_path / "fp32" / "new").mkdir(parents=True)
+    monkeypatch.setattr(engine_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(
+        engine_gpu.passport, "this_machine", lambda: Machine("Linux", "x86_64", gpu="NVIDIA Example")
+    )
+    monkeypatch.setattr(engine_gpu, "in_a_process", lambda *_: {"passed": True})
+    assert engine_gpu.main([str(tmp_path), "new"]) == 0
+    first, *others = json.loads(path.read_text())["rows"]
+    assert first == old
+    assert [row["arithmetic"] for row in others] == ["FP32", "TF32", "FP16"]
+    assert all(0 <= (date.today() - date.fromisoformat(row["date"])).days <= 1 for row in others)
+
+
+def test_the_second_call_is_read_from_what_ncu_prints(ncu_gpu):
+    find, settle = ncu_gpu.rows_of(SAMPLE.read_text(), [(49104, 0.05, 8)])
+    assert (find["kernel"], find["blocks"], find["threads"], find["us"]) == ("find", 660, 256, 8.8)
+    assert find["dram_gb_per_second"] == 399.56
+    assert settle["kernel"] == "settle" and settle["objects"] == 8 and settle["registers"] == 128
+
+
+def test_other_calls_than_ours_are_refused(ncu_gpu):
+    printed = SAMPLE.read_text()
+    with pytest.raises(ValueError, match="watched 4 kernels, expected 24"):
+        ncu_gpu.rows_of(printed)
+    with pytest.raises(ValueError, match="not the order of a call"):
+        ncu_gpu.rows_of(printed.replace("find<", "other<"), [(49104, 0.05, 8)])
+
+
+def test_the_version_of_ncu_is_read(ncu_gpu):
+    said = "NVIDIA (R) Nsight Compute\nCopyright (c) 2018-2025\nVersion 2025.1.1.0 (build 1)\n"
+    assert ncu_gpu.version_in(said) == "2025.1.1.0"
+    assert ncu_gpu.version_in("?") == "unknown"
