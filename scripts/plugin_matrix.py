@@ -1,13 +1,14 @@
 """Which TensorRT the plugin compiles with, loads into and builds with -> results/plugin_matrix.json.
 
-python scripts/plugin_matrix.py [--headers DIR] [--lean DIR] [--model FOLDER] [--output FILE]
+python scripts/plugin_matrix.py [--headers DIR] [--lean DIR] [--model FOLDER...] [--output FILE]
 
 --headers: a folder with one folder for each version of TensorRT, named as the version, that holds its public
     headers (NvInferRuntime.h, ...). Each is compiled with and linked to the kernels.
 --lean: a folder with one folder for each version, holding the unpacked wheels tensorrt-lean-cu13-libs and
     tensorrt-lean-cu13-bindings: TensorRT's own plugin registry, which needs no GPU.
 
---model: a model folder after `odtrt convert`, to build besides a small made-up network.
+--model: model folders after `odtrt convert`, to build besides a small made-up network. Recorded with
+    out/parts, and with out/parts_dynamic, from `odtrt export models/parts --batch dynamic` and convert.
 
 Where TensorRT-RTX is installed, plans are built with the plugin too (no GPU is needed). What is not there is
 named and left out; without --headers nothing can be compiled, and nothing is written. Not installed and not
@@ -25,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "plugins" / "tensorrt"
 RESULTS = ROOT / "results" / "plugin_matrix.json"
 MARKS = ("<!-- scripts/plugin_matrix.py writes from here -->", "<!-- to here -->")
-COMMAND = "python scripts/plugin_matrix.py --headers DIR --lean DIR --model out/parts"
+COMMAND = "python scripts/plugin_matrix.py --headers DIR --lean DIR --model out/parts out/parts_dynamic"
 # The oldest and the newest headers of the IPluginV3 face: what they make must serve every TensorRT since 10.
 _V3 = 10
 
@@ -201,8 +203,8 @@ def small_heads(spec: DetectorSpec) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def detectors(folder: Path, model: Path | None) -> dict[tuple[str, str, str], Path]:
-    """``detector.onnx`` of the small network and of ``model``, by network, precision and batch."""
+def detectors(folder: Path, converted: Sequence[Path]) -> dict[tuple[str, str, str], Path]:
+    """``detector.onnx`` of the small network and of those ``converted``, by network, precision and batch."""
     specs = {
         "1": small_spec(),
         "dynamic": small_spec(batch=None),
@@ -211,7 +213,7 @@ def detectors(folder: Path, model: Path | None) -> dict[tuple[str, str, str], Pa
     networks = [
         ("small", batch, small_heads(spec), spec, small_anchors(spec)) for batch, spec in specs.items()
     ]
-    if model is not None:
+    for model in converted:
         spec = load_spec(model / "spec.json")
         batch = "dynamic" if spec.input.batch is None else str(spec.input.batch)
         networks.append(
@@ -298,7 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--headers", type=Path)
     parser.add_argument("--lean", type=Path)
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--model", type=Path, nargs="+", default=[])
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     versions = _versions(arguments.headers, "compiling with TensorRT's headers", "--headers")
