@@ -3,8 +3,8 @@
     python scripts/book_tables.py            write them
     python scripts/book_tables.py check      exit 1, naming each table that is not current
 
-A page includes a table by ``{include}``; no page states a measured figure of its own. A table whose
-measurement is absent says so.
+A page includes a table by ``{include}``. Where its text repeats a measured figure, such as a small count,
+that was written by hand and is not checked here. A table whose measurement is absent says so.
 """
 
 from __future__ import annotations
@@ -499,7 +499,7 @@ TABLES |= {
         (
             Column("model", "model"),
             *_PLAN,
-            Column("plan, MiB", "plan_mb", ".1f", is_optional=True),
+            Column("plan, MB", "plan_mb", ".1f", is_optional=True),
             Column("opened first, s", "first_start_open_seconds", ".2f", is_optional=True),
             Column("opened again, s", "second_start_open_seconds", ".2f", is_optional=True),
             Column("first detections then, ms", "second_start_first_detect_seconds", ".1f", 1e-3, True),
@@ -535,7 +535,7 @@ TABLES |= {
             Column("fault", "kind"),
             Column("trials", "trials", ","),
             Column("crashes", "crashes"),
-            Column("wrong plans loaded", "wrong_loads"),
+            Column("wrong plans let through", "wrong_loads"),
             Column("valid plans lost", "lost_valid_plans"),
             Column("half-written files", "half_written"),
             Column("records lost", "lost_records"),
@@ -565,6 +565,7 @@ GOALS = (
     ("EfficientDet-D0, 49,104 anchors", 49104, 1e-8, 30),
     ("1024 pixels, 196,416 anchors", 196416, 0.3, 45),
     ("1024 pixels, 196,416 anchors", 196416, 0.05, 45),
+    ("1024 pixels, 196,416 anchors", 196416, 1e-8, 45),
 )
 GOAL_OF_2000_BOXES = 15
 
@@ -637,8 +638,9 @@ def markdown(table: Table, results: Path) -> str:
     if table.library:
         found = {row["version"] for row in rows if "version" in row}
         made_with += f", {table.library} {', '.join(sorted(found))}"
+    days = sorted({row["date"] for row in rows if "date" in row}) or [measured["date"][:10]]
     source = (
-        f"*{table.made} on {measured['date'][:10]} on {made_with}; "
+        f"*{table.made} on {', '.join(days)} on {made_with}; "
         f"`results/{table.results}`, written by `{measured['command']}`.*"
     )
     columns = [
@@ -655,24 +657,40 @@ def goals(path: Path) -> str:
     """What the kernels were meant to take on this GPU, and take: one image, FP32, in a CUDA graph."""
     if not path.is_file():
         return not_measured(path)
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for row in measured["rows"] if row.get("implementation") == "odtrt"]
+    singles = [row for row in rows if row.get("batch") == 1 and row.get("dtype") == "float32"]
 
-    def figure(key: str, **wanted: Any) -> float:
-        wanted = {"implementation": "odtrt", "source": "drawn", **wanted}
-        found = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
-        return float(found[0][key])
+    def within(limit: float, *times: float) -> str:
+        return " / ".join(f"**{time:.1f}**" if time <= limit else f"{time:.1f}" for time in times)
 
     lines = []
     for name, anchors, threshold, goal in GOALS:
-        case = {"anchors": anchors, "score_threshold": threshold, "batch": 1, "dtype": "float32"}
-        floor = figure("floor_us", **case)
-        times = [figure("warm_graph_p50_us", model=model, **case) for model in ("8 objects", "30 objects")]
-        figures = (*times, floor, 3 * floor + 10)
-        lines.append([name, f"{threshold:g}", str(goal), *(f"{figure:.1f}" for figure in figures)])
-    boxes = figure("graph_p50_us", boxes=2000)
-    lines.append(["suppression of 2,000 boxes", "–", str(GOAL_OF_2000_BOXES), f"{boxes:.1f}", "–", "–", "–"])
-    headings = ["work", "score above", "goal, µs", "8 objects, µs", "a crowd of 30, µs", "floor, µs"]
-    return f"{grid([*headings, '3 floors and 10 µs'], lines)}\n"
+        wanted = {"anchors": anchors, "score_threshold": threshold}
+        cases = {row["model"]: row for row in singles if wanted.items() <= row.items()}
+        times = [
+            within(goal, cases[model]["warm_graph_p50_us"], cases[model]["graph_p50_us"])
+            if model in cases
+            else "–"
+            for model in ("8 objects", "30 objects", "zoo_efficientdet_d0")
+        ]
+        floor = cases["8 objects"]["floor_us"]
+        lines.append([name, f"{threshold:g}", str(goal), *times, f"{floor:.1f}", f"{3 * floor + 10:.1f}"])
+    (boxes,) = (row["graph_p50_us"] for row in rows if row.get("boxes") == 2000)
+    goal = GOAL_OF_2000_BOXES
+    lines.append(["suppression of 2,000 boxes", "–", str(goal), within(goal, boxes), *4 * "–"])
+    headings = ["work", "score above", "goal, µs", "8 objects, µs", "a crowd of 30, µs", "recorded, µs"]
+    all_rows = [row for row in singles if row["what"] == "postprocess"]
+    met = [
+        sum(row[key] <= 3 * row["floor_us"] + 10 for row in all_rows)
+        for key in ("warm_graph_p50_us", "graph_p50_us")
+    ]
+    source = (
+        f"*Logits in the cache / from memory; bold is within the goal. Of all {len(all_rows)} heads timed in "
+        f"single precision, one image, {met[0]} / {met[1]} take no more than three floors and 10 µs. "
+        f"{measured['device']['gpu']}, {measured['date'][:10]}; `results/{path.name}`.*"
+    )
+    return f"{grid([*headings, 'floor, µs', '3 floors and 10 µs'], lines)}\n\n{source}\n"
 
 
 def checks(path: Path) -> str:
@@ -687,8 +705,8 @@ def checks(path: Path) -> str:
         [
             name,
             str(len(rows)),
-            str(sum(row["agrees"] is True for row in rows)),
-            str(sum(row["problems"] for row in rows)) if "problems" in rows[0] else "–",
+            str(sum(row["agrees"] is True and row.get("problems", 0) == 0 for row in rows)),
+            str(sum(row["problems"] or 0 for row in rows)) if "problems" in rows[0] else "–",
         ]
         for name, rows in groups.items()
     ]
@@ -696,7 +714,7 @@ def checks(path: Path) -> str:
         f"*On {measured['date'][:10]} on one {measured['device']['gpu']}; `results/{path.name}`, "
         f"written by `{measured['command']}`.*"
     )
-    return f"{grid(['check', 'cases', 'that agree', 'errors and hazards'], lines)}\n\n{source}\n"
+    return f"{grid(['check', 'cases', 'that pass', 'errors and hazards'], lines)}\n\n{source}\n"
 
 
 def not_measured(path: Path) -> str:
@@ -831,8 +849,8 @@ def faults(path: Path) -> str:
         for name, found in groups.items()
     ]
     lines.append(["together", *(f"{sum(row[key] for row in rows):,}" for key in ("trials", *tallies))])
-    headings = ["fault", "trials", "crashes", "wrong plans loaded", "valid plans lost", "half-written files"]
-    return f"{grid([*headings, 'records lost'], lines)}\n"
+    headings = ["fault", "trials", "crashes", "wrong plans let through", "valid plans lost"]
+    return f"{grid([*headings, 'half-written files', 'records lost'], lines)}\n"
 
 
 def cell(row: Row, column: Column) -> str:

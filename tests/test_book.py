@@ -315,6 +315,20 @@ def test_a_plan_that_failed_has_dashes_in_the_tables(engine_results: Path):
     assert "| d0 | TF32 | 2.00 |" in text and "| d0 | FP16 | – |" in text
 
 
+def test_a_table_names_every_day_on_which_its_rows_were_measured(engine_results: Path):
+    path = engine_results / "engine.h200.json"
+    measured = json.loads(path.read_text())
+    measured |= {"date": "2026-01-09T03:04:05", "command": "python measure.py", "versions": {}}
+    measured["device"] |= {"driver": "1.2", "cores": 2}
+    table = book_tables.TABLES["engine_gpu_latency"]
+    path.write_text(json.dumps(measured))
+    assert "Measured on 2026-01-09 on" in book_tables.markdown(table, engine_results)
+    for row, day in zip(measured["rows"], ("2026-01-09", "2026-01-02", "2026-01-09"), strict=True):
+        row["date"] = day
+    path.write_text(json.dumps(measured))
+    assert "Measured on 2026-01-02, 2026-01-09 on" in book_tables.markdown(table, engine_results)
+
+
 def test_an_optional_column_appears_with_its_first_figure(gpu_results: Path):
     columns = (book_tables.Column("anchors", "anchors"), book_tables.Column("at", "at", is_optional=True))
     table = book_tables.Table("nms.h200.json", columns)
