@@ -10,6 +10,7 @@ that was written by hand and is not checked here. A table whose measurement is a
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -253,21 +254,6 @@ TABLES |= {
         ),
         only={"what": ("nms",)},
     ),
-    "nms_gpu": Table(
-        "nms.h200.json",
-        (
-            Column("heads", "source"),
-            Column("of", "model"),
-            Column("anchors", "anchors", ","),
-            Column("classes", "classes"),
-            Column("score above", "score_threshold", "g"),
-            Column("implementation", "implementation"),
-            Column("floor, µs", "floor_us", ".1f", is_optional=True),
-            Column("logits in the cache, in a CUDA graph, µs", "warm_graph_p50_us", ".1f", is_optional=True),
-            *_DEVICE_TIMES,
-        ),
-        only=_ONE_IMAGE,
-    ),
     "nms_gpu_forms": Table(
         "nms.h200.json",
         (
@@ -284,24 +270,6 @@ TABLES |= {
             "model": ("8 objects",),
             "score_threshold": (0.05,),
         },
-    ),
-    "nms_ncu": Table(
-        "nms_ncu.h200.json",
-        (
-            Column("kernel", "kernel"),
-            Column("anchors", "anchors", ","),
-            Column("score above", "score_threshold", "g"),
-            Column("objects", "objects"),
-            Column("blocks", "blocks"),
-            Column("alone, µs", "us", ".1f"),
-            Column("of the memory's bandwidth, %", "dram_percent", ".1f"),
-            Column("cycles that issue an instruction, %", "issue_percent", ".0f"),
-            Column("cycles from a warp's instruction to its next", "cycles_per_instruction", ".1f"),
-            Column("of these at a barrier", "stall_barrier", ".1f"),
-            Column("for memory", "stall_long_scoreboard", ".1f"),
-            Column("for shared memory", "stall_short_scoreboard", ".1f"),
-            Column("for the result before", "stall_wait", ".1f"),
-        ),
     ),
     "preprocess_gpu": Table(
         "nms.h200.json",
@@ -579,7 +547,9 @@ def generated(root: Path) -> dict[str, str]:
     parts["tensorrt_names.md"] = tensorrt_names(root / "results" / "tensorrt_names.json")
     parts["portability_policy.md"] = policy()
     parts["faults_total.md"] = faults(root / "results" / "faults.json")
+    parts["nms_gpu.md"] = gpu_times(root / "results" / "nms.h200.json")
     parts["nms_goals.md"] = goals(root / "results" / "nms.h200.json")
+    parts["nms_ncu.md"] = kernel_waits(root / "results" / "nms_ncu.h200.json")
     parts["nms_checks.md"] = checks(root / "results" / "nms_checks.h200.json")
     parts["engine_gpu_gaps.md"] = engine_gaps(root / "results")
     parts["engine_gpu.svg"] = book_plots.engine_gpu(root / "results")
@@ -691,6 +661,69 @@ def goals(path: Path) -> str:
         f"{measured['device']['gpu']}, {measured['date'][:10]}; `results/{path.name}`.*"
     )
     return f"{grid([*headings, 'floor, µs', '3 floors and 10 µs'], lines)}\n\n{source}\n"
+
+
+def gpu_times(path: Path) -> str:
+    """What a call takes by heads and threshold, one image, FP32, in a CUDA graph, and PyTorch beside it."""
+    if not path.is_file():
+        return not_measured(path)
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    thresholds = (0.3, 0.05, 1e-8)
+    heads: dict[tuple[str, int, int], dict[tuple[str, float], Row]] = {}
+    for row in measured["rows"]:
+        if row["what"] == "postprocess" and (row["batch"], row["dtype"]) == (1, "float32"):
+            found = heads.setdefault((row["model"], row["anchors"], row["classes"]), {})
+            found[row["implementation"].partition(",")[0], row["score_threshold"]] = row
+    lines = []
+    for (model, anchors, _), found in heads.items():
+        own = [found["odtrt", threshold] for threshold in thresholds]
+        peers = [found.get(("PyTorch", threshold)) for threshold in thresholds[1:]]
+        lines.append(
+            [
+                model,
+                f"{anchors:,}",
+                *(f"{row['warm_graph_p50_us']:.1f} / {row['graph_p50_us']:.1f}" for row in own),
+                f"{own[0]['floor_us']:.1f}",
+                " / ".join(f"{peer['p50_us']:,.0f}" for peer in peers if peer) or "–",
+            ]
+        )
+    headings = ["heads", "anchors", *(f"above {threshold:g}" for threshold in thresholds)]
+    usual = statistics.mode(classes for _, _, classes in heads)
+    others = "".join(f", {model} {classes}" for model, _, classes in heads if classes != usual)
+    source = (
+        "*Microseconds, medians in a CUDA graph, logits in the cache / from memory. PyTorch, torchvision: "
+        f"as a program sees it: above 0.05 / above 1e-08, of the best 4,096 pairs. {usual} classes{others}. "
+        f"{measured['device']['gpu']}, {measured['date'][:10]}, driver {measured['device']['driver']}, "
+        f"PyTorch {measured['versions']['torch']}; `results/{path.name}`, "
+        f"written by `{measured['command']}`.*"
+    )
+    return f"{grid([*headings, 'floor', 'PyTorch'], lines)}\n\n{source}\n"
+
+
+def kernel_waits(path: Path) -> str:
+    """What Nsight Compute says of each kernel."""
+    if not path.is_file():
+        return not_measured(path)
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        [
+            row["kernel"],
+            f"{row['anchors']:,}",
+            f"{row['objects']}, above {row['score_threshold']:g}",
+            f"{row['us']:.1f}",
+            f"{row['dram_percent']:.1f}",
+            f"{row['issue_percent']:.0f}",
+            f"{row['cycles_per_instruction']:.1f}",
+            *(f"{row[f'stall_{reason}']:.1f}" for reason in ("barrier", "long_scoreboard", "wait")),
+        ]
+        for row in measured["rows"]
+    ]
+    headings = ["kernel", "anchors", "objects", "µs", "DRAM, %", "issue, %", "cycles"]
+    source = (
+        f"*{measured['device']['gpu']}, {measured['date'][:10]}; `results/{path.name}`, "
+        f"written by `{measured['command']}`.*"
+    )
+    return f"{grid([*headings, 'barrier', 'memory', 'result'], lines)}\n\n{source}\n"
 
 
 def checks(path: Path) -> str:
