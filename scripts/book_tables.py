@@ -691,8 +691,9 @@ def gpu_times(path: Path) -> str:
     usual = statistics.mode(classes for _, _, classes in heads)
     others = "".join(f", {model} {classes}" for model, _, classes in heads if classes != usual)
     source = (
-        "*Microseconds, medians in a CUDA graph, logits in the cache / from memory. PyTorch, torchvision: "
-        f"as a program sees it: above 0.05 / above 1e-08, of the best 4,096 pairs. {usual} classes{others}. "
+        "*Microseconds, medians in a CUDA graph, logits in the cache / from memory. PyTorch: a call with "
+        "torchvision as a program sees it, above 0.05 / above 1e-08, of the best 4,096 pairs. "
+        f"{usual} classes{others}. "
         f"{measured['device']['gpu']}, {measured['date'][:10]}, driver {measured['device']['driver']}, "
         f"PyTorch {measured['versions']['torch']}; `results/{path.name}`, "
         f"written by `{measured['command']}`.*"
