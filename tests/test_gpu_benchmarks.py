@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import subprocess
 import sys
 from datetime import date
@@ -56,14 +58,18 @@ def test_errors_and_another_answer_in_fp32_are_failures(backends_gpu, row, fails
 
 def test_a_row_that_takes_too_long_is_stopped_with_all_that_it_started(backends_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(backends_gpu, "MOST_SECONDS", 2)
+    pipe = tmp_path / "held"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     code = (
-        "import subprocess; nothing = subprocess.DEVNULL\n"
-        "child = subprocess.Popen(['tail', '-f', '/dev/null'], stdout=nothing, stderr=nothing)\n"
-        "print('{\"child\": %d}' % child.pid, flush=True); child.wait()"
+        "import subprocess, sys\n"
+        "child = subprocess.Popen(['tail', '-f', '/dev/null'], stdout=open(sys.argv[1], 'w'))\n"
+        "print('{\"a\": 1}', flush=True); child.wait()"
     )
-    row = backends_gpu.in_a_process(["-c", code], "TF32", tmp_path)
-    assert row["error"] == "stopped after 2 s"
-    assert is_gone(row["child"])
+    row = backends_gpu.in_a_process(["-c", code, str(pipe)], "TF32", tmp_path)
+    assert row == {"a": 1, "error": "stopped after 2 s"}
+    ended, _, _ = select.select([reader], [], [], 60)  # readable at its end: nobody holds the pipe any more
+    assert ended and os.read(reader, 1) == b""
 
 
 def test_ctrl_c_ends_the_row_too(backends_gpu, monkeypatch, tmp_path):

@@ -237,6 +237,20 @@ def cases_at_the_edges() -> Iterator[nms_cases.Case]:
     yield nms_cases.make_case("no gaps between the keys", spec, 1, rng, "scattered", "all equal")
     yield just_full(0.0, "sigmoid")
     yield just_full(-np.inf, "identity")
+    yield infinite_scores(1405, 3)
+
+
+def infinite_scores(anchors: int, most_of_class: int) -> nms_cases.Case:
+    """Keys so large that a range of them ends where 64 bits do."""
+    settings = dataclasses.replace(USUAL, score_threshold=1.0, max_detections_per_class=most_of_class)
+    spec = nms_cases.detector_spec(anchors, 30, settings, scores=ScoreSpec("identity", 1.0))
+    return nms_cases.make_case("infinite", spec, 1, np.random.default_rng(1), "all the same", "not finite")
+
+
+def below_zero() -> nms_cases.Case:
+    """Fewer boxes than asked for, and every octave of the scores below zero to look for them in."""
+    spec = nms_cases.detector_spec(900, 30, dataclasses.replace(USUAL, score_threshold=-1.0))
+    return nms_cases.make_case("below zero", spec, 1, np.random.default_rng(1), "all the same", "tied")
 
 
 def just_full(threshold: float, converter: str) -> nms_cases.Case:
@@ -305,6 +319,10 @@ def test_postprocess_of_small_heads_as_of_large_ones(emulated_large, way):
 
 def test_postprocess_at_the_edges(emulated_large):
     emulated_large.check(cases_at_the_edges(), CLUSTER=1, MULTIPROCESSORS=1)
+    emulated_large.check(
+        [infinite_scores(1405, 3), infinite_scores(1405, 100)], CLUSTER=16, MULTIPROCESSORS=1
+    )
+    emulated_large.check([below_zero(), infinite_scores(1405, 3)], MAJOR=8)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -179,7 +179,7 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
         break;
       }
       range.low += static_cast<uint64_t>(span - 1) << shift;
-      range.high = range.low + ((uint64_t{1} << shift) - 1);
+      range.high = range.low + min(range.high - range.low, (uint64_t{1} << shift) - 1);
     }
   }
   const int cursor = own.batches % 3;

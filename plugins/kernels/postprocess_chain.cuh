@@ -706,14 +706,14 @@ __device__ __noinline__ int keep_among_rest(const Call &call, int image, const S
         break;
       }
       low += static_cast<uint64_t>(bin) << shift;
-      high = low + ((1ull << shift) - 1);
+      high = low + min(high - low, static_cast<uint64_t>((1ull << shift) - 1));
     }
     const int size = static_cast<int>(rest.size);
     if (size > 0) {
       ask_all<T, kConverter>(call, image, rest, false, low, cursor - 1, 0);
       settle_batch<T>(call, image, rest, size);
     } else {
-      octaves *= 4;
+      octaves = min(4 * octaves, 256);  // there are 512
     }
     if (thread == 0) rest.cursor = low;
     __syncthreads();

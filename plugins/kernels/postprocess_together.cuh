@@ -131,7 +131,8 @@ __device__ __forceinline__ Selection select(Tail &shared, Range range, uint32_t 
     above = in_all;
     above_before = before;
     range.low += static_cast<uint64_t>(span - 1) << shift;
-    range.high = range.low + ((uint64_t{1} << shift) - 1);  // nothing is above that is not counted
+    // Nothing is above that is not counted.
+    range.high = range.low + min(range.high - range.low, (uint64_t{1} << shift) - 1);
   }
 }
 
