@@ -271,6 +271,23 @@ TABLES |= {
             "score_threshold": (0.05,),
         },
     ),
+    "nms_ncu": Table(
+        "nms_ncu.h200.json",
+        (
+            Column("kernel", "kernel"),
+            Column("anchors", "anchors", ","),
+            Column("above", "score_threshold", "g"),
+            Column("objects", "objects"),
+            Column("µs", "us", ".1f"),
+            Column("DRAM, %", "dram_percent", ".1f"),
+            Column("issue, %", "issue_percent", ".0f"),
+            Column("cycles", "cycles_per_instruction", ".1f"),
+            Column("sync", "stall_barrier", ".1f"),
+            Column("load", "stall_long_scoreboard", ".1f"),
+            Column("result", "stall_wait", ".1f"),
+        ),
+        names_packages=False,
+    ),
     "preprocess_gpu": Table(
         "nms.h200.json",
         (
@@ -549,7 +566,6 @@ def generated(root: Path) -> dict[str, str]:
     parts["faults_total.md"] = faults(root / "results" / "faults.json")
     parts["nms_gpu.md"] = gpu_times(root / "results" / "nms.h200.json")
     parts["nms_goals.md"] = goals(root / "results" / "nms.h200.json")
-    parts["nms_ncu.md"] = kernel_waits(root / "results" / "nms_ncu.h200.json")
     parts["nms_checks.md"] = checks(root / "results" / "nms_checks.h200.json")
     parts["engine_gpu_gaps.md"] = engine_gaps(root / "results")
     parts["engine_gpu.svg"] = book_plots.engine_gpu(root / "results")
@@ -658,7 +674,7 @@ def goals(path: Path) -> str:
     source = (
         f"*Logits in the cache / from memory; bold is within the goal. Of all {len(all_rows)} heads timed in "
         f"single precision, one image, {met[0]} / {met[1]} take no more than three floors and 10 µs. "
-        f"{measured['device']['gpu']}, {measured['date'][:10]}; `results/{path.name}`.*"
+        f"{source_of(measured, path)}*"
     )
     return f"{grid([*headings, 'floor, µs', '3 floors and 10 µs'], lines)}\n\n{source}\n"
 
@@ -693,38 +709,9 @@ def gpu_times(path: Path) -> str:
     source = (
         "*Microseconds, medians in a CUDA graph, logits in the cache / from memory. PyTorch: a call with "
         "torchvision as a program sees it, above 0.05 / above 1e-08, of the best 4,096 pairs. "
-        f"{usual} classes{others}. "
-        f"{measured['device']['gpu']}, {measured['date'][:10]}, driver {measured['device']['driver']}, "
-        f"PyTorch {measured['versions']['torch']}; `results/{path.name}`, "
-        f"written by `{measured['command']}`.*"
+        f"{usual} classes{others}. PyTorch {measured['versions']['torch']}. {source_of(measured, path)}*"
     )
     return f"{grid([*headings, 'floor', 'PyTorch'], lines)}\n\n{source}\n"
-
-
-def kernel_waits(path: Path) -> str:
-    """What Nsight Compute says of each kernel."""
-    if not path.is_file():
-        return not_measured(path)
-    measured = json.loads(path.read_text(encoding="utf-8"))
-    lines = [
-        [
-            row["kernel"],
-            f"{row['anchors']:,}",
-            f"{row['objects']}, above {row['score_threshold']:g}",
-            f"{row['us']:.1f}",
-            f"{row['dram_percent']:.1f}",
-            f"{row['issue_percent']:.0f}",
-            f"{row['cycles_per_instruction']:.1f}",
-            *(f"{row[f'stall_{reason}']:.1f}" for reason in ("barrier", "long_scoreboard", "wait")),
-        ]
-        for row in measured["rows"]
-    ]
-    headings = ["kernel", "anchors", "objects", "µs", "DRAM, %", "issue, %", "cycles"]
-    source = (
-        f"*{measured['device']['gpu']}, {measured['date'][:10]}; `results/{path.name}`, "
-        f"written by `{measured['command']}`.*"
-    )
-    return f"{grid([*headings, 'barrier', 'memory', 'result'], lines)}\n\n{source}\n"
 
 
 def checks(path: Path) -> str:
@@ -744,11 +731,17 @@ def checks(path: Path) -> str:
         ]
         for name, rows in groups.items()
     ]
-    source = (
-        f"*On {measured['date'][:10]} on one {measured['device']['gpu']}; `results/{path.name}`, "
-        f"written by `{measured['command']}`.*"
+    table = grid(["check", "cases", "that pass", "errors and hazards"], lines)
+    return f"{table}\n\n*{source_of(measured, path)}*\n"
+
+
+def source_of(measured: dict[str, Any], path: Path) -> str:
+    """Where and when the figures of a GPU were measured, and what wrote them down."""
+    device = measured["device"]
+    return (
+        f"Measured on {measured['date'][:10]} on one {device['gpu']}, driver {device['driver']}; "
+        f"`results/{path.name}`, written by `{measured['command']}`."
     )
-    return f"{grid(['check', 'cases', 'that pass', 'errors and hazards'], lines)}\n\n{source}\n"
 
 
 def not_measured(path: Path) -> str:
