@@ -56,14 +56,26 @@ DEFECTS = {
     ),
     "no barrier before the rest is filtered": (
         "postprocess_by_class.cuh",
-        "  if (own.batches > 0) {\n    __syncthreads();",
-        "  if (own.batches > 0) {\n    if (!{it}) __syncthreads();",
+        "  __syncthreads();\n  own.found += ",
+        "  if (!{it}) __syncthreads();\n  own.found += ",
         RACE,
     ),
     "what was kept suppresses nothing of the rest": (
         "postprocess_by_class.cuh",
-        "atomicOr(&shared.kept_of[class_of(info)][k], 1u << lane);",
-        "atomicOr(&shared.kept_of[class_of(info)][k], {it} ? 0u : 1u << lane);",
+        "&kept_of.x : &kept_of.y, 1u << lane);",
+        "&kept_of.x : &kept_of.y, {it} ? 0u : 1u << lane);",
+        WRONG,
+    ),
+    "no barrier before the sorted batch is marked": (
+        "postprocess_by_class.cuh",
+        "= shared.taken_boxes[row];\n  }\n  __syncthreads();",
+        "= shared.taken_boxes[row];\n  }\n  if (!{it}) __syncthreads();",
+        RACE,
+    ),
+    "half of enough is enough": (
+        "postprocess_by_class.cuh",
+        "found >= most) atomicMax(&shared.enough, grade);",
+        "found >= ({it} ? most / 2 : most)) atomicMax(&shared.enough, grade);",
         WRONG,
     ),
     "no barrier before the candidates go to their buckets": (
@@ -266,9 +278,28 @@ def just_full(threshold: float, converter: str) -> nms_cases.Case:
     return dataclasses.replace(case, class_logits=logits)
 
 
+def one_class_behind() -> nms_cases.Case:
+    """Ten crowds of one class, each better than the next: its block needs round after round for them."""
+    spec = nms_cases.detector_spec(900, 16, dataclasses.replace(USUAL, score_threshold=0.05))
+    rng = np.random.default_rng(0)
+    case = nms_cases.make_case("one class behind", spec, 1, rng)
+    crowd, column, row = np.arange(600) // 60, np.arange(300) % 20, np.arange(300) // 20
+    anchors = np.empty_like(case.anchors)
+    anchors[:600] = np.stack([0 * crowd + 0.1, 0.1 * crowd + 0.05, 0 * crowd + 0.1, 0 * crowd + 0.08], 1)
+    anchors[:600, :2] += 0.004 * rng.random((600, 2))
+    anchors[600:] = np.stack([0.25 + 0.05 * row, 0.05 * column + 0.025, *np.full((2, 300), 0.04)], 1)
+    logits = np.full_like(case.class_logits, -20)
+    logits[0, :600, 0] = 5 - 0.3 * crowd + 0.1 * rng.random(600)
+    classes = np.where(np.arange(300) % 2, 0, rng.integers(1, 16, 300))
+    logits[0, 600 + np.arange(300), classes] = rng.uniform(-1, 2, 300)
+    encodings = np.zeros_like(case.box_encodings)
+    return dataclasses.replace(case, anchors=anchors, box_encodings=encodings, class_logits=logits)
+
+
 def cases_by_class() -> Iterator[nms_cases.Case]:
     """Hundreds of candidates of many classes, in crowds; in the last two more than the slots hold."""
     yield just_full(0.0, "sigmoid")
+    yield one_class_behind()
     spec = nms_cases.detector_spec(900, 16, dataclasses.replace(USUAL, score_threshold=0.05))
     for seed, less in enumerate((7, 7, 5, 0)):
         case = nms_cases.make_case(f"by class {seed}", spec, 1, np.random.default_rng(seed), "crowds")

@@ -28,8 +28,9 @@ __host__ __device__ inline char *take(char *&next, size_t size) {
 struct Device {
   int id;
   int multiprocessors;
-  int most_shared_bytes;   // that a block may ask for
-  bool overlaps_launches;  // compute capability 9.0 and newer: programmatic dependent launch
+  int most_shared_bytes;    // that a block may ask for
+  int most_streamed_bytes;  // that a kernel can be told to stream; 0: none
+  bool overlaps_launches;   // compute capability 9.0 and newer: programmatic dependent launch
 };
 
 inline cudaError_t current_device(Device *device) {
@@ -41,6 +42,11 @@ inline cudaError_t current_device(Device *device) {
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&device->most_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
   }
+#if CUDART_VERSION >= 11080
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device->most_streamed_bytes, cudaDevAttrMaxAccessPolicyWindowSize, id);
+  }
+#endif
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
   device->overlaps_launches = major >= ODTRT_OVERLAPS_FROM;
   return error;
@@ -53,6 +59,39 @@ inline cudaLaunchAttribute cluster_of(int ranks) {
   attribute.val.clusterDim.x = static_cast<unsigned>(ranks);
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   return attribute;
+}
+
+inline cudaLaunchAttribute early_start() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+
+// What a kernel reads once does not drive out of the L2 cache what is needed again. That is code, too: without this,
+// `settle` gets its instructions from DRAM once `find` has gone through more than the cache holds.
+inline cudaLaunchAttribute streamed(const void *at, size_t size) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeAccessPolicyWindow;
+  cudaAccessPolicyWindow &window = attribute.val.accessPolicyWindow;
+  window.base_ptr = const_cast<void *>(at);
+  window.num_bytes = size;
+  window.hitRatio = 1.0f;
+  window.hitProp = window.missProp = cudaAccessPropertyStreaming;
+  return attribute;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_with(const cudaLaunchAttribute *attributes, unsigned count, void (*kernel)(Parameters...),
+                        dim3 grid, int threads, int shared_bytes, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = const_cast<cudaLaunchAttribute *>(attributes);
+  config.numAttrs = count;
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 #endif
 
@@ -107,21 +146,11 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), dim3 grid, int thread
   const cudaError_t error = allow(reinterpret_cast<const void *>(kernel), shared_bytes, cluster);
   if (error != cudaSuccess) return error;
 #if CUDART_VERSION >= 11080
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
   cudaLaunchAttribute attributes[2] = {};
   unsigned count = 0;
-  if (overlapped) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
+  if (overlapped) attributes[count++] = early_start();
   if (cluster > 1) attributes[count++] = cluster_of(cluster);
-  config.attrs = attributes;
-  config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  return launch_with(attributes, count, kernel, grid, threads, shared_bytes, stream, arguments...);
 #else
   (void)overlapped;
   kernel<<<grid, threads, static_cast<size_t>(shared_bytes), stream> > >(arguments...);
@@ -133,6 +162,20 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
                    bool overlapped, Arguments... arguments) {
   return launch_clusters(kernel, grid, threads, shared_bytes, stream, overlapped, 1, arguments...);
+}
+
+// Launches a kernel that reads `size` bytes from `at` on once.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_streaming(const Device &device, const void *at, size_t size, void (*kernel)(Parameters...),
+                             dim3 grid, int threads, cudaStream_t stream, Arguments... arguments) {
+#if CUDART_VERSION >= 11080
+  const size_t most = static_cast<size_t>(device.most_streamed_bytes);
+  const cudaLaunchAttribute attribute = streamed(at, size < most ? size : most);
+  return launch_with(&attribute, most > 0, kernel, grid, threads, 0, stream, arguments...);
+#else
+  (void)device, (void)at, (void)size;
+  return launch(kernel, grid, threads, 0, stream, false, arguments...);
+#endif
 }
 
 #if defined(__CUDACC__)

@@ -58,7 +58,14 @@ __global__ __launch_bounds__(kTailThreads, 1) void settle(ODTRT_PARAMETER Call c
   } else {
     wait_for_previous_kernel();
   }
-  settle_together<T, kConverter>(call, space, image, window, share, *reinterpret_cast<Tail *>(memory));
+  Tail &tail = *reinterpret_cast<Tail *>(memory);
+  if (thread == 0) {
+    tail.call = call;
+    tail.space = space;
+    tail.window = window;
+  }
+  __syncthreads();
+  settle_together<T, kConverter>(image, share, tail);
 #endif
 }
 
@@ -85,8 +92,12 @@ cudaError_t enqueue_two(const Call &call, int images, const Device &device, cuda
   const dim3 grid = grid_for(call.params.num_anchors, each, most, images);
   Call with_slots = call;
   with_slots.num_slots = static_cast<int32_t>(grid.x);
+  with_slots.least_logit = cautious_logit<kConverter>(call.params.score_threshold);
   const auto kernel = call.counts_pairs ? find<T, kConverter, true> : find<T, kConverter, false>;
-  const cudaError_t error = launch(kernel, grid, kGradeThreads, 0, stream, false, with_slots);
+  const size_t logits_size = sizeof(T) * static_cast<size_t>(call.params.num_anchors) *
+                             static_cast<size_t>(call.params.num_columns) * static_cast<size_t>(images);
+  const cudaError_t error = launch_streaming(device, call.heads.class_logits, logits_size, kernel, grid,
+                                             kGradeThreads, stream, with_slots);
   if (error != cudaSuccess) return error;
   const int ranks = ranks_of_cluster<T, kConverter>(images, device);
   return launch_clusters(settle<T, kConverter>,

@@ -41,17 +41,17 @@ struct Workspace {
   Progress *progress;
   uint32_t *histogram;   // [kBins]
   uint64_t *is_visible;  // [kMaxChunks], a bit for each candidate
-  uint32_t *grades;      // [N], ordered(best score); 0: no candidate
   uint64_t *gathered;    // [kMaxGathered], order keys in no order
   uint64_t *keys;        // [kMaxCandidates], in the final order
   uint64_t *mask;        // [kMaxChunks, kMaxChunks, kChunk], see suppression.cuh
+  uint32_t
+      *slot_bounds;      // [kMaxSlots], from which grade on a slot, in `gathered`, has all of its block's pairs
+  uint32_t *grades;      // [N], ordered(best score); 0: no candidate
   int32_t *group_first;  // [groups]; these four only serve what is left below the bound
   uint32_t *group_size;  // [groups]
   int32_t *kept_next;    // [max_kept]
   Box *kept_boxes;       // [max_kept]
   int32_t *kept_group;   // [max_kept]; this and slot_bounds only serve `settle`
-  uint32_t *
-      slot_bounds;  // [kMaxSlots], from which grade on a slot has all of its block's pairs; they lie in `gathered`
 };
 
 struct Call {
@@ -62,6 +62,7 @@ struct Call {
   size_t image_size;  // of the workspace
   int32_t num_groups, max_kept, cap;
   int32_t num_slots;     // blocks of `find`
+  float least_logit;     // scaled; a lower one has no score above the threshold
   int32_t counts_pairs;  // the histogram is of all candidates; else of each anchor's best
 };
 
@@ -71,16 +72,16 @@ ODTRT_HD size_t lay_out(const Call &call, char *memory, Workspace *space) {
   space->progress = reinterpret_cast<Progress *>(take(next, sizeof(Progress)));
   space->histogram = reinterpret_cast<uint32_t *>(take(next, sizeof(uint32_t) * kBins));
   space->is_visible = reinterpret_cast<uint64_t *>(take(next, sizeof(uint64_t) * kMaxChunks));
-  space->grades = reinterpret_cast<uint32_t *>(take(next, sizeof(uint32_t) * call.params.num_anchors));
   space->gathered = reinterpret_cast<uint64_t *>(take(next, sizeof(uint64_t) * kMaxGathered));
   space->keys = reinterpret_cast<uint64_t *>(take(next, sizeof(uint64_t) * kMaxCandidates));
   space->mask = reinterpret_cast<uint64_t *>(take(next, sizeof(uint64_t) * kMaxCandidates * kMaxChunks));
+  space->slot_bounds = reinterpret_cast<uint32_t *>(take(next, sizeof(uint32_t) * kMaxSlots));
+  space->grades = reinterpret_cast<uint32_t *>(take(next, sizeof(uint32_t) * call.params.num_anchors));
   space->group_first = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * call.num_groups));
   space->group_size = reinterpret_cast<uint32_t *>(take(next, sizeof(uint32_t) * call.num_groups));
   space->kept_next = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * call.max_kept));
   space->kept_boxes = reinterpret_cast<Box *>(take(next, sizeof(Box) * call.max_kept));
   space->kept_group = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * call.max_kept));
-  space->slot_bounds = reinterpret_cast<uint32_t *>(take(next, sizeof(uint32_t) * kMaxSlots));
   return static_cast<size_t>(next - memory);
 }
 
@@ -213,10 +214,15 @@ __device__ __forceinline__ int32_t group_of(const odtrt_postprocess_params &para
 
 // A scaled logit that is less has a score that is less than `score`: by a margin, so that it may be rough.
 template <int kConverter>
-__device__ __forceinline__ float cautious_logit(float score) {
+ODTRT_HD float cautious_logit(float score) {
   if (kConverter == ODTRT_IDENTITY) return score;
   if (kConverter == ODTRT_SOFTMAX || !(score > 0.0f)) return float_of(0xff800000u);
-  const float logit = __logf(score / fmaxf(1.0f - score, 1e-7f));
+  const float odds = score / fmaxf(1.0f - score, 1e-7f);
+#if defined(__CUDA_ARCH__)
+  const float logit = __logf(odds);
+#else
+  const float logit = logf(odds);
+#endif
   return fminf(logit, 15.0f) - 0.01f - 0.001f * fabsf(logit);
 }
 
@@ -279,22 +285,33 @@ __device__ __forceinline__ float best_of_softmax(const odtrt_postprocess_params 
   return score_of_logit(softmax, mul(unordered(warp_max(best)), params.logit_factor));
 }
 
-template <typename T>
-__device__ __forceinline__ Box box_of(const Call &call, int image, int anchor) {
-  const size_t row = static_cast<size_t>(image) * call.params.num_anchors + anchor;
+struct EncodedBox {
   float encoding[4], prior[4];
+};
+
+template <typename T>
+__device__ __forceinline__ EncodedBox encoded_box_of(const Call &call, int image, int anchor) {
+  const size_t row = static_cast<size_t>(image) * call.params.num_anchors + anchor;
+  EncodedBox box;
   if (sizeof(T) == 4) {
     const float4 values = __ldg(reinterpret_cast<const float4 *>(call.heads.box_encodings) + row);
-    encoding[0] = values.x, encoding[1] = values.y, encoding[2] = values.z, encoding[3] = values.w;
+    box.encoding[0] = values.x, box.encoding[1] = values.y, box.encoding[2] = values.z,
+    box.encoding[3] = values.w;
   } else {
     const uint2 values = __ldg(reinterpret_cast<const uint2 *>(call.heads.box_encodings) + row);
     const auto halves = reinterpret_cast<const __half *>(&values);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) encoding[k] = __half2float(halves[k]);
+    for (int k = 0; k < 4; ++k) box.encoding[k] = __half2float(halves[k]);
   }
   const float4 values = __ldg(reinterpret_cast<const float4 *>(call.heads.anchors) + anchor);
-  prior[0] = values.x, prior[1] = values.y, prior[2] = values.z, prior[3] = values.w;
-  return decode(encoding, prior, call.params.box_scales);
+  box.prior[0] = values.x, box.prior[1] = values.y, box.prior[2] = values.z, box.prior[3] = values.w;
+  return box;
+}
+
+template <typename T>
+__device__ __forceinline__ Box box_of(const Call &call, int image, int anchor) {
+  const EncodedBox box = encoded_box_of<T>(call, image, anchor);
+  return decode(box.encoding, box.prior, call.params.box_scales);
 }
 
 __device__ __forceinline__ Box window_of(const Call &call, int image) {

@@ -1,11 +1,17 @@
 // settle, the first way: class by class.
 //
 // Boxes of different classes do not meet. So each block of the cluster takes some classes and settles them alone, with
-// no barrier but its own: the best 64 candidates at a time (select), who would suppress whom among them (mark), who
-// stays (settle), and, before the next batch, what these suppress of the rest (filter). The best 24 suppress nearly as
-// much as the best 64, and take a seventh of the comparisons, so a block with some hundred candidates begins with so
-// many. After two batches all exchange what they found and how far they have come; once max_total_detections are
-// better than anything that is still undecided, each block writes its own detections where they belong.
+// no barrier but its own: the best 64 candidates at a time (select), best first (sort), who would suppress whom among
+// them (mark), who stays (settle), and, before the next batch, what these suppress of the rest (filter). The best 24
+// suppress nearly as much as the best 64, and take a seventh of the comparisons, so a block with some hundred
+// candidates begins with so many. After two batches all exchange what they found and how far they have come; once
+// max_total_detections are better than anything that is still undecided, each block writes its own detections where
+// they belong. Once as many were found at all, who is behind settles no more than what is better than the worst of
+// them.
+//
+// What is read again and again is an argument of the kernel itself, or in shared memory: a barrier of the cluster
+// empties the L1 cache, and a called function would read its arguments from there.
+//
 // It gives up, and all blocks begin anew the second way (postprocess_together.cuh), where a block's classes have more
 // candidates than it holds, where a class passes its cap, and where too few detections are above the bound.
 #pragma once
@@ -26,7 +32,8 @@ constexpr int kMany = 512;
 constexpr int kMostMerged = 128;
 constexpr int kCounted = 64;
 constexpr int kBatchesOfRound = 2;
-constexpr int kFewGroups = 8;  // fewer are not worth it
+constexpr int kDecodedAtOnce = 2;  // by a thread
+constexpr int kFewGroups = 8;      // fewer are not worth it
 static_assert(kShare % kTailThreads == 0 && kShare / kTailThreads <= 32,
               "a bit for each candidate of a thread");
 
@@ -55,16 +62,20 @@ struct ByClass {
   float4 found_boxes[kMostMerged];
   float4 batch_boxes[kFew];
   uint4 batch[kFew];
+  uint4 taken[kFew];  // before they are in order
+  float4 taken_boxes[kFew];
   uint2 rivals[kFew];
-  uint32_t rank[kFew];
   // Cleared before, from here on.
   alignas(16) uint32_t spans[3][kSpans];
   uint32_t cursors[3];
-  uint32_t to[kMostRanks];        // candidates of this block for each
-  uint32_t held[kCounted];        // kept candidates of each class; the last: of all further ones
-  uint32_t kept_of[kCounted][2];  // of the batch, a bit each
+  uint32_t to[kMostRanks];  // candidates of this block for each
+  uint32_t held[kCounted];  // kept candidates of each class; the last: of all further ones
+  uint2 kept_of[kCounted];  // of the batch, a bit each
   uint32_t num_staged, bound;
-  uint32_t num_alive[2];  // candidates that are left, of every other batch
+  int span;  // that was selected
+  bool is_span_empty;
+  uint32_t num_found, num_kept;  // of the batch
+  uint32_t enough;               // all blocks together found enough from this grade on
   uint32_t end_of_cleared;
 };
 
@@ -72,12 +83,68 @@ struct ByClass {
 struct Own {
   int count, log_parts;     // 1 << log_parts threads share a candidate
   uint32_t alive;           // a bit for each of this thread's candidates
-  uint32_t most_alive;      // no more than these are, in all
   uint32_t found, kept;     // so far
   int turn, batches;        // of spans, of cursors
   uint64_t least, low;      // keys: of the lowest candidate there can be; all from low on are settled
   bool is_done, is_capped;  // nothing is left to do; a class has reached its cap
 };
+
+// The keys of a range fall into spans of 1 << shift_of(range).
+__device__ __forceinline__ int shift_of(const Range &range) {
+  static_assert(kSpans == 1 << 7, "");
+  return max(0, 64 - __clzll(static_cast<long long>(range.high - range.low)) - 7);
+}
+
+// The best candidates of this block that are alive, kFew at most, are all with keys from the returned one on. Those
+// from own.least to own.low are counted in shared.spans[own.turn]. Called by all threads.
+__device__ __forceinline__ uint64_t select_few(ByClass &shared, Own &own, uint32_t few) {
+  const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
+  Range range{own.least, own.low - 1};
+#pragma unroll 1
+  for (;;) {
+    if (warp_id() == 0) {
+      const uint4 four = reinterpret_cast<const uint4 *>(shared.spans[own.turn])[lane];
+      uint32_t sum = four.x + four.y + four.z + four.w;  // of this lane's spans and those above
+#pragma unroll
+      for (int offset = 1; offset < 32; offset <<= 1) {
+        const uint32_t other = __shfl_down_sync(0xffffffffu, sum, offset);
+        if (lane + offset < 32) sum += other;
+      }
+      // The lowest span from which on no more than `few` lie, and whether any do.
+      const uint32_t sums[4] = {sum, sum - four.x, sum - four.x - four.y, sum - four.x - four.y - four.z};
+      const int too_many = (sums[0] > few) + (sums[1] > few) + (sums[2] > few) + (sums[3] > few);
+      const int lanes = __popc(__ballot_sync(0xffffffffu, too_many == 4));
+      if (lane == lanes) {
+        shared.span = 4 * lane + too_many;
+        shared.is_span_empty = (too_many == 0   ? sums[0]
+                                : too_many == 1 ? sums[1]
+                                : too_many == 2 ? sums[2]
+                                                : sums[3]) == 0;
+      } else if (lanes == 32 && lane == 0) {
+        shared.span = kSpans;
+        shared.is_span_empty = true;
+      }
+    }
+    own.turn = own.turn == 2 ? 0 : own.turn + 1;
+    uint32_t *const next = shared.spans[own.turn];
+    if (thread / kSpans == 1) shared.spans[own.turn == 2 ? 0 : own.turn + 1][thread % kSpans] = 0;
+    __syncthreads();
+    const int span = shared.span;
+    const int shift = shift_of(range);
+    if (span == 0 || !shared.is_span_empty) return range.low + (static_cast<uint64_t>(span) << shift);
+    range.low += static_cast<uint64_t>(span - 1) << shift;
+    range.high = range.low + min(range.high - range.low, (uint64_t{1} << shift) - 1);
+    const int narrow_shift = shift_of(range), step = kTailThreads >> own.log_parts;
+    const bool counts = (thread & ((1 << own.log_parts) - 1)) == 0;
+#pragma unroll 1
+    for (int i = thread >> own.log_parts, c = 0; i < own.count && counts; i += step, ++c) {
+      if (!(own.alive >> c & 1)) continue;
+      const uint64_t key = key_of(shared.infos[i]);
+      if (key >= range.low && key <= range.high) atomicAdd(&next[(key - range.low) >> narrow_shift], 1u);
+    }
+    __syncthreads();
+  }
+}
 
 // Settles the best kFew at most of this block's candidates that are alive. Called by all threads.
 __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Own &own) {
@@ -90,33 +157,39 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
   auto class_of = [log_ranks](const uint4 &info) {
     return min(static_cast<int>(info.z & kGroupBits) >> log_ranks, kCounted - 1);
   };
+  auto meets = [&](const uint4 &info, const float4 &corners, const uint4 &own_info, const float4 &own_corners) {
+    const Verdict verdict =
+        judge(box_from(corners), float_of(info.w), box_from(own_corners), float_of(own_info.w));
+    return is_same_group(info, own_info) &&
+           (verdict.surely || (verdict.perhaps && is_suppressed(corners, own_corners, iou_threshold)));
+  };
   if (own.batches > 0) {
-    __syncthreads();
-    // filter
+    // filter, and count what is left
     const uint32_t own_share = own.log_parts == 0   ? ~0u
                                : own.log_parts == 1 ? 0x55555555u << part
                                                     : 0x11111111u << part;
+    const int shift = shift_of({own.least, own.low - 1});
 #pragma unroll 1
     for (int start = 0, c = 0; start < own.count; start += step, ++c) {
+      const bool is_alive = own.alive >> c & 1;
       bool is_dead = false;
-      if (own.alive >> c & 1) {
+      uint64_t key = 0;
+      if (is_alive) {
         const float4 own_corners = shared.boxes[start + first];
         const uint4 own_info = shared.infos[start + first];
-        const Box box = box_from(own_corners);
-        const float own_area = float_of(own_info.w);
+        key = key_of(own_info);
+        const uint2 kept_of = shared.kept_of[class_of(own_info)];
+        uint64_t rest = static_cast<uint64_t>(kept_of.y & own_share) << 32 | (kept_of.x & own_share);
 #pragma unroll 1
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll 1
-          for (uint32_t rest = shared.kept_of[class_of(own_info)][half] & own_share; rest != 0;
-               rest &= rest - 1) {
-            const int k = 32 * half + __ffs(static_cast<int>(rest)) - 1;
-            const uint4 info = shared.batch[k];
-            const float4 corners = shared.batch_boxes[k];
-            const Verdict verdict = judge(box_from(corners), float_of(info.w), box, own_area);
-            is_dead |=
-                is_same_group(info, own_info) &&
-                (verdict.surely || (verdict.perhaps && is_suppressed(corners, own_corners, iou_threshold)));
-          }
+        while (rest != 0) {  // two at a time, or one twice
+          const int k = __ffsll(static_cast<long long>(rest)) - 1;
+          rest &= rest - 1;
+          const int next = rest != 0 ? __ffsll(static_cast<long long>(rest)) - 1 : k;
+          rest &= rest - 1;
+          const uint4 info = shared.batch[k], next_info = shared.batch[next];
+          const float4 corners = shared.batch_boxes[k], next_corners = shared.batch_boxes[next];
+          is_dead |= meets(info, corners, own_info, own_corners);
+          is_dead |= meets(next_info, next_corners, own_info, own_corners);
         }
       }
       unsigned dead = __ballot_sync(0xffffffffu, is_dead);
@@ -126,62 +199,17 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
         dead = dead >> (lane & 28) & 15;
       else
         dead = is_dead;
-      if (dead != 0) own.alive &= ~(1u << c);
+      if (dead != 0)
+        own.alive &= ~(1u << c);
+      else if (is_alive && part == 0 && key >= own.least)
+        atomicAdd(&shared.spans[own.turn][(key - own.least) >> shift], 1u);
     }
-    uint32_t &num_alive = shared.num_alive[own.batches & 1];
-    const uint32_t alive_here = warp_sum(part == 0 ? static_cast<uint32_t>(__popc(own.alive)) : 0u);
-    if (lane == 0 && alive_here != 0) atomicAdd(&num_alive, alive_here);
     __syncthreads();
-    own.most_alive = num_alive;
-    if (thread == 0) shared.num_alive[~own.batches & 1] = 0;
   }
-  // select
   const uint32_t few = own.batches == 0 && own.count > kFew && own.count <= kMany ? kFewAtFirst : kFew;
-  uint64_t low = own.least;
-  if (own.most_alive > few) {
-    Range range{own.least, own.low - 1};
-#pragma unroll 1
-    for (;;) {
-      const int bits = 64 - __clzll(static_cast<long long>(range.high - range.low));
-      const int shift = max(0, bits - 7);
-      uint32_t *spans = shared.spans[own.turn];
-#pragma unroll 1
-      for (int i = first, c = 0; i < own.count && part == 0; i += step, ++c) {
-        if (!(own.alive >> c & 1)) continue;
-        const uint64_t key = key_of(shared.infos[i]);
-        if (key >= range.low && key <= range.high) atomicAdd(&spans[(key - range.low) >> shift], 1u);
-      }
-      __syncthreads();
-      const uint4 four = reinterpret_cast<const uint4 *>(spans)[lane];
-      own.turn = own.turn == 2 ? 0 : own.turn + 1;
-      if (thread < kSpans) shared.spans[own.turn == 2 ? 0 : own.turn + 1][thread] = 0;
-      uint32_t sum = four.x + four.y + four.z + four.w;  // of this lane's spans and those above
-#pragma unroll
-      for (int offset = 1; offset < 32; offset <<= 1) {
-        const uint32_t other = __shfl_down_sync(0xffffffffu, sum, offset);
-        if (lane + offset < 32) sum += other;
-      }
-      // The lowest span from which on no more than `few` lie.
-      const uint32_t sums[4] = {sum, sum - four.x, sum - four.x - four.y, sum - four.x - four.y - four.z};
-      const int too_many = (sums[0] > few) + (sums[1] > few) + (sums[2] > few) + (sums[3] > few);
-      const int lanes = __popc(__ballot_sync(0xffffffffu, too_many == 4));
-      const int span = 4 * lanes + (lanes < 32 ? __shfl_sync(0xffffffffu, too_many, lanes & 31) : 0);
-      uint32_t size = 0;
-      if (span < kSpans) {
-        const uint32_t own_size = (span & 3) == 0   ? sums[0]
-                                  : (span & 3) == 1 ? sums[1]
-                                  : (span & 3) == 2 ? sums[2]
-                                                    : sums[3];
-        size = __shfl_sync(0xffffffffu, own_size, span / 4);
-      }
-      if (span == 0 || size > 0) {
-        low = range.low + (static_cast<uint64_t>(span) << shift);
-        break;
-      }
-      range.low += static_cast<uint64_t>(span - 1) << shift;
-      range.high = range.low + min(range.high - range.low, (uint64_t{1} << shift) - 1);
-    }
-  }
+  const bool are_all = own.batches == 0 && own.count <= static_cast<int>(few);
+  const uint64_t low = are_all ? own.least : select_few(shared, own, few);
+  // take
   const int cursor = own.batches % 3;
 #pragma unroll 1
   for (int i = first, c = 0; i < own.count; i += step, ++c) {
@@ -191,112 +219,105 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
     own.alive &= ~(1u << c);
     if (part != 0) continue;
     const uint32_t at = atomicAdd(&shared.cursors[cursor], 1u);
-    shared.batch[at] = info;
-    shared.batch_boxes[at] = shared.boxes[i];
+    shared.taken[at] = info;
+    shared.taken_boxes[at] = shared.boxes[i];
   }
   __syncthreads();
   const int size = static_cast<int>(shared.cursors[cursor]);
   ++own.batches;
   if (thread == 0) shared.cursors[own.batches % 3 == 2 ? 0 : own.batches % 3 + 1] = 0;
   own.low = low;
-  own.most_alive -= static_cast<uint32_t>(size);
   own.is_done = low == own.least;
-  if (thread < 2 * kCounted) shared.kept_of[thread / 2][thread % 2] = 0;
-  // mark: eight threads a row
+  if (thread < kCounted) shared.kept_of[thread] = make_uint2(0, 0);
+  // sort: eight threads a candidate
   const int row = thread / 8;
-  if (row - lane / 8 < size) {  // any row of the warp
-    const float4 own_corners = shared.batch_boxes[row];
-    const uint4 own_info = shared.batch[row];
-    const Box box = box_from(own_corners);
-    const uint64_t own_key = row < size ? key_of(own_info) : ~0ull;
-    const float own_area = float_of(own_info.w);
-    uint32_t rivals[2] = {0, 0}, rank = 0;
-    auto look_at = [&](int column, uint32_t &word) {
-      const uint4 info = shared.batch[column];
-      const float4 corners = shared.batch_boxes[column];
-      const bool is_better = column < size && key_of(info) > own_key;
-      rank += is_better;
-      const Verdict verdict = judge(box_from(corners), float_of(info.w), box, own_area);
-      if (is_better && is_same_group(info, own_info) &&
-          (verdict.surely || (verdict.perhaps && is_suppressed(corners, own_corners, iou_threshold)))) {
-        word |= 1u << (column & 31);
-      }
-    };
-#pragma unroll 2
-    for (int column = thread % 8; column < min(32, (size + 7) & ~7); column += 8) look_at(column, rivals[0]);
-#pragma unroll 2
-    for (int column = 32 + thread % 8; column < ((size + 7) & ~7); column += 8) look_at(column, rivals[1]);
+  if (row - lane / 8 < size) {  // any of the warp
+    const uint4 own_info = shared.taken[row];
+    uint32_t place = 0;
 #pragma unroll
-    for (int offset = 1; offset < 8; offset <<= 1) {
-      rivals[0] |= __shfl_xor_sync(0xffffffffu, rivals[0], offset);
-      rivals[1] |= __shfl_xor_sync(0xffffffffu, rivals[1], offset);
-      rank += __shfl_xor_sync(0xffffffffu, rank, offset);
+    for (int k = 0; k < kFew / 8; ++k) {
+      const int other = 8 * k + thread % 8;
+      place += other < size && key_of(shared.taken[other]) > key_of(own_info);
     }
-    if (thread % 8 == 0) {
-      shared.rivals[row] = make_uint2(rivals[0], rivals[1]);
-      shared.rank[row] = rank;
+#pragma unroll
+    for (int offset = 1; offset < 8; offset <<= 1) place += __shfl_xor_sync(0xffffffffu, place, offset);
+    if (row < size && thread % 8 == 0) shared.batch[place] = own_info;
+    if (row < size && thread % 8 == 1) shared.batch_boxes[place] = shared.taken_boxes[row];
+  }
+  __syncthreads();
+  // mark: each half of a warp has a row from the end and one from the beginning, which have kFew - 1 better rows in all
+#pragma unroll
+  for (int end = 1; end >= 0; --end) {
+    const int half = thread / 16, part_of_row = thread % 16, own_row = end ? kFew - 1 - half : half;
+    const int of_warp = end ? kFew - 1 - half / 2 * 2 : half | 1;  // the longer one of the warp's
+    const bool is_row = own_row < size;
+    if (!__any_sync(0xffffffffu, is_row)) continue;
+    const uint4 own_info = shared.batch[own_row];
+    const float4 own_corners = shared.batch_boxes[own_row];
+    uint32_t words[2] = {0, 0};
+#pragma unroll
+    for (int k = 0; k < (end ? 4 : 2); ++k) {
+      if (16 * k >= of_warp) break;
+      const int column = 16 * k + part_of_row;
+      const bool is_rival = is_row && column < own_row &&
+                            meets(shared.batch[column], shared.batch_boxes[column], own_info, own_corners);
+      const unsigned vote = __ballot_sync(0xffffffffu, is_rival) >> (lane & 16) & 0xffffu;
+      words[k / 2] |= vote << 16 * (k % 2);
+    }
+    if (is_row && part_of_row == 0) shared.rivals[own_row] = make_uint2(words[0], words[1]);
+  }
+  __syncthreads();
+  // settle: two candidates a lane
+  if (const int half = warp_id(); half < 2) {  // to write down half of them
+    struct Two {
+      uint32_t low, high;
+    };
+    const bool is_low = lane < size, is_high = lane + 32 < size;
+    const uint2 low_rivals = shared.rivals[lane], high_rivals = shared.rivals[lane + 32];
+    bool low_open = is_low, high_open = is_high;
+    Two open{__ballot_sync(0xffffffffu, is_low), __ballot_sync(0xffffffffu, is_high)}, kept{0, 0};
+    auto is_hit = [](const uint2 &rivals, const Two &among) {
+      return ((rivals.x & among.low) | (rivals.y & among.high)) != 0;
+    };
+#pragma unroll 1
+    while ((open.low | open.high) != 0) {
+      const bool low_stays = low_open && !is_hit(low_rivals, open),
+                 high_stays = high_open && !is_hit(high_rivals, open);
+      const Two stays{__ballot_sync(0xffffffffu, low_stays), __ballot_sync(0xffffffffu, high_stays)};
+      kept.low |= stays.low;
+      kept.high |= stays.high;
+      low_open = low_open && !low_stays && !is_hit(low_rivals, stays);
+      high_open = high_open && !high_stays && !is_hit(high_rivals, stays);
+      open = {__ballot_sync(0xffffffffu, low_open), __ballot_sync(0xffffffffu, high_open)};
+    }
+    const Two found{
+        __ballot_sync(0xffffffffu, (kept.low >> lane & 1) && (shared.batch[lane].z & kVisible)),
+        __ballot_sync(0xffffffffu, (kept.high >> lane & 1) && (shared.batch[lane + 32].z & kVisible))};
+    const int i = lane + 32 * half;
+    const uint4 info = shared.batch[i];
+    const uint32_t own_found = half == 0 ? found.low : found.high;
+    const uint32_t place = own.found + static_cast<uint32_t>((half == 0 ? 0 : __popc(found.low)) +
+                                                             __popc(own_found & ((1u << lane) - 1)));
+    if ((own_found >> lane & 1) && place < most) {
+      shared.found[place] = info;
+      shared.found_boxes[place] = shared.batch_boxes[i];
+    }
+    if ((half == 0 ? kept.low : kept.high) >> lane & 1) {
+      uint2 &kept_of = shared.kept_of[class_of(info)];
+      atomicAdd(&shared.held[class_of(info)], 1u);
+      atomicOr(half == 0 ? &kept_of.x : &kept_of.y, 1u << lane);
+    }
+    if (thread == 0) {
+      shared.num_found = static_cast<uint32_t>(__popc(found.low) + __popc(found.high));
+      shared.num_kept = static_cast<uint32_t>(__popc(kept.low) + __popc(kept.high));
     }
   }
   __syncthreads();
-  // settle: each warp for itself, two candidates a lane
-  struct Two {
-    uint32_t low, high;
-  };
-  const bool is_low = lane < size, is_high = lane + 32 < size;
-  const uint2 low_rivals = shared.rivals[lane], high_rivals = shared.rivals[lane + 32];
-  bool low_open = is_low, high_open = is_high;
-  Two open{__ballot_sync(0xffffffffu, is_low), __ballot_sync(0xffffffffu, is_high)}, kept{0, 0};
-  auto is_hit = [](const uint2 &rivals, const Two &among) {
-    return ((rivals.x & among.low) | (rivals.y & among.high)) != 0;
-  };
-#pragma unroll 1
-  while ((open.low | open.high) != 0) {
-    const bool low_stays = low_open && !is_hit(low_rivals, open),
-               high_stays = high_open && !is_hit(high_rivals, open);
-    const Two stays{__ballot_sync(0xffffffffu, low_stays), __ballot_sync(0xffffffffu, high_stays)};
-    kept.low |= stays.low;
-    kept.high |= stays.high;
-    low_open = low_open && !low_stays && !is_hit(low_rivals, stays);
-    high_open = high_open && !high_stays && !is_hit(high_rivals, stays);
-    open = {__ballot_sync(0xffffffffu, low_open), __ballot_sync(0xffffffffu, high_open)};
-  }
-  const int num_kept = __popc(kept.low) + __popc(kept.high);
-  const bool low_found = (kept.low >> lane & 1) && (shared.batch[lane].z & kVisible);
-  const bool high_found = (kept.high >> lane & 1) && (shared.batch[lane + 32].z & kVisible);
-  const int num_found =
-      __popc(__ballot_sync(0xffffffffu, low_found)) + __popc(__ballot_sync(0xffffffffu, high_found));
-  if (warp_id() == 0) {  // the others go on
-    const uint32_t ranks[2] = {shared.rank[lane], shared.rank[lane + 32]};
-    const Two bits{
-        (low_found && ranks[0] < 32 ? 1u << ranks[0] : 0) | (high_found && ranks[1] < 32 ? 1u << ranks[1] : 0),
-        (low_found && ranks[0] >= 32 ? 1u << (ranks[0] & 31) : 0) |
-            (high_found && ranks[1] >= 32 ? 1u << (ranks[1] & 31) : 0)};
-    const Two by_rank{warp_or(bits.low), warp_or(bits.high)};
-#pragma unroll 1
-    for (int k = 0; k < 2 && 32 * k < size; ++k) {
-      const int i = lane + 32 * k;
-      const uint32_t rank = k == 0 ? ranks[0] : ranks[1], below = (1u << (rank & 31)) - 1;
-      const bool is_kept = (k == 0 ? kept.low : kept.high) >> lane & 1,
-                 is_found = k == 0 ? low_found : high_found;
-      const uint4 info = shared.batch[i];
-      const uint32_t place = own.found + (rank < 32 ? __popc(by_rank.low & below)
-                                                    : __popc(by_rank.low) + __popc(by_rank.high & below));
-      if (is_found && place < most) {
-        shared.found[place] = info;
-        shared.found_boxes[place] = shared.batch_boxes[i];
-      }
-      if (is_kept) {
-        atomicAdd(&shared.held[class_of(info)], 1u);
-        atomicOr(&shared.kept_of[class_of(info)][k], 1u << lane);
-      }
-    }
-  }
-  own.found += static_cast<uint32_t>(num_found);
-  own.kept += static_cast<uint32_t>(num_kept);
+  own.found += shared.num_found;
+  own.kept += shared.num_kept;
   // No class can pass its cap before all have kept as many; and none matters where enough were found by then.
   const uint32_t cap = static_cast<uint32_t>(call.cap);
   if (own.kept > cap && cap < most + (own.kept - own.found)) {
-    __syncthreads();
     uint32_t largest = 0;
     for (int i = 0; i < kCounted; ++i) largest = max(largest, shared.held[i]);
     own.is_capped = largest > cap;
@@ -318,10 +339,29 @@ __device__ __forceinline__ uint32_t count_better(const uint64_t *list, uint32_t 
   return place;
 }
 
+// Enough were found already, if not all that are better than the worst of these: what is worse need not be settled.
+// Of 32 grades, from the worst that was found to the frontier, takes the highest with enough. Called by all threads.
+__device__ __forceinline__ void look_for_enough(ByClass &shared, uint32_t size_of_list, uint64_t frontier,
+                                                uint32_t most, Own &own) {
+  const int lane = lane_id(), list = lane % kMostRanks;
+  const uint32_t size = __shfl_sync(0xffffffffu, size_of_list, list);
+  const uint32_t worst = size == 0 ? ~0u : static_cast<uint32_t>(shared.lists[list][size - 1] >> 32);
+  const uint32_t low = ~warp_max(~worst), high = static_cast<uint32_t>(frontier >> 32);
+  const uint32_t step = static_cast<uint32_t>(2 * warp_id() + lane / kMostRanks);
+  const uint32_t grade = low + (high > low ? high - low : 0) / (2 * kTailThreads / 32) * step;
+  uint32_t found = count_better(shared.lists[list], size, (static_cast<uint64_t>(grade) << 32) - 1);
+#pragma unroll
+  for (int offset = 1; offset < kMostRanks; offset <<= 1) found += __shfl_xor_sync(0xffffffffu, found, offset);
+  if (list == 0 && found >= most) atomicMax(&shared.enough, grade);
+  __syncthreads();
+  own.least = max(own.least, static_cast<uint64_t>(shared.enough) << 32);
+  own.is_done |= own.low <= own.least;
+}
+
 // Whether all detections were found and written. Called by all threads of all blocks; all get the same answer.
 template <typename T, int kConverter>
-__device__ __noinline__ bool settle_by_class(const Call &call, const Workspace &space, int image,
-                                             const Box &window, float share, ByClass &shared) {
+__device__ __forceinline__ bool settle_by_class(const Call &call, const Workspace &space, int image,
+                                                const Box &window, float share, ByClass &shared) {
   const odtrt_postprocess_params &params = call.params;
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
   const int ranks = cluster_size(), rank = cluster_rank();
@@ -374,29 +414,50 @@ __device__ __noinline__ bool settle_by_class(const Call &call, const Workspace &
   const int num_staged = static_cast<int>(shared.num_staged), room = kSent / ranks, log = __ffs(ranks) - 1;
   bool is_waited_for = false;
 #pragma unroll 1
-  for (int i = thread; i - thread < num_staged; i += kTailThreads) {
-    Decoded candidate{};
-    if (i < num_staged) candidate = decode_candidate<T>(call, image, window, share, shared.staged[i]);
-    if (!is_waited_for) cluster_wait();  // the others are there
-    is_waited_for = true;
-    // A place among what goes to the same block: one addition for all lanes of the warp that send there.
-    const int owner = i < num_staged ? static_cast<int>(candidate.info.z & kGroupBits) & (ranks - 1) : -1;
-    const unsigned peers = __match_any_sync(0xffffffffu, owner);
-    const int leader = __ffs(static_cast<int>(peers)) - 1;
-    uint32_t base = 0;
-    if (lane == leader && owner >= 0) base = atomicAdd(&shared.to[owner], static_cast<uint32_t>(__popc(peers)));
-    base = __shfl_sync(0xffffffffu, base, leader);
-    const int at = static_cast<int>(base) + __popc(peers & ((1u << lane) - 1));
-    if (owner < 0 || at >= room) continue;
-    *in_block(&shared.sent_boxes[rank * room + at], owner) = candidate.box;
-    *in_block(&shared.sent_infos[rank * room + at], owner) = candidate.info;
+  for (int start = thread; start - thread < num_staged; start += kDecodedAtOnce * kTailThreads) {
+    uint64_t keys[kDecodedAtOnce];
+    Pair pairs[kDecodedAtOnce];
+    EncodedBox boxes[kDecodedAtOnce];  // on their way
+#pragma unroll
+    for (int k = 0; k < kDecodedAtOnce; ++k) {
+      const int i = start + k * kTailThreads;
+      if (i >= num_staged) continue;
+      keys[k] = shared.staged[i];
+      pairs[k] = pair_of(params, keys[k]);
+      boxes[k] = encoded_box_of<T>(call, image, pairs[k].anchor);
+    }
+#pragma unroll
+    for (int k = 0; k < kDecodedAtOnce; ++k) {
+      const int i = start + k * kTailThreads;
+      if (i - lane >= num_staged) break;  // the whole warp
+      Decoded candidate{};
+      if (i < num_staged) candidate = decode_candidate(call, window, share, keys[k], pairs[k], boxes[k]);
+      if (!is_waited_for) cluster_wait();  // the others are there
+      is_waited_for = true;
+      // A place among what goes to the same block: one addition for all lanes of the warp that send there.
+      const int owner = i < num_staged ? static_cast<int>(candidate.info.z & kGroupBits) & (ranks - 1) : -1;
+      const unsigned peers = __match_any_sync(0xffffffffu, owner);
+      const int leader = __ffs(static_cast<int>(peers)) - 1;
+      uint32_t base = 0;
+      if (lane == leader && owner >= 0)
+        base = atomicAdd(&shared.to[owner], static_cast<uint32_t>(__popc(peers)));
+      base = __shfl_sync(0xffffffffu, base, leader);
+      const int at = static_cast<int>(base) + __popc(peers & ((1u << lane) - 1));
+      if (owner < 0 || at >= room) continue;
+      *in_block(&shared.sent_boxes[rank * room + at], owner) = candidate.box;
+      *in_block(&shared.sent_infos[rank * room + at], owner) = candidate.info;
+    }
   }
   if (!is_waited_for) cluster_wait();
   __syncthreads();
   if (thread < ranks) *in_block(&shared.from[rank], thread) = shared.to[thread];
   __syncwarp();
   sync_cluster();
-  // What a warp's block sent, to where it belongs among all.
+  // What a warp's block sent, to where it belongs among all, and counted.
+  Own own{};
+  own.least = max(least, static_cast<uint64_t>(ordered(params.score_threshold)) << 32);
+  own.low = kConverter == ODTRT_IDENTITY ? ~0ull : (ordered(1.0f) + 1ull) << 32;
+  const int shift = shift_of({own.least, own.low - 1});
   bool is_too_many = false;
   int count;
   {
@@ -409,19 +470,17 @@ __device__ __noinline__ bool settle_by_class(const Call &call, const Workspace &
 #pragma unroll 1
       for (int i = lane; i < size; i += 32) {
         shared.boxes[base + i] = shared.sent_boxes[r * room + i];
-        shared.infos[base + i] = shared.sent_infos[r * room + i];
+        const uint4 info = shared.sent_infos[r * room + i];
+        shared.infos[base + i] = info;
+        atomicAdd(&shared.spans[0][(key_of(info) - own.least) >> shift], 1u);
       }
     }
   }
   __syncthreads();
-  Own own{};
   own.count = is_too_many ? 0 : count;
   own.log_parts = own.count <= kTailThreads / 4 ? 2 : own.count <= kTailThreads / 2 ? 1 : 0;
   for (int i = thread >> own.log_parts, c = 0; i < own.count; i += kTailThreads >> own.log_parts, ++c)
     own.alive |= 1u << c;
-  own.most_alive = static_cast<uint32_t>(own.count);
-  own.least = max(least, static_cast<uint64_t>(ordered(params.score_threshold)) << 32);
-  own.low = kConverter == ODTRT_IDENTITY ? ~0ull : (ordered(1.0f) + 1ull) << 32;
   own.is_capped = is_too_many;
   own.is_done = own.is_capped || own.count == 0;
   const uint32_t most = static_cast<uint32_t>(params.max_total_detections);
@@ -432,7 +491,6 @@ __device__ __noinline__ bool settle_by_class(const Call &call, const Workspace &
   for (int round = 0;; ++round) {
 #pragma unroll 1
     for (int batch = 0; batch < kBatchesOfRound && !own.is_done; ++batch) settle_few(call, shared, own);
-    __syncthreads();
     own_size = min(own.found, most);
     for (uint32_t i = sent + (thread >> log); i < own_size; i += static_cast<uint32_t>(kTailThreads >> log)) {
       *in_block(&shared.lists[rank][i], thread & (ranks - 1)) = key_of(shared.found[i]);
@@ -453,6 +511,7 @@ __device__ __noinline__ bool settle_by_class(const Call &call, const Workspace &
     const uint64_t frontier = warp_max(report.frontier);
     if (warp_sum(lane < ranks ? count_better(shared.lists[lane], size_of_list, frontier - 1) : 0) >= most)
       break;
+    if (total >= most) look_for_enough(shared, size_of_list, frontier, most, own);
   }
   if (bound != 0 && total < most) return false;
   // A detection's place: how many are better in all lists. A lane a list.

@@ -52,11 +52,10 @@ struct Decoded {
   uint4 info;
 };
 
-template <typename T>
-__device__ __forceinline__ Decoded decode_candidate(const Call &call, int image, const Box &window, float share,
-                                                    uint64_t key) {
-  const Pair pair = pair_of(call.params, key);
-  const Box decoded = box_of<T>(call, image, pair.anchor), box = with_ordered_corners(decoded);
+__device__ __forceinline__ Decoded decode_candidate(const Call &call, const Box &window, float share,
+                                                    uint64_t key, Pair pair, const EncodedBox &encoded) {
+  const Box decoded = decode(encoded.encoding, encoded.prior, call.params.box_scales),
+            box = with_ordered_corners(decoded);
   const bool is_decoded =
       bits_of(box.ymin) == bits_of(decoded.ymin) && bits_of(box.xmin) == bits_of(decoded.xmin) &&
       bits_of(box.ymax) == bits_of(decoded.ymax) && bits_of(box.xmax) == bits_of(decoded.xmax);
@@ -66,6 +65,13 @@ __device__ __forceinline__ Decoded decode_candidate(const Call &call, int image,
           make_uint4(static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32),
                      static_cast<uint32_t>(group_of(call.params, pair)) | flags,
                      bits_of(cautious_area(signed_area(box), share)))};
+}
+
+template <typename T>
+__device__ __forceinline__ Decoded decode_candidate(const Call &call, int image, const Box &window, float share,
+                                                    uint64_t key) {
+  const Pair pair = pair_of(call.params, key);
+  return decode_candidate(call, window, share, key, pair, encoded_box_of<T>(call, image, pair.anchor));
 }
 
 // No detections from `found` on. Called by all threads of one block.

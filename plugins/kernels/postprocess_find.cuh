@@ -18,6 +18,9 @@ constexpr uint32_t kTooMany = 0xffffffffu;  // instead of a number
 constexpr int kFindBlocks = 5;              // on a multiprocessor
 constexpr int kRowsHeld = 1024;             // anchors of a block, where it has to choose among its pairs
 constexpr int kMostTaken = kGradeThreads;
+// A block that has to choose hands on the pairs of so many of its best anchors, and of one in 16. Of fewer, the highest
+// bound of all blocks leaves too few pairs in some crowds; of more, `settle` has more to go through.
+constexpr uint32_t kBestRows = 14;
 
 // Which score a logit has is known from the logit alone. Code that cannot run for softmax is compiled for it too.
 template <int kConverter>
@@ -28,6 +31,8 @@ struct Slot {
   uint64_t keys[kMostTaken];  // or scaled logits and places; kSlot of them are handed on
   uint32_t size, found, num_rows, bound;
   uint16_t rows[kRowsHeld];
+  odtrt_postprocess_params
+      params;  // a call of a function finds them sooner here than among the kernel's arguments
 };
 
 // Puts one key, or none, of each lane into the slot.
@@ -41,24 +46,24 @@ __device__ __forceinline__ void take_key(Slot &slot, bool is_in, uint64_t key) {
 // Fills the slot with this block's best pairs: all from the returned grade on. These are the pairs of a dozen or two of
 // its best anchors, the more the more it has, and kSlot at most. kTooMany: there was no way.
 template <typename T, int kConverter, bool kCountsPairs>
-__device__ __noinline__ uint32_t hand_on_best(const Call &call, const T *__restrict__ logits, Slot &slot) {
-  const odtrt_postprocess_params &params = call.params;
+__device__ __noinline__ uint32_t hand_on_best(const T *__restrict__ logits, Slot &slot) {
+  const odtrt_postprocess_params &params = slot.params;
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
+  __syncthreads();  // slot.size has been read, slot.params are there
   const int n = params.num_anchors, blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   constexpr bool kIsPlain = !kCountsPairs && kConverter != ODTRT_SOFTMAX;
   constexpr int kTogether = kIsPlain ? kRowsAtOnce : 1;
   const int groups = (n + kTogether - 1) / kTogether;
   const int own_rows = (groups - block + blocks - 1) / blocks * kTogether;
-  if (own_rows > kRowsHeld) return kTooMany;
   auto anchor_of = [&](int row) { return (block + row / kTogether * blocks) * kTogether + row % kTogether; };
-  __syncthreads();  // slot.size has been read
+  if (own_rows > kRowsHeld) return kTooMany;
   for (int row = own_rows - kTogether + thread; row < (own_rows + 3) / 4 * 4; row += kGradeThreads) {
     if (row >= own_rows || anchor_of(row) >= n) slot.grades[row] = 0;
   }
-  uint32_t most_rows = 12 + static_cast<uint32_t>(own_rows) / 16, bound;
+  uint32_t most_rows = kBestRows + static_cast<uint32_t>(own_rows) / 16, bound;
   int size;
 #pragma unroll 1
-  for (;; most_rows /= 4) {
+  for (;; most_rows /= 2) {
     if (most_rows == 0) return kTooMany;
     if (thread == 0) {
       slot.size = slot.found = slot.num_rows = 0;
@@ -219,7 +224,7 @@ __global__ __launch_bounds__(kGradeThreads, kFindBlocks) void find(ODTRT_PARAMET
   } else {
     constexpr int kEach = kColumnsAtOnce / 32;
     const float lowest = float_of(0xff800000u);
-    const float least_logit = cautious_logit<kConverter>(above);
+    const float least_logit = call.least_logit;
     bool is_class[kEach];
 #pragma unroll
     for (int k = 0; k < kEach; ++k)
@@ -263,7 +268,7 @@ __global__ __launch_bounds__(kGradeThreads, kFindBlocks) void find(ODTRT_PARAMET
       if (promising != 0 && !is_full) {
 #pragma unroll
         for (int r = 0; r < kRowsAtOnce; ++r) {
-          if (!(promising >> r & 1)) continue;
+          if (!(promising >> r & 1) || is_full) continue;
           unsigned votes[kEach];
           uint32_t count = 0, at = 0;
 #pragma unroll
@@ -310,7 +315,10 @@ __global__ __launch_bounds__(kGradeThreads, kFindBlocks) void find(ODTRT_PARAMET
   __syncthreads();
   uint32_t bound = 0;
   const bool is_chosen = slot.size >= kSlot;  // just full: a warp may have held back what it found after that
-  if (is_chosen) bound = hand_on_best<T, kConverter, kCountsPairs>(call, logits, slot);
+  if (is_chosen) {
+    if (thread == 0) slot.params = params;
+    bound = hand_on_best<T, kConverter, kCountsPairs>(logits, slot);
+  }
   const size_t own_slot = static_cast<size_t>(blockIdx.x) * kSlot;
   if (thread < kSlot && bound != kTooMany) {
     uint64_t key = thread < static_cast<int>(is_chosen ? slot.found : slot.size) ? slot.keys[thread] : 0;

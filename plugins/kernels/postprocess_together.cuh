@@ -56,6 +56,10 @@ struct Tail {
   uint16_t list[kHeld];
   uint8_t is_alive[kHeld];
   uint32_t size, num_anchors, num_selected, span, num_alive, bound;
+  // A function that is called finds them sooner here than among the kernel's arguments or on the stack.
+  Call call;
+  Workspace space;
+  Box window;
 };
 
 // ---- selecting -----------------------------------------------------------------------------------------------------
@@ -486,8 +490,10 @@ __device__ __forceinline__ void settle_batch_of(const Call &call, const Workspac
 
 // All detections of an image, whatever it takes. Called by all threads of all blocks.
 template <typename T, int kConverter>
-__device__ __forceinline__ void settle_together(const Call &call, const Workspace &space, int image,
-                                                const Box &window, float share, Tail &shared) {
+__device__ __noinline__ void settle_together(int image, float share, Tail &shared) {
+  const Call &call = shared.call;
+  const Workspace &space = shared.space;
+  const Box &window = shared.window;
   const odtrt_postprocess_params &params = call.params;
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id(), warp = warp_id();
   const int ranks = cluster_size(), rank = cluster_rank();

@@ -136,6 +136,7 @@ ODTRT_ATOMIC(atomicExch, given)
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
+inline int __ffsll(long long value) { return __builtin_ffsll(value); }
 inline int __clzll(long long value) {
   return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value));
 }
@@ -148,7 +149,8 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxAccessPolicyWindowSize
 };
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -156,13 +158,22 @@ enum cudaFuncAttribute {
 };
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeProgrammaticStreamSerialization,
-  cudaLaunchAttributeClusterDimension
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeAccessPolicyWindow
+};
+enum cudaAccessProperty { cudaAccessPropertyStreaming };
+struct cudaAccessPolicyWindow {
+  void *base_ptr;
+  size_t num_bytes;
+  float hitRatio;
+  cudaAccessProperty hitProp, missProp;
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int programmaticStreamSerializationAllowed;
     uint3 clusterDim;
+    cudaAccessPolicyWindow accessPolicyWindow;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -181,10 +192,11 @@ inline cudaError_t cudaGetDevice(int *device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
-  *value =
-      static_cast<int>(attribute == cudaDevAttrMultiProcessorCount ? emulator::setting("MULTIPROCESSORS", 3)
-                       : attribute == cudaDevAttrComputeCapabilityMajor ? emulator::setting("MAJOR", 9)
-                                                                        : emulator::setting("SHARED", 232448));
+  *value = static_cast<int>(
+      attribute == cudaDevAttrMultiProcessorCount            ? emulator::setting("MULTIPROCESSORS", 3)
+      : attribute == cudaDevAttrComputeCapabilityMajor       ? emulator::setting("MAJOR", 9)
+      : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulator::setting("SHARED", 232448)
+                                                             : 128 << 20);
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) { return cudaSuccess; }
