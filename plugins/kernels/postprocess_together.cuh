@@ -294,6 +294,7 @@ __device__ __noinline__ void collect_head(const Call &call, const Workspace &spa
       sync_cluster();
     }
     if (rank == 0) {
+      __syncthreads();  // what the last batch kept has been written
       for (int i = head.num_linked + thread; i < num_kept; i += kTailThreads) {
         space.kept_next[i] = atomicExch(&space.group_first[space.kept_group[i]], i);
       }
