@@ -62,7 +62,10 @@ class GpuPostprocess(cuda_calls.Postprocess):
 def by_gpu(case: nms_cases.Case) -> nms.Postprocessed:
     call = GpuPostprocess(case)
     call.enqueue()
-    return call.result()
+    try:
+        return call.result()
+    except RuntimeError as error:  # of a kernel, which has no name for what it was given
+        raise AssertionError(f"{case.name}: {str(error).splitlines()[0]}") from None
 
 
 def nms_by_gpu(case: nms_cases.NmsCase) -> np.ndarray:
