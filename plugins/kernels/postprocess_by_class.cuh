@@ -89,12 +89,6 @@ struct Own {
   bool is_done, is_capped;  // nothing is left to do; a class has reached its cap
 };
 
-// The keys of a range fall into spans of 1 << shift_of(range).
-__device__ __forceinline__ int shift_of(const Range &range) {
-  static_assert(kSpans == 1 << 7, "");
-  return max(0, 64 - __clzll(static_cast<long long>(range.high - range.low)) - 7);
-}
-
 // The best candidates of this block that are alive, kFew at most, are all with keys from the returned one on. Those
 // from own.least to own.low are counted in shared.spans[own.turn]. Called by all threads.
 __device__ __forceinline__ uint64_t select_few(ByClass &shared, Own &own, uint32_t few) {
@@ -132,8 +126,7 @@ __device__ __forceinline__ uint64_t select_few(ByClass &shared, Own &own, uint32
     const int span = shared.span;
     const int shift = shift_of(range);
     if (span == 0 || !shared.is_span_empty) return range.low + (static_cast<uint64_t>(span) << shift);
-    range.low += static_cast<uint64_t>(span - 1) << shift;
-    range.high = range.low + min(range.high - range.low, (uint64_t{1} << shift) - 1);
+    range = span_of(range, span - 1, shift);
     const int narrow_shift = shift_of(range), step = kTailThreads >> own.log_parts;
     const bool counts = (thread & ((1 << own.log_parts) - 1)) == 0;
 #pragma unroll 1
@@ -339,6 +332,14 @@ __device__ __forceinline__ uint32_t count_better(const uint64_t *list, uint32_t 
   return place;
 }
 
+// How many are better in all lists. A lane a list, of which it gives the size; each half of a warp has a key.
+__device__ __forceinline__ uint32_t count_better_of_all(const ByClass &shared, uint32_t size, uint64_t key) {
+  uint32_t count = count_better(shared.lists[lane_id() % kMostRanks], size, key);
+#pragma unroll
+  for (int offset = 1; offset < kMostRanks; offset <<= 1) count += __shfl_xor_sync(0xffffffffu, count, offset);
+  return count;
+}
+
 // Enough were found already, if not all that are better than the worst of these: what is worse need not be settled.
 // Of 32 grades, from the worst that was found to the frontier, takes the highest with enough. Called by all threads.
 __device__ __forceinline__ void look_for_enough(ByClass &shared, uint32_t size_of_list, uint64_t frontier,
@@ -347,11 +348,10 @@ __device__ __forceinline__ void look_for_enough(ByClass &shared, uint32_t size_o
   const uint32_t size = __shfl_sync(0xffffffffu, size_of_list, list);
   const uint32_t worst = size == 0 ? ~0u : static_cast<uint32_t>(shared.lists[list][size - 1] >> 32);
   const uint32_t low = ~warp_max(~worst), high = static_cast<uint32_t>(frontier >> 32);
-  const uint32_t step = static_cast<uint32_t>(2 * warp_id() + lane / kMostRanks);
-  const uint32_t grade = low + (high > low ? high - low : 0) / (2 * kTailThreads / 32) * step;
-  uint32_t found = count_better(shared.lists[list], size, (static_cast<uint64_t>(grade) << 32) - 1);
-#pragma unroll
-  for (int offset = 1; offset < kMostRanks; offset <<= 1) found += __shfl_xor_sync(0xffffffffu, found, offset);
+  constexpr uint32_t kSteps = kTailThreads / kMostRanks;
+  const uint32_t grade =
+      low + (high > low ? high - low : 0) / kSteps * static_cast<uint32_t>(2 * warp_id() + lane / kMostRanks);
+  const uint32_t found = count_better_of_all(shared, size, (static_cast<uint64_t>(grade) << 32) - 1);
   if (list == 0 && found >= most) atomicMax(&shared.enough, grade);
   __syncthreads();
   own.least = max(own.least, static_cast<uint64_t>(shared.enough) << 32);
@@ -514,17 +514,14 @@ __device__ __forceinline__ bool settle_by_class(const Call &call, const Workspac
     if (total >= most) look_for_enough(shared, size_of_list, frontier, most, own);
   }
   if (bound != 0 && total < most) return false;
-  // A detection's place: how many are better in all lists. A lane a list.
+  // A detection's place: how many are better in all lists.
   const uint32_t list_size = __shfl_sync(0xffffffffu, size_of_list, lane % kMostRanks);
   for (uint32_t start = 0; start < own_size; start += kTailThreads / kMostRanks) {
     const uint32_t item = start + static_cast<uint32_t>(thread / kMostRanks);
     if (__all_sync(0xffffffffu, item >= own_size)) break;
     const uint4 info = shared.found[min(item, own_size - 1)];
     const uint64_t key = key_of(info);
-    uint32_t place = count_better(shared.lists[lane % kMostRanks], list_size, key);
-#pragma unroll
-    for (int offset = 1; offset < kMostRanks; offset <<= 1)
-      place += __shfl_xor_sync(0xffffffffu, place, offset);
+    const uint32_t place = count_better_of_all(shared, list_size, key);
     if (lane % kMostRanks == 0 && item < own_size && place < most) {
       const int label = static_cast<int>(info.z & kGroupBits);
       const Pair pair{static_cast<int32_t>(place_of(key)) - label * params.num_anchors, label};

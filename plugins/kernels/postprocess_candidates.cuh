@@ -15,6 +15,17 @@ struct Range {
   uint64_t low, high;  // keys, both included
 };
 
+// The keys of a range fall into kSpans spans of 1 << shift_of(range), the last ones perhaps empty.
+__device__ __forceinline__ int shift_of(const Range &range) {
+  static_assert(kSpans == 1 << 7, "");
+  return max(0, 64 - __clzll(static_cast<long long>(range.high - range.low)) - 7);
+}
+
+__device__ __forceinline__ Range span_of(const Range &range, int span, int shift) {
+  const uint64_t low = range.low + (static_cast<uint64_t>(span) << shift);
+  return {low, low + min(range.high - low, (uint64_t{1} << shift) - 1)};
+}
+
 // A candidate is a box with ordered corners and { key low, key high, group and flags, cautious area }.
 constexpr uint32_t kVisible = 1u << 31;    // something of it is inside the clip window
 constexpr uint32_t kIsDecoded = 1u << 30;  // the box is what was decoded: its corners were in order

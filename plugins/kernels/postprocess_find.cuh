@@ -26,6 +26,10 @@ constexpr uint32_t kBestRows = 14;
 template <int kConverter>
 constexpr int kOfLogit = kConverter == ODTRT_SOFTMAX ? ODTRT_SIGMOID : kConverter;
 
+// Whether a slot has scaled logits at first, not yet scores.
+template <int kConverter, bool kCountsPairs>
+constexpr bool kIsPlain = !kCountsPairs && kConverter != ODTRT_SOFTMAX;
+
 struct Slot {
   alignas(16) uint32_t grades[kRowsHeld];
   uint64_t keys[kMostTaken];  // or scaled logits and places; kSlot of them are handed on
@@ -51,8 +55,7 @@ __device__ __noinline__ uint32_t hand_on_best(const T *__restrict__ logits, Slot
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
   __syncthreads();  // slot.size has been read, slot.params are there
   const int n = params.num_anchors, blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-  constexpr bool kIsPlain = !kCountsPairs && kConverter != ODTRT_SOFTMAX;
-  constexpr int kTogether = kIsPlain ? kRowsAtOnce : 1;
+  constexpr int kTogether = kIsPlain<kConverter, kCountsPairs> ? kRowsAtOnce : 1;
   const int groups = (n + kTogether - 1) / kTogether;
   const int own_rows = (groups - block + blocks - 1) / blocks * kTogether;
   auto anchor_of = [&](int row) { return (block + row / kTogether * blocks) * kTogether + row % kTogether; };
@@ -87,7 +90,7 @@ __device__ __noinline__ uint32_t hand_on_best(const T *__restrict__ logits, Slot
     const int rows = static_cast<int>(slot.num_rows);
     bound = slot.bound;
     const float least = unordered(bound);
-    if (kIsPlain && params.num_columns <= kColumnsAtOnce) {
+    if (kIsPlain<kConverter, kCountsPairs> && params.num_columns <= kColumnsAtOnce) {
       constexpr int kEach = kColumnsAtOnce / 32, kInFlight = 3;
       const float least_logit = cautious_logit<kConverter>(least);
 #pragma unroll 1
@@ -179,8 +182,6 @@ __global__ __launch_bounds__(kGradeThreads, kFindBlocks) void find(ODTRT_PARAMET
   const int first_warp = static_cast<int>(blockIdx.x) + warp_id() * static_cast<int>(gridDim.x);
   bool is_full = false;  // the slot, as far as this warp knows
   const float above = params.score_threshold;
-  constexpr bool kIsPlain =
-      !kCountsPairs && kConverter != ODTRT_SOFTMAX;  // the slot has logits, not yet scores
   auto hand_on = [&](bool is_candidate, uint64_t key) {
     const unsigned vote = __ballot_sync(0xffffffffu, is_candidate);
     if (vote == 0) return;
@@ -323,7 +324,7 @@ __global__ __launch_bounds__(kGradeThreads, kFindBlocks) void find(ODTRT_PARAMET
   if (thread < kSlot && bound != kTooMany) {
     uint64_t key = thread < static_cast<int>(is_chosen ? slot.found : slot.size) ? slot.keys[thread] : 0;
     bool is_candidate = is_chosen ? key != 0 : thread < static_cast<int>(slot.size);
-    if (kIsPlain && is_candidate && !is_chosen) {
+    if (kIsPlain<kConverter, kCountsPairs> && is_candidate && !is_chosen) {
       const float score = score_of_logit<kOfLogit<kConverter>>(float_of(static_cast<uint32_t>(key >> 32)));
       is_candidate = score > above;
       key = is_candidate ? order_key(score, static_cast<uint32_t>(key)) : 0;

@@ -81,8 +81,7 @@ __device__ __forceinline__ Selection select(Tail &shared, Range range, uint32_t 
   const int ranks = cluster_size(), rank = cluster_rank();
   uint32_t above = 0, above_before = 0;  // keys above the range
   for (;;) {
-    const int bits = 64 - __clzll(static_cast<long long>(range.high - range.low));
-    const int shift = max(0, bits - 7);  // 128 spans
+    const int shift = shift_of(range);
     uint32_t *own = shared.spans[parity];
     for (int i = thread; i < kSpans; i += kTailThreads) own[i] = 0;
     if (thread == 0) shared.span = kSpans;
@@ -134,9 +133,7 @@ __device__ __forceinline__ Selection select(Tail &shared, Range range, uint32_t 
       return {range.low + static_cast<uint64_t>(span - 1), most, 0};  // of equal ones, all or none
     above = in_all;
     above_before = before;
-    range.low += static_cast<uint64_t>(span - 1) << shift;
-    // Nothing is above that is not counted.
-    range.high = range.low + min(range.high - range.low, (uint64_t{1} << shift) - 1);
+    range = span_of(range, span - 1, shift);  // nothing is above that is not counted
   }
 }
 
