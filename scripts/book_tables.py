@@ -561,12 +561,12 @@ def generated(root: Path) -> dict[str, str]:
     parts["notebooks.md"] = stamps(root)
     parts["jetpack.md"] = jetpacks()
     parts["tensorrt_lines.md"] = tensorrt_lines()
-    parts["tensorrt_names.md"] = tensorrt_names(root / "results" / "tensorrt_names.json")
+    parts["tensorrt_names.md"] = part_of(root / "results" / "tensorrt_names.json", tensorrt_names)
     parts["portability_policy.md"] = policy()
-    parts["faults_total.md"] = faults(root / "results" / "faults.json")
-    parts["nms_gpu.md"] = gpu_times(root / "results" / "nms.h200.json")
-    parts["nms_goals.md"] = goals(root / "results" / "nms.h200.json")
-    parts["nms_checks.md"] = checks(root / "results" / "nms_checks.h200.json")
+    parts["faults_total.md"] = part_of(root / "results" / "faults.json", faults)
+    parts["nms_gpu.md"] = part_of(root / "results" / "nms.h200.json", gpu_times)
+    parts["nms_goals.md"] = part_of(root / "results" / "nms.h200.json", goals)
+    parts["nms_checks.md"] = part_of(root / "results" / "nms_checks.h200.json", checks)
     parts["engine_gpu_gaps.md"] = engine_gaps(root / "results")
     parts["engine_gpu.svg"] = book_plots.engine_gpu(root / "results")
     parts["engine_memory.svg"] = book_plots.engine_memory(root / "results")
@@ -639,11 +639,8 @@ def markdown(table: Table, results: Path) -> str:
     return f"{grid(headings, cells)}\n\n{source}\n"
 
 
-def goals(path: Path) -> str:
+def goals(measured: dict[str, Any]) -> str:
     """What the kernels were meant to take on this GPU, and take: one image, FP32, in a CUDA graph."""
-    if not path.is_file():
-        return not_measured(path)
-    measured = json.loads(path.read_text(encoding="utf-8"))
     rows = [row for row in measured["rows"] if row.get("implementation") == "odtrt"]
     singles = [row for row in rows if row.get("batch") == 1 and row.get("dtype") == "float32"]
 
@@ -674,16 +671,13 @@ def goals(path: Path) -> str:
     source = (
         f"*Logits in the cache / from memory; bold is within the goal. Of all {len(all_rows)} heads timed in "
         f"single precision, one image, {met[0]} / {met[1]} take no more than three floors and 10 µs. "
-        f"{source_of(measured, path)}*"
+        f"{source_of(measured)}*"
     )
     return f"{grid([*headings, 'floor, µs', '3 floors and 10 µs'], lines)}\n\n{source}\n"
 
 
-def gpu_times(path: Path) -> str:
+def gpu_times(measured: dict[str, Any]) -> str:
     """What a call takes by heads and threshold, one image, FP32, in a CUDA graph, and PyTorch beside it."""
-    if not path.is_file():
-        return not_measured(path)
-    measured = json.loads(path.read_text(encoding="utf-8"))
     thresholds = (0.3, 0.05, 1e-8)
     heads: dict[tuple[str, int, int], dict[tuple[str, float], Row]] = {}
     for row in measured["rows"]:
@@ -709,16 +703,13 @@ def gpu_times(path: Path) -> str:
     source = (
         "*Microseconds, medians in a CUDA graph, logits in the cache / from memory. PyTorch: a call with "
         "torchvision as a program sees it, above 0.05 / above 1e-08, of the best 4,096 pairs. "
-        f"{usual} classes{others}. PyTorch {measured['versions']['torch']}. {source_of(measured, path)}*"
+        f"{usual} classes{others}. PyTorch {measured['versions']['torch']}. {source_of(measured)}*"
     )
     return f"{grid([*headings, 'floor', 'PyTorch'], lines)}\n\n{source}\n"
 
 
-def checks(path: Path) -> str:
+def checks(measured: dict[str, Any]) -> str:
     """What was checked on the GPU, the cases of each check together."""
-    if not path.is_file():
-        return not_measured(path)
-    measured = json.loads(path.read_text(encoding="utf-8"))
     groups: dict[str, list[Row]] = {}
     for row in measured["rows"]:
         groups.setdefault(row["check"], []).append(row)
@@ -732,16 +723,23 @@ def checks(path: Path) -> str:
         for name, rows in groups.items()
     ]
     table = grid(["check", "cases", "that pass", "errors and hazards"], lines)
-    return f"{table}\n\n*{source_of(measured, path)}*\n"
+    return f"{table}\n\n*{source_of(measured)}*\n"
 
 
-def source_of(measured: dict[str, Any], path: Path) -> str:
+def source_of(measured: dict[str, Any]) -> str:
     """Where and when the figures of a GPU were measured, and what wrote them down."""
     device = measured["device"]
     return (
         f"Measured on {measured['date'][:10]} on one {device['gpu']}, driver {device['driver']}; "
-        f"`results/{path.name}`, written by `{measured['command']}`."
+        f"`results/{measured['file']}`, written by `{measured['command']}`."
     )
+
+
+def part_of(path: Path, part: Callable[[dict[str, Any]], str]) -> str:
+    """What ``part`` makes of a results file, whose name it finds under ``file``; or that there is none."""
+    if not path.is_file():
+        return not_measured(path)
+    return part({**json.loads(path.read_text(encoding="utf-8")), "file": path.name})
 
 
 def not_measured(path: Path) -> str:
@@ -805,11 +803,8 @@ def tensorrt_lines() -> str:
     return f"{grid(headings, rows)}\n\n{source}\n"
 
 
-def tensorrt_names(path: Path) -> str:
+def tensorrt_names(measured: dict[str, Any]) -> str:
     """Which releases' bindings were looked into, and what the scan of odtrt's sources found."""
-    if not path.is_file():
-        return not_measured(path)
-    measured = json.loads(path.read_text(encoding="utf-8"))
     rows = measured["rows"]
     lines = []
     for flavour, name in (("tensorrt", "TensorRT"), ("tensorrt_rtx", "TensorRT-RTX")):
@@ -819,7 +814,7 @@ def tensorrt_names(path: Path) -> str:
     source = (
         f"*{sum(row['names'] for row in files)} names in {len(files)} files, "
         f"{sum(row['violations'] for row in files)} used where a release lacks them. Looked into on "
-        f"{measured['date'][:10]}; `results/{path.name}`, written by `{measured['command']}`.*"
+        f"{measured['date'][:10]}; `results/{measured['file']}`, written by `{measured['command']}`.*"
     )
     return f"{grid(['library', 'releases', 'versions'], lines)}\n\n{source}\n"
 
@@ -861,11 +856,9 @@ FAULTS = {
 }
 
 
-def faults(path: Path) -> str:
+def faults(measured: dict[str, Any]) -> str:
     """The campaign's rows by group. A row of no group, or of two, is an error."""
-    if not path.is_file():
-        return not_measured(path)
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    rows = measured["rows"]
     groups: dict[str, list[Row]] = {name: [] for name in FAULTS}
     for row in rows:
         (name,) = [name for name, starts in FAULTS.items() if row["kind"].startswith(starts)]
