@@ -42,10 +42,10 @@ BEHIND = 64  # bytes behind each buffer, which nobody may write
 
 # Seeded defects: file, what is there, what is there instead while {it} holds, what finds it.
 DEFECTS = {
-    "a slot that is just full is taken for all there is": (
+    "a slot that one more row does not fit into is taken for all there is": (
         "postprocess_find.cuh",
-        "slot.size >= kSlot;",
-        "slot.size >= kSlot + ({it} ? 1u : 0u);",
+        "slot.size > kSlot)",
+        "slot.size > kSlot + ({it} ? 16u : 0u))",
         WRONG,
     ),
     "a block does not say from which grade on its slot has all": (
@@ -53,6 +53,18 @@ DEFECTS = {
         "space.slot_bounds[blockIdx.x] = bound;",
         "space.slot_bounds[blockIdx.x] = {it} ? 0 : bound;",
         WRONG,
+    ),
+    "keys are taken for logits": (
+        "postprocess_find.cuh",
+        "if (thread == 0) slot.are_keys = 1;\n      for",
+        "if (thread == 0) slot.are_keys = {it} ? 0 : 1;\n      for",
+        WRONG,
+    ),
+    "no barrier before the best anchors are read": (
+        "postprocess_find.cuh",
+        "    __syncthreads();\n    const int count =",
+        "    if (!{it}) __syncthreads();\n    const int count =",
+        RACE,
     ),
     "no barrier before the rest is filtered": (
         "postprocess_by_class.cuh",
@@ -74,8 +86,8 @@ DEFECTS = {
     ),
     "half of enough is enough": (
         "postprocess_by_class.cuh",
-        "found >= most) atomicMax(&shared.enough, grade);",
-        "found >= ({it} ? most / 2 : most)) atomicMax(&shared.enough, grade);",
+        "sums[k] >= most)",
+        "sums[k] >= ({it} ? most / 2 : most))",
         WRONG,
     ),
     "no barrier before the candidates go to their buckets": (
@@ -256,6 +268,8 @@ def cases_at_the_edges() -> Iterator[nms_cases.Case]:
     yield just_full(0.0, "sigmoid")
     yield just_full(-np.inf, "identity")
     yield infinite_scores(1405, 3)
+    yield many_columns()
+    yield just_below()
 
 
 def infinite_scores(anchors: int, most_of_class: int) -> nms_cases.Case:
@@ -272,7 +286,7 @@ def below_zero() -> nms_cases.Case:
 
 
 def just_full(threshold: float, converter: str) -> nms_cases.Case:
-    """64 candidates fill the slot of a block; then come anchors that are NaN, then better candidates."""
+    """64 candidates fill a block's slot; then come anchors that are NaN, then 16 better ones an anchor."""
     spec = nms_cases.detector_spec(
         800, 16, dataclasses.replace(USUAL, score_threshold=threshold), scores=ScoreSpec(converter, 1.0)
     )
@@ -282,6 +296,20 @@ def just_full(threshold: float, converter: str) -> nms_cases.Case:
     logits[0, :4] = 0.01 * rng.random((4, 16)) - 2
     logits[0, 320:324] = 0.01 * rng.random((4, 16)) + 3  # the same warp's, where 40 warps take four in turn
     return dataclasses.replace(case, class_logits=logits)
+
+
+def many_columns() -> nms_cases.Case:
+    """More columns than a warp reads at a time, and more candidates than a slot holds."""
+    spec = nms_cases.detector_spec(600, 130, dataclasses.replace(USUAL, score_threshold=0.05))
+    return nms_cases.make_case("many columns", spec, 1, np.random.default_rng(0), "scattered", "tied")
+
+
+def just_below() -> nms_cases.Case:
+    """Scores so little below the threshold that their logits, which are compared roughly, pass."""
+    case = nms_cases.make_case(
+        "just below", nms_cases.detector_spec(500, 90, USUAL), 1, np.random.default_rng(0)
+    )
+    return dataclasses.replace(case, class_logits=np.full_like(case.class_logits, np.log(3 / 7) - 1e-3))
 
 
 def one_class_behind() -> nms_cases.Case:
@@ -312,6 +340,7 @@ def all_the_same() -> nms_cases.Case:
 def cases_by_class() -> Iterator[nms_cases.Case]:
     """Hundreds of candidates of many classes, in crowds; in the last two more than the slots hold."""
     yield just_full(0.0, "sigmoid")
+    yield many_columns()
     yield one_class_behind()
     spec = nms_cases.detector_spec(900, 16, dataclasses.replace(USUAL, score_threshold=0.05))
     for seed, less in enumerate((7, 7, 5, 0)):

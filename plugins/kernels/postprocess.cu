@@ -3,6 +3,7 @@
 // Five on anything older (postprocess_chain.cuh). All give the same bits, and truncate nothing.
 #include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "check.h"
 #include "postprocess_by_class.cuh"
@@ -31,6 +32,12 @@ Call new_call(const odtrt_postprocess_params &params) {
 dim3 grid_for(int work, int each, int at_most, int images) {
   const int wanted = (work + each - 1) / each, fair = std::max(1, at_most / images);
   return dim3(static_cast<unsigned>(std::min(wanted, fair)), static_cast<unsigned>(images));
+}
+
+// Ordered; a logit below it, times `factor`, is `least` at most.
+uint32_t least_best(float least, float factor) {
+  const uint32_t lowest = ordered(-std::numeric_limits<float>::infinity());
+  return std::max(ordered(least / factor), lowest + 2) - 2;  // two steps cover what the division rounds
 }
 
 // ---- compute capability 9.0 and newer: two kernels ------------------------------------------------------------------
@@ -87,12 +94,17 @@ int ranks_of_cluster(int images, const Device &device) {
 
 template <typename T, int kConverter>
 cudaError_t enqueue_two(const Call &call, int images, const Device &device, cudaStream_t stream) {
-  const int each = kGradeThreads / 32 * (call.counts_pairs || kConverter == ODTRT_SOFTMAX ? 1 : kRowsAtOnce);
+  const int n = call.params.num_anchors,
+            together = call.counts_pairs || kConverter == ODTRT_SOFTMAX ? 1 : kRowsAtOnce;
   const int most = std::min(device.multiprocessors * kFindBlocks, kMaxSlots);
-  const dim3 grid = grid_for(call.params.num_anchors, each, most, images);
+  const dim3 grid = grid_for(n, kGradeThreads / 32 * together, most, images);
   Call with_slots = call;
   with_slots.num_slots = static_cast<int32_t>(grid.x);
+  const int32_t groups = (n + together - 1) / together;
+  with_slots.groups_each = groups / with_slots.num_slots;
+  with_slots.groups_left = groups % with_slots.num_slots;
   with_slots.least_logit = cautious_logit<kConverter>(call.params.score_threshold);
+  with_slots.least_best = least_best(with_slots.least_logit, call.params.logit_factor);
   const auto kernel = call.counts_pairs ? find<T, kConverter, true> : find<T, kConverter, false>;
   const size_t logits_size = sizeof(T) * static_cast<size_t>(call.params.num_anchors) *
                              static_cast<size_t>(call.params.num_columns) * static_cast<size_t>(images);
@@ -136,7 +148,8 @@ cudaError_t enqueue_five(const Call &call, int images, const Device &device, cud
 
 template <typename T, int kConverter>
 cudaError_t enqueue(const Call &call, int images, const Device &device, cudaStream_t stream) {
-  return device.overlaps_launches && call.num_groups < static_cast<int32_t>(kGroupBits)
+  static_assert(kMostColumns <= kGroupBits, "");
+  return device.overlaps_launches && call.params.num_columns <= kMostColumns
              ? enqueue_two<T, kConverter>(call, images, device, stream)
              : enqueue_five<T, kConverter>(call, images, device, stream);
 }

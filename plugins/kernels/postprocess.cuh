@@ -61,8 +61,11 @@ struct Call {
   char *workspace;
   size_t image_size;  // of the workspace
   int32_t num_groups, max_kept, cap;
-  int32_t num_slots;     // blocks of `find`
+  int32_t num_slots;  // blocks of `find`
+  // Groups of anchors that each of them takes, and how many of the first ones take one more.
+  int32_t groups_each, groups_left;
   float least_logit;     // scaled; a lower one has no score above the threshold
+  uint32_t least_best;   // ordered, not scaled; an anchor whose best logit is less has no candidate
   int32_t counts_pairs;  // the histogram is of all candidates; else of each anchor's best
 };
 
@@ -217,11 +220,11 @@ template <int kConverter>
 ODTRT_HD float cautious_logit(float score) {
   if (kConverter == ODTRT_IDENTITY) return score;
   if (kConverter == ODTRT_SOFTMAX || !(score > 0.0f)) return float_of(0xff800000u);
-  const float odds = score / fmaxf(1.0f - score, 1e-7f);
+  const float rest = fmaxf(1.0f - score, 1e-7f);
 #if defined(__CUDA_ARCH__)
-  const float logit = __logf(odds);
+  const float logit = __logf(__fdividef(score, rest));
 #else
-  const float logit = logf(odds);
+  const float logit = logf(score / rest);
 #endif
   return fminf(logit, 15.0f) - 0.01f - 0.001f * fabsf(logit);
 }

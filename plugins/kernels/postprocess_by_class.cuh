@@ -75,7 +75,9 @@ struct ByClass {
   int span;  // that was selected
   bool is_span_empty;
   uint32_t num_found, num_kept;  // of the batch
-  uint32_t enough;               // all blocks together found enough from this grade on
+  // Of what all blocks found, by round: how many in each span of grades, and how many from the frontier on.
+  alignas(16) uint32_t spans_of_found[2][kSpans];
+  uint32_t num_above[2];
   uint32_t end_of_cleared;
 };
 
@@ -167,10 +169,12 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
       const bool is_alive = own.alive >> c & 1;
       bool is_dead = false;
       uint64_t key = 0;
-      if (is_alive) {
+      if (is_alive) key = key_of(shared.infos[start + first]);
+      if (key < own.least) {
+        is_dead = true;
+      } else {
         const float4 own_corners = shared.boxes[start + first];
         const uint4 own_info = shared.infos[start + first];
-        key = key_of(own_info);
         const uint2 kept_of = shared.kept_of[class_of(own_info)];
         uint64_t rest = static_cast<uint64_t>(kept_of.y & own_share) << 32 | (kept_of.x & own_share);
 #pragma unroll 1
@@ -194,7 +198,7 @@ __device__ __forceinline__ void settle_few(const Call &call, ByClass &shared, Ow
         dead = is_dead;
       if (dead != 0)
         own.alive &= ~(1u << c);
-      else if (is_alive && part == 0 && key >= own.least)
+      else if (part == 0)
         atomicAdd(&shared.spans[own.turn][(key - own.least) >> shift], 1u);
     }
     __syncthreads();
@@ -340,22 +344,49 @@ __device__ __forceinline__ uint32_t count_better_of_all(const ByClass &shared, u
   return count;
 }
 
-// Enough were found already, if not all that are better than the worst of these: what is worse need not be settled.
-// Of 32 grades, from the worst that was found to the frontier, takes the highest with enough. Called by all threads.
-__device__ __forceinline__ void look_for_enough(ByClass &shared, uint32_t size_of_list, uint64_t frontier,
-                                                uint32_t most, Own &own) {
-  const int lane = lane_id(), list = lane % kMostRanks;
-  const uint32_t size = __shfl_sync(0xffffffffu, size_of_list, list);
-  const uint32_t worst = size == 0 ? ~0u : static_cast<uint32_t>(shared.lists[list][size - 1] >> 32);
-  const uint32_t low = ~warp_max(~worst), high = static_cast<uint32_t>(frontier >> 32);
-  constexpr uint32_t kSteps = kTailThreads / kMostRanks;
-  const uint32_t grade =
-      low + (high > low ? high - low : 0) / kSteps * static_cast<uint32_t>(2 * warp_id() + lane / kMostRanks);
-  const uint32_t found = count_better_of_all(shared, size, (static_cast<uint64_t>(grade) << 32) - 1);
-  if (list == 0 && found >= most) atomicMax(&shared.enough, grade);
+// Whether `most` were found of which nothing undecided is better, if so many were found at all. If not, what is worse
+// than the worst of them need not be settled: of the spans from there to the frontier, takes the highest that is low
+// enough. Lane l has the size of list l. Called by all threads; all get the same answer, in all blocks.
+__device__ __forceinline__ bool is_enough(ByClass &shared, uint32_t size_of_list, uint64_t frontier,
+                                          uint32_t most, int parity, Own &own) {
+  const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
+  uint32_t *const spans = shared.spans_of_found[parity];
+  if (thread < kSpans) shared.spans_of_found[parity ^ 1][thread] = 0;
+  if (thread == 0) shared.num_above[parity ^ 1] = 0;
+  const uint32_t worst_of_list =
+      size_of_list == 0 ? ~0u : static_cast<uint32_t>(shared.lists[lane][size_of_list - 1] >> 32);
+  const uint32_t worst = ~warp_max(~worst_of_list), next = static_cast<uint32_t>(frontier >> 32);
+  const int shift = max(0, 32 - __clz(static_cast<int>(next > worst ? next - worst : 0)) - 7);
+  static_assert(kSpans == 1 << 7 && kTailThreads / 32 == kMostRanks, "a warp a list");
+  const uint32_t size = __shfl_sync(0xffffffffu, size_of_list, warp_id());
+  uint32_t above = 0;
+  for (uint32_t start = 0; start < size; start += 32) {
+    const bool is_in = start + lane < size;
+    const uint64_t key = is_in ? shared.lists[warp_id()][start + lane] : 0;
+    above += static_cast<uint32_t>(__popc(__ballot_sync(0xffffffffu, key >= frontier)));
+    if (is_in) {
+      atomicAdd(&spans[min((static_cast<uint32_t>(key >> 32) - worst) >> shift, kSpans - 1u)], 1u);
+    }
+  }
+  if (lane == 0 && above != 0) atomicAdd(&shared.num_above[parity], above);
   __syncthreads();
-  own.least = max(own.least, static_cast<uint64_t>(shared.enough) << 32);
+  if (shared.num_above[parity] >= most) return true;
+  const uint4 four = reinterpret_cast<const uint4 *>(spans)[lane];
+  uint32_t sum = four.x + four.y + four.z + four.w;  // of this lane's spans and those above
+#pragma unroll
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const uint32_t other = __shfl_down_sync(0xffffffffu, sum, offset);
+    if (lane + offset < 32) sum += other;
+  }
+  const uint32_t sums[4] = {sum, sum - four.x, sum - four.x - four.y, sum - four.x - four.y - four.z};
+  uint32_t low_enough = 0;  // spans
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    low_enough += static_cast<uint32_t>(__popc(__ballot_sync(0xffffffffu, sums[k] >= most)));
+  const uint32_t enough = worst + ((low_enough - 1) << shift);
+  own.least = max(own.least, static_cast<uint64_t>(enough) << 32);
   own.is_done |= own.low <= own.least;
+  return false;
 }
 
 // Whether all detections were found and written. Called by all threads of all blocks; all get the same answer.
@@ -509,9 +540,7 @@ __device__ __forceinline__ bool settle_by_class(const Call &call, const Workspac
     total = warp_sum(size_of_list);
     if (!__any_sync(0xffffffffu, report.frontier != 0)) break;
     const uint64_t frontier = warp_max(report.frontier);
-    if (warp_sum(lane < ranks ? count_better(shared.lists[lane], size_of_list, frontier - 1) : 0) >= most)
-      break;
-    if (total >= most) look_for_enough(shared, size_of_list, frontier, most, own);
+    if (total >= most && is_enough(shared, size_of_list, frontier, most, round & 1, own)) break;
   }
   if (bound != 0 && total < most) return false;
   // A detection's place: how many are better in all lists.
