@@ -123,7 +123,7 @@ def test_the_second_call_is_read_from_what_ncu_prints(ncu_gpu):
 
 def test_other_calls_than_ours_are_refused(ncu_gpu):
     printed = SAMPLE.read_text()
-    with pytest.raises(ValueError, match="watched 4 kernels, expected 24"):
+    with pytest.raises(ValueError, match="watched 4 kernels, expected 28"):
         ncu_gpu.rows_of(printed)
     with pytest.raises(ValueError, match="not the order of a call"):
         ncu_gpu.rows_of(printed.replace("find<", "other<"), [(49104, 0.05, 8)])
