@@ -60,6 +60,12 @@ DEFECTS = {
         "if (thread == 0) slot.are_keys = {it} ? 0 : 1;\n      for",
         WRONG,
     ),
+    "logits at the threshold are candidates": (
+        "postprocess.cu",
+        "std::nextafter(threshold, kInfinity)",
+        "std::nextafter(threshold, {it} ? threshold : kInfinity)",
+        WRONG,
+    ),
     "no barrier before the best anchors are read": (
         "postprocess_find.cuh",
         "    __syncthreads();\n    const int count =",
@@ -270,6 +276,8 @@ def cases_at_the_edges() -> Iterator[nms_cases.Case]:
     yield infinite_scores(1405, 3)
     yield many_columns()
     yield just_below()
+    for threshold, columns in itertools.product((0.0, 2.0, np.inf), (30, 130)):
+        yield at_the_threshold(threshold, columns)
 
 
 def infinite_scores(anchors: int, most_of_class: int) -> nms_cases.Case:
@@ -310,6 +318,17 @@ def just_below() -> nms_cases.Case:
         "just below", nms_cases.detector_spec(500, 90, USUAL), 1, np.random.default_rng(0)
     )
     return dataclasses.replace(case, class_logits=np.full_like(case.class_logits, np.log(3 / 7) - 1e-3))
+
+
+def at_the_threshold(threshold: float, columns: int) -> nms_cases.Case:
+    """All scores of the first image are the threshold, which is not enough; the second has better ones."""
+    settings = dataclasses.replace(USUAL, score_threshold=threshold)
+    spec = nms_cases.detector_spec(300, columns, settings, scores=ScoreSpec("identity", 1.0))
+    name = f"at the threshold {threshold}, {columns} columns"
+    case = nms_cases.make_case(name, spec, 2, np.random.default_rng(0))
+    logits = np.full_like(case.class_logits, threshold)
+    logits[1, ::7, 3] += 1
+    return dataclasses.replace(case, class_logits=logits)
 
 
 def one_class_behind() -> nms_cases.Case:
@@ -457,13 +476,16 @@ def test_no_races(emulated, emulated_large):
 def test_a_seeded_defect_is_found(defective, defect):
     number, (file, _, _, expected) = list(DEFECTS).index(defect) + 1, DEFECTS[defect]
     cases: Iterator[AnyCase] = random_cases(40)
-    if "find" in file or "by_class" in file:
+    if file == "postprocess.cu":
+        cases = cases_at_the_edges()
+    elif "find" in file or "by_class" in file:
         cases = cases_by_class()
     elif "together" in file:
         cases = itertools.chain(random_cases(10), [all_the_same()], random_cases(10, 40))
     elif not file.startswith("postprocess"):
         cases = itertools.chain(map(nms_cases.random_nms_case, range(40)), [nms_case(2049, 1, 0.5, None)])
-    way = {"MAJOR": 8} if "chain" in file else {"CLUSTER": 4, "MULTIPROCESSORS": 1 if "find" in file else 3}
+    multiprocessors = 1 if "find" in file or file == "postprocess.cu" else 3
+    way = {"MAJOR": 8} if "chain" in file else {"CLUSTER": 4, "MULTIPROCESSORS": multiprocessors}
     settings = {**way, "RACES": int("race" in expected)}
     for case in cases:
         if found := defective.complaint(case, DEFECT=number, **settings):

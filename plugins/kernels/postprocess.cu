@@ -3,6 +3,7 @@
 // Five on anything older (postprocess_chain.cuh). All give the same bits, and truncate nothing.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <limits>
 
 #include "check.h"
@@ -34,9 +35,18 @@ dim3 grid_for(int work, int each, int at_most, int images) {
   return dim3(static_cast<unsigned>(std::min(wanted, fair)), static_cast<unsigned>(images));
 }
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Scaled; what is less has no score above the threshold, and without a converter what is not has one.
+template <int kConverter>
+float least_logit(float threshold) {
+  return kConverter == ODTRT_IDENTITY ? std::nextafter(threshold, kInfinity)
+                                      : cautious_logit<kConverter>(threshold);
+}
+
 // Ordered; a logit below it, times `factor`, is `least` at most.
 uint32_t least_best(float least, float factor) {
-  const uint32_t lowest = ordered(-std::numeric_limits<float>::infinity());
+  const uint32_t lowest = ordered(-kInfinity);
   return std::max(ordered(least / factor), lowest + 2) - 2;  // two steps cover what the division rounds
 }
 
@@ -103,7 +113,7 @@ cudaError_t enqueue_two(const Call &call, int images, const Device &device, cuda
   const int32_t groups = (n + together - 1) / together;
   with_slots.groups_each = groups / with_slots.num_slots;
   with_slots.groups_left = groups % with_slots.num_slots;
-  with_slots.least_logit = cautious_logit<kConverter>(call.params.score_threshold);
+  with_slots.least_logit = least_logit<kConverter>(call.params.score_threshold);
   with_slots.least_best = least_best(with_slots.least_logit, call.params.logit_factor);
   const auto kernel = call.counts_pairs ? find<T, kConverter, true> : find<T, kConverter, false>;
   const size_t logits_size = sizeof(T) * static_cast<size_t>(call.params.num_anchors) *
@@ -149,7 +159,8 @@ cudaError_t enqueue_five(const Call &call, int images, const Device &device, cud
 template <typename T, int kConverter>
 cudaError_t enqueue(const Call &call, int images, const Device &device, cudaStream_t stream) {
   static_assert(kMostColumns <= kGroupBits, "");
-  return device.overlaps_launches && call.params.num_columns <= kMostColumns
+  return device.overlaps_launches && call.params.num_columns <= kMostColumns &&
+                 call.params.score_threshold < kInfinity  // no score is above that
              ? enqueue_two<T, kConverter>(call, images, device, stream)
              : enqueue_five<T, kConverter>(call, images, device, stream);
 }

@@ -61,7 +61,7 @@ __device__ __forceinline__ void take_key(Slot &slot, bool is_in, uint64_t key) {
 }
 
 // Puts the pairs of an anchor that have a scaled logit of `least_logit` or more into the slot; none, and returns true,
-// where it would then have more than `room`. Lane l has the logits of columns l, l + 32, ...
+// where slot.size is then more than `room`. Lane l has the logits of columns l, l + 32, ...
 template <int kEach>
 __device__ __forceinline__ bool take_row(Slot &slot, const odtrt_postprocess_params &params, int anchor,
                                          const float (&logits)[kEach], const bool (&is_class)[kEach],
@@ -91,8 +91,10 @@ __device__ __forceinline__ bool take_row(Slot &slot, const odtrt_postprocess_par
   return false;
 }
 
-// A grade that `most` of the block's anchors reach at least, and not many more; where there are fewer, all. Called by
-// all threads; a barrier must come before it is called again.
+// A grade that `most` of the block's anchors reach at least, and not many more unless their grades are the same; where
+// there are fewer, all. Called by all threads; a barrier must come before it is called again.
+// Where no anchor has a candidate, which a rough comparison of logits lets happen, it is past the last span and never 0,
+// the grade of such anchors: a sigmoid's spans do not end at 2^32, and other converters compare exactly.
 template <int kConverter>
 __device__ __forceinline__ uint32_t rough_bound(Slot &slot, float threshold, int own_rows, uint32_t most) {
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
