@@ -92,8 +92,8 @@ DEFECTS = {
     ),
     "half of enough is enough": (
         "postprocess_by_class.cuh",
-        "sums[k] >= most)",
-        "sums[k] >= ({it} ? most / 2 : most))",
+        "sum >= most)",
+        "sum >= ({it} ? most / 2 : most))",
         WRONG,
     ),
     "no barrier before the candidates go to their buckets": (

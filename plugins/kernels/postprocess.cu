@@ -35,6 +35,11 @@ dim3 grid_for(int work, int each, int at_most, int images) {
   return dim3(static_cast<unsigned>(std::min(wanted, fair)), static_cast<unsigned>(images));
 }
 
+template <int kConverter>
+int anchors_together(const Call &call) {
+  return call.counts_pairs ? kTogether<kConverter, true> : kTogether<kConverter, false>;
+}
+
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Scaled; what is less has no score above the threshold, and without a converter what is not has one.
@@ -104,8 +109,7 @@ int ranks_of_cluster(int images, const Device &device) {
 
 template <typename T, int kConverter>
 cudaError_t enqueue_two(const Call &call, int images, const Device &device, cudaStream_t stream) {
-  const int n = call.params.num_anchors,
-            together = call.counts_pairs || kConverter == ODTRT_SOFTMAX ? 1 : kRowsAtOnce;
+  const int n = call.params.num_anchors, together = anchors_together<kConverter>(call);
   const int most = std::min(device.multiprocessors * kFindBlocks, kMaxSlots);
   const dim3 grid = grid_for(n, kGradeThreads / 32 * together, most, images);
   Call with_slots = call;
@@ -131,8 +135,7 @@ cudaError_t enqueue_two(const Call &call, int images, const Device &device, cuda
 
 template <typename T, int kConverter>
 cudaError_t enqueue_five(const Call &call, int images, const Device &device, cudaStream_t stream) {
-  const int n = call.params.num_anchors,
-            each = call.counts_pairs || kConverter == ODTRT_SOFTMAX ? 1 : kRowsAtOnce;
+  const int n = call.params.num_anchors, each = anchors_together<kConverter>(call);
   constexpr int kTiles = kMaxChunks * (kMaxChunks + 1) / 2, kTilesEach = kOrderThreads / kMarkThreads;
   const int multiprocessors = device.multiprocessors;
   const bool overlapped = device.overlaps_launches;

@@ -157,6 +157,33 @@ __device__ __forceinline__ uint64_t warp_sum(uint64_t value) {
   return value;
 }
 
+// The sum of the values of this lane and all higher ones; and of this one and all lower ones.
+__device__ __forceinline__ uint32_t sum_from_lane(uint32_t value) {
+#pragma unroll
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const uint32_t other = __shfl_down_sync(0xffffffffu, value, offset);
+    if (lane_id() + offset < 32) value += other;
+  }
+  return value;
+}
+
+__device__ __forceinline__ uint32_t sum_to_lane(uint32_t value) {
+#pragma unroll
+  for (int offset = 1; offset < 32; offset <<= 1) {
+    const uint32_t other = __shfl_up_sync(0xffffffffu, value, offset);
+    if (lane_id() >= offset) value += other;
+  }
+  return value;
+}
+
+// What a number up to `width` must be shifted by to have `bits` bits at most.
+__device__ __forceinline__ int shift_for(uint32_t width, int bits) {
+  return max(0, 32 - __clz(static_cast<int>(width)) - bits);
+}
+__device__ __forceinline__ int shift_for(uint64_t width, int bits) {
+  return max(0, 64 - __clzll(static_cast<long long>(width)) - bits);
+}
+
 template <int kConverter>
 __device__ __forceinline__ float score_of_logit(float scaled) {
   return kConverter == ODTRT_SIGMOID ? sigmoid(scaled) : add(scaled, 0.0f);

@@ -99,23 +99,16 @@ __device__ __forceinline__ uint64_t select_few(ByClass &shared, Own &own, uint32
 #pragma unroll 1
   for (;;) {
     if (warp_id() == 0) {
-      const uint4 four = reinterpret_cast<const uint4 *>(shared.spans[own.turn])[lane];
-      uint32_t sum = four.x + four.y + four.z + four.w;  // of this lane's spans and those above
-#pragma unroll
-      for (int offset = 1; offset < 32; offset <<= 1) {
-        const uint32_t other = __shfl_down_sync(0xffffffffu, sum, offset);
-        if (lane + offset < 32) sum += other;
-      }
       // The lowest span from which on no more than `few` lie, and whether any do.
-      const uint32_t sums[4] = {sum, sum - four.x, sum - four.x - four.y, sum - four.x - four.y - four.z};
-      const int too_many = (sums[0] > few) + (sums[1] > few) + (sums[2] > few) + (sums[3] > few);
+      const uint4 sums = sums_of_spans(shared.spans[own.turn]);
+      const int too_many = (sums.x > few) + (sums.y > few) + (sums.z > few) + (sums.w > few);
       const int lanes = __popc(__ballot_sync(0xffffffffu, too_many == 4));
       if (lane == lanes) {
         shared.span = 4 * lane + too_many;
-        shared.is_span_empty = (too_many == 0   ? sums[0]
-                                : too_many == 1 ? sums[1]
-                                : too_many == 2 ? sums[2]
-                                                : sums[3]) == 0;
+        shared.is_span_empty = (too_many == 0   ? sums.x
+                                : too_many == 1 ? sums.y
+                                : too_many == 2 ? sums.z
+                                                : sums.w) == 0;
       } else if (lanes == 32 && lane == 0) {
         shared.span = kSpans;
         shared.is_span_empty = true;
@@ -356,7 +349,7 @@ __device__ __forceinline__ bool is_enough(ByClass &shared, uint32_t size_of_list
   const uint32_t worst_of_list =
       size_of_list == 0 ? ~0u : static_cast<uint32_t>(shared.lists[lane][size_of_list - 1] >> 32);
   const uint32_t worst = ~warp_max(~worst_of_list), next = static_cast<uint32_t>(frontier >> 32);
-  const int shift = max(0, 32 - __clz(static_cast<int>(next > worst ? next - worst : 0)) - 7);
+  const int shift = shift_for(next > worst ? next - worst : 0, 7);
   static_assert(kSpans == 1 << 7 && kTailThreads / 32 == kMostRanks, "a warp a list");
   const uint32_t size = __shfl_sync(0xffffffffu, size_of_list, warp_id());
   uint32_t above = 0;
@@ -371,18 +364,10 @@ __device__ __forceinline__ bool is_enough(ByClass &shared, uint32_t size_of_list
   if (lane == 0 && above != 0) atomicAdd(&shared.num_above[parity], above);
   __syncthreads();
   if (shared.num_above[parity] >= most) return true;
-  const uint4 four = reinterpret_cast<const uint4 *>(spans)[lane];
-  uint32_t sum = four.x + four.y + four.z + four.w;  // of this lane's spans and those above
-#pragma unroll
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const uint32_t other = __shfl_down_sync(0xffffffffu, sum, offset);
-    if (lane + offset < 32) sum += other;
-  }
-  const uint32_t sums[4] = {sum, sum - four.x, sum - four.x - four.y, sum - four.x - four.y - four.z};
+  const uint4 sums = sums_of_spans(spans);
   uint32_t low_enough = 0;  // spans
-#pragma unroll
-  for (int k = 0; k < 4; ++k)
-    low_enough += static_cast<uint32_t>(__popc(__ballot_sync(0xffffffffu, sums[k] >= most)));
+  for (const uint32_t sum : {sums.x, sums.y, sums.z, sums.w})
+    low_enough += static_cast<uint32_t>(__popc(__ballot_sync(0xffffffffu, sum >= most)));
   const uint32_t enough = worst + ((low_enough - 1) << shift);
   own.least = max(own.least, static_cast<uint64_t>(enough) << 32);
   own.is_done |= own.low <= own.least;
@@ -427,12 +412,8 @@ __device__ __forceinline__ bool settle_by_class(const Call &call, const Workspac
       const int i = start + k * kTailThreads;
       if (i < own_slots * kSlot) is_in |= static_cast<unsigned>(shared.slots[i] >= least) << k;
     }
-    uint32_t sum = static_cast<uint32_t>(__popc(is_in)), at = 0;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset <<= 1) {
-      const uint32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
-      if (lane >= offset) sum += other;
-    }
+    const uint32_t sum = sum_to_lane(static_cast<uint32_t>(__popc(is_in)));
+    uint32_t at = 0;
     if (lane == 31 && sum != 0) at = atomicAdd(&shared.num_staged, sum);
     at = __shfl_sync(0xffffffffu, at, 31) + sum - __popc(is_in);
 #pragma unroll 1

@@ -18,12 +18,20 @@ struct Range {
 // The keys of a range fall into kSpans spans of 1 << shift_of(range), the last ones perhaps empty.
 __device__ __forceinline__ int shift_of(const Range &range) {
   static_assert(kSpans == 1 << 7, "");
-  return max(0, 64 - __clzll(static_cast<long long>(range.high - range.low)) - 7);
+  return shift_for(range.high - range.low, 7);
 }
 
 __device__ __forceinline__ Range span_of(const Range &range, int span, int shift) {
   const uint64_t low = range.low + (static_cast<uint64_t>(span) << shift);
   return {low, low + min(range.high - low, (uint64_t{1} << shift) - 1)};
+}
+
+// How many are in each of this lane's four spans and all above it. Called by a whole warp.
+__device__ __forceinline__ uint4 sums_of_spans(const uint32_t *spans) {
+  static_assert(kSpans == 4 * 32, "");
+  const uint4 four = reinterpret_cast<const uint4 *>(spans)[lane_id()];
+  const uint32_t sum = sum_from_lane(four.x + four.y + four.z + four.w);
+  return make_uint4(sum, sum - four.x, sum - four.x - four.y, sum - four.x - four.y - four.z);
 }
 
 // A candidate is a box with ordered corners and { key low, key high, group and flags, cautious area }.

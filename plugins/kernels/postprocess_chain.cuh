@@ -133,20 +133,12 @@ __global__ __launch_bounds__(kGradeThreads, 5) void grade(ODTRT_PARAMETER Call c
 // The sum of `value` over all threads of a lower number, and over all. Called by all kThreads threads.
 template <int kThreads>
 __device__ __forceinline__ uint32_t sum_before(uint32_t value, uint32_t *warp_totals, uint32_t *total) {
-  auto sum_up = [](uint32_t own) {
-#pragma unroll
-    for (int offset = 1; offset < 32; offset <<= 1) {
-      const uint32_t other = __shfl_up_sync(0xffffffffu, own, offset);
-      if (lane_id() >= offset) own += other;
-    }
-    return own;
-  };
-  const uint32_t sum = sum_up(value);
+  const uint32_t sum = sum_to_lane(value);
   __syncthreads();
   if (lane_id() == 31) warp_totals[warp_id()] = sum;
   __syncthreads();
   if (warp_id() == 0) {
-    const uint32_t all = sum_up(lane_id() < kThreads / 32 ? warp_totals[lane_id()] : 0);
+    const uint32_t all = sum_to_lane(lane_id() < kThreads / 32 ? warp_totals[lane_id()] : 0);
     warp_totals[lane_id()] = all;
   }
   __syncthreads();
@@ -685,7 +677,7 @@ __device__ __noinline__ int keep_among_rest(const Call &call, int image, const S
     const uint64_t lowest = cursor - least > reach ? cursor - reach : least;
     uint64_t low = lowest, high = cursor - 1;
     for (;;) {  // narrow low to high down until the pairs from low to the cursor are a batch
-      const int shift = max(0, 64 - __clzll(static_cast<long long>(high - low)) - 11);
+      const int shift = shift_for(high - low, 11);
       ask_all<T, kConverter>(call, image, rest, true, low, high, shift);
       for (int i = thread; i < kBins; i += kKeepThreads) rest.counts[i] = __ldcg(space.histogram + i);
       __syncthreads();

@@ -33,6 +33,10 @@ constexpr int kOfLogit = kConverter == ODTRT_SOFTMAX ? ODTRT_SIGMOID : kConverte
 template <int kConverter, bool kCountsPairs>
 constexpr bool kIsPlain = !kCountsPairs && kConverter != ODTRT_SOFTMAX;
 
+// Anchors that a warp takes together.
+template <int kConverter, bool kCountsPairs>
+constexpr int kTogether = kIsPlain<kConverter, kCountsPairs> ? kRowsAtOnce : 1;
+
 struct Slot {
   uint64_t keys[kMostTaken];  // or scaled logits and places; kSlot of them are handed on
   alignas(16) uint32_t spans[kGradeSpans];
@@ -105,7 +109,7 @@ __device__ __forceinline__ uint32_t rough_bound(Slot &slot, float threshold, int
     slot.spans[thread] = 0;
     __syncthreads();
     static_assert(kGradeSpans == 1 << 8, "");
-    const int shift = max(0, 32 - __clz(static_cast<int>(high - low)) - 8);
+    const int shift = shift_for(high - low, 8);
 #pragma unroll 1
     for (int row = thread; row < own_rows; row += kGradeThreads) {
       const uint32_t grade = slot.grades[row];
@@ -116,12 +120,7 @@ __device__ __forceinline__ uint32_t rough_bound(Slot &slot, float threshold, int
       uint32_t counts[kPerLane], sum = 0;
 #pragma unroll
       for (int k = 0; k < kPerLane; ++k) sum += counts[k] = slot.spans[lane * kPerLane + k];
-      uint32_t reach = sum;  // this lane's spans, or those above
-#pragma unroll
-      for (int offset = 1; offset < 32; offset <<= 1) {
-        const uint32_t other = __shfl_down_sync(0xffffffffu, reach, offset);
-        if (lane + offset < 32) reach += other;
-      }
+      const uint32_t reach = sum_from_lane(sum);  // this lane's spans, or those above
       const uint32_t wanted = min(most, above + __shfl_sync(0xffffffffu, reach, 0));
       const unsigned reached = __ballot_sync(0xffffffffu, above + reach >= wanted);
       if (lane == 31 - __clz(static_cast<int>(reached))) {
@@ -153,7 +152,7 @@ template <typename T, int kConverter, bool kCountsPairs>
 __device__ __noinline__ uint32_t hand_on_best(const T *__restrict__ logits, int own_rows, Slot &slot) {
   const odtrt_postprocess_params &params = slot.params;
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
-  constexpr int kTogether = kIsPlain<kConverter, kCountsPairs> ? kRowsAtOnce : 1;
+  constexpr int kGroup = kTogether<kConverter, kCountsPairs>;
   const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
   if (own_rows > kRowsHeld) return kTooMany;
 #pragma unroll 1
@@ -171,7 +170,7 @@ __device__ __noinline__ uint32_t hand_on_best(const T *__restrict__ logits, int 
       const unsigned vote = __ballot_sync(0xffffffffu, is_in);
       if (vote == 0) continue;
       const uint32_t at = take_place(&slot.num_anchors, vote), least = ~warp_max(is_in ? ~grade : 0);
-      if (is_in) slot.anchors[at] = (block + row / kTogether * blocks) * kTogether + row % kTogether;
+      if (is_in) slot.anchors[at] = (block + row / kGroup * blocks) * kGroup + row % kGroup;
       if (lane == 0) atomicMin(&slot.bound, least);
     }
     __syncthreads();
@@ -387,10 +386,10 @@ __global__ __launch_bounds__(kGradeThreads, kFindBlocks) void find(ODTRT_PARAMET
   __syncthreads();
   uint32_t bound = 0;
   if (slot.size > kSlot) {
-    constexpr int kTogether = kIsPlain<kConverter, kCountsPairs> ? kRowsAtOnce : 1;
     const bool has_more = static_cast<int>(blockIdx.x) < call.groups_left;
     if (thread == 0) slot.params = params;
-    bound = hand_on_best<T, kConverter, kCountsPairs>(logits, (call.groups_each + has_more) * kTogether, slot);
+    const int own_rows = (call.groups_each + has_more) * kTogether<kConverter, kCountsPairs>;
+    bound = hand_on_best<T, kConverter, kCountsPairs>(logits, own_rows, slot);
   }
   if (thread < kSlot && bound != kTooMany) {
     const bool is_in = thread < static_cast<int>(slot.size);

@@ -92,15 +92,7 @@ __device__ __forceinline__ Selection select(Tail &shared, Range range, uint32_t 
     __syncwarp();
     sync_cluster();
     for (int r = warp_id(); r < ranks; r += kTailThreads / 32) {
-      const uint4 four = reinterpret_cast<const uint4 *>(in_block(own, r))[lane];
-      uint32_t sum = four.x + four.y + four.z + four.w;  // of this lane's spans and those above
-#pragma unroll
-      for (int offset = 1; offset < 32; offset <<= 1) {
-        const uint32_t other = __shfl_down_sync(0xffffffffu, sum, offset);
-        if (lane + offset < 32) sum += other;
-      }
-      reinterpret_cast<uint4 *>(shared.copies[r])[lane] =
-          make_uint4(sum, sum - four.x, sum - four.x - four.y, sum - four.x - four.y - four.z);
+      reinterpret_cast<uint4 *>(shared.copies[r])[lane] = sums_of_spans(in_block(own, r));
     }
     parity ^= 1;
     __syncthreads();
