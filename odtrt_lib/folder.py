@@ -1,7 +1,16 @@
 """The model folder: what each stage leaves behind for the next, written whole or not at all.
 
 ``<name>/`` holds ``spec.json``, ``anchors.npy``, ``frozen.pb`` (stage 1), ``heads.onnx`` (stage 2),
-``plans/`` (stage 3) and ``log.jsonl``: one record a finished stage.
+``plans/`` (stage 3), ``detector.onnx`` (stage 4) and ``log.jsonl``: one record a finished stage.
+
+**The seal.** The newest record that names a file holds the SHA-256 that the file must have, and the hashes of
+what it was made from. :func:`sealed` hands out the bytes that were compared, so that what is used is what
+was checked; a file of which no record tells is refused. The seal finds rot and mix-ups. It is no signature:
+whoever may write into the folder can write a record, too.
+
+**One step.** A change of several files is prepared in a folder of its own. It is decided when that folder is
+renamed to ``.commit-...``; from then on the files move to their places, and whoever opens the model folder
+next completes what a process that was killed left undone. Writers hold the folder's lock, readers share it.
 """
 
 from __future__ import annotations
@@ -14,15 +23,44 @@ import glob
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import stat
+import time
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Union
+from pathlib import Path, PurePosixPath
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
-from odtrt_lib.errors import InputError, OdtrtError
+from odtrt_lib import __version__
+from odtrt_lib.errors import InputError, OdtrtError, one_line
 
 LOG = "log.jsonl"
+SEALED = ("spec.json", "anchors.npy", "frozen.pb", "heads.onnx", "detector.onnx", "detector_onnxnms.onnx")
+"""The files that the seal covers. Plans have passports instead."""
+
+_OF_THE_NETWORK = "spec.json: heads, input"
+_OF_THE_DETECTOR = "spec.json: box_coder, heads, input, nms, scores"
+SPEC_PARTS = {
+    "heads.onnx": _OF_THE_NETWORK,
+    "detector.onnx": _OF_THE_DETECTOR,
+    "detector_onnxnms.onnx": _OF_THE_DETECTOR,
+}
+"""Model -> the part of ``spec.json`` that goes into it, as records name it; labels and source are in none."""
+
+_COMMIT, _STAGING, _REMOVED = ".commit-", ".staging-", ".removed.json"
+_MAKE_AGAIN = {
+    "fuse_onnx": "run `odtrt fuse --form onnx` again",
+    "unpack": "unpack the bundle again",
+    "seal": "put the right file back, or seal the folder again if this is the right one",
+}
+_COMMANDS = {"heads.onnx": "convert", "detector.onnx": "fuse", "detector_onnxnms.onnx": "fuse --form onnx"}
+_LARGEST = {"spec.json": 1 << 24, "anchors.npy": 1 << 30, LOG: 1 << 26}
+_LARGEST_MODEL = 1 << 31  # protobuf's own limit
+_DEEPEST_JSON = 20
+# A file that changed a moment ago can change again within the same tick of its time stamp.
+_SETTLED_NS = 2 * 10**9
+_digests: Dict[Tuple[int, ...], str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,38 +84,52 @@ def sha256(path: Union[str, Path]) -> str:
 def staging(folder: Union[str, Path]) -> Iterator[Path]:
     """A temporary folder inside ``folder``; its files move into ``folder`` when the block ends well.
 
-    Each file is on the disk before it gets its name; the files appear one after the other. Any exception,
-    Ctrl-C included, removes what was written, and ``folder`` itself if this call made it. What an earlier
-    process that was killed left behind is removed at the start. Raises InputError where ``folder`` cannot be
-    written or the disk is full.
+    All of them appear in one step, see the module; a record that :func:`write_record` staged is part of it.
+    Each file is on the disk before it gets its name. Any exception, Ctrl-C included, removes what was
+    written, and ``folder`` itself if this call made it. What an earlier process that was killed left behind
+    is removed at the start. Raises InputError where ``folder`` cannot be written, a file or folder is in the
+    way, or the disk is full.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    temporary = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(folder)
-        temporary = Path(tempfile.mkdtemp(prefix=f".staging-{os.getpid()}-", dir=str(folder)))
-        with exclusive(temporary):
+        with workplace(folder, _STAGING) as temporary:
             yield temporary
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            for source in files:
-                sync(source)
-            targets = [folder / source.relative_to(temporary) for source in files]
-            for source, target in zip(files, targets):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(source, target)
-            for parent in {target.parent for target in targets}:
-                sync(parent)
+            commit(temporary, folder)
         made = []
     except OSError as error:
         raise cannot_write(folder, error) from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def workplace(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in ``parent`` of a name that cannot be guessed; what is left of it goes after the block.
+
+    Folders of this prefix whose process is dead and that nobody holds are removed first. The process alone
+    does not tell: in another container it is alive and not to be seen from here.
+    """
+    for path in parent.glob(f"{glob.escape(prefix)}*"):
+        if not _is_alive(path.name[len(prefix) :].split("-")[0]) and not _is_held(path):
+            shutil.rmtree(path, ignore_errors=True)
+    made = None
+    try:
+        with contextlib.ExitStack() as held:
+            while made is None:
+                made = parent / f"{prefix}{os.getpid()}-{secrets.token_hex(8)}"
+                made.mkdir()
+                held.enter_context(exclusive(made))
+                if not made.exists():  # removed by another process before it was held
+                    held.close()
+                    made = None
+            yield made
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -85,24 +137,157 @@ def atomic_write(path: Union[str, Path]) -> Iterator[Path]:
     """A temporary path beside ``path`` that becomes ``path`` when the block ends well, else vanishes.
 
     The bytes are on the disk before they get their name, so that a power cut leaves the old file or the new
-    one. What an earlier process that was killed left behind is removed.
+    one. The temporary file is created exclusively, under a name that cannot be guessed, and held by a lock;
+    what an earlier process that was killed left behind, nobody holds, and it is removed.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for orphan in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if not _is_alive(orphan.name.split(".")[-2]):
+            if not _is_alive(orphan.name.split(".")[-2].split("-")[0]) and not _is_held(orphan):
                 orphan.unlink()
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with contextlib.ExitStack() as held:
+            while temporary is None:
+                temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
+                created = os.open(str(temporary), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                held.callback(os.close, created)
+                with contextlib.suppress(OSError):
+                    fcntl.flock(created, fcntl.LOCK_EX)
+                if not temporary.exists():  # removed by another process before it was held
+                    temporary = None
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def commit(content: Path, folder: Path, removed: Sequence[str] = ()) -> None:
+    """Moves all files below ``content`` into ``folder``, on the same disk, in one step for every reader.
+
+    ``content`` is used up. A staged ``log.jsonl`` in it continues the one in its place. removed: files to
+    remove, relative to ``folder``. Raises InputError, and nothing has changed, where a folder, a file or a
+    link is in the way.
+    """
+    names = sorted(path.relative_to(content) for path in content.rglob("*") if path.is_file())
+    if not names:
+        return
+    _refuse_obstacles(folder, names, [Path(name) for name in removed])
+    _list_removed(content, removed)
+    for path in content.rglob("*"):
+        sync(path)
+    with exclusive(folder):
+        finish(folder)
+        os.replace(content, folder / f"{_COMMIT}{secrets.token_hex(8)}")
+        sync(folder)
+        try:
+            finish(folder)
+        except KeyboardInterrupt:  # it is decided already
+            finish(folder)
+            raise
+
+
+def finish(folder: Path) -> None:
+    """Completes the change that is under way in ``folder``, if there is one; the caller holds the lock.
+
+    Raises InputError where the folder cannot be written.
+    """
+    for change in _under_way(folder):
+        try:
+            _move_all(change, folder)
+        except OSError as error:
+            raise InputError(
+                f"{folder}: a change of several files was interrupted and cannot be completed "
+                f"({error.strerror or error}); run any odtrt command as a user who may write there"
+            ) from error
+
+
+def _under_way(folder: Path) -> List[Path]:
+    """The decided changes whose files are not all in their places yet: none or, after a kill, one."""
+    try:
+        with os.scandir(str(folder)) as entries:
+            found = [one.name for one in entries if one.name.startswith(_COMMIT)]
+    except OSError:
+        return []
+    return [folder / name for name in found if (folder / name).is_dir() and not (folder / name).is_symlink()]
+
+
+def _list_removed(content: Path, removed: Sequence[str]) -> None:
+    """Writes down what to remove, beside the log of the model folder that it is in."""
+    places = [log.parent for log in content.rglob(LOG) if log.parent != content]
+    lists: Dict[Path, List[str]] = {}
+    for name in removed:
+        place = next((one for one in places if one in (content / name).parents), content)
+        lists.setdefault(place, []).append((content / name).relative_to(place).as_posix())
+    for place, list_ in lists.items():
+        (place / _REMOVED).write_text(json.dumps(list_), encoding="utf-8")
+
+
+def _move_all(change: Path, folder: Path) -> None:
+    """Every step can be the last one of a process; doing all of them again leads to the same end.
+
+    A folder inside with a log of its own is another model folder: it becomes a change of that folder first.
+    """
+    for log in sorted(change.rglob(LOG)):
+        if log.parent == change:
+            continue
+        inner = folder / log.parent.relative_to(change)
+        inner.mkdir(parents=True, exist_ok=True)
+        with exclusive(inner):
+            finish(inner)
+            os.replace(log.parent, inner / change.name)
+            sync(inner)
+            finish(inner)
+    names = [path.relative_to(change) for path in sorted(change.rglob("*")) if path.is_file()]
+    for name in names:
+        if name.name == _REMOVED:
+            continue
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if str(name) == LOG:
+            _join_logs(change / name, target)
+        os.replace(change / name, target)
+    if (change / _REMOVED).exists():
+        for old in json.loads((change / _REMOVED).read_text(encoding="utf-8")):
+            if _is_inside(old):
+                with contextlib.suppress(FileNotFoundError):
+                    (folder / old).unlink()
+    for parent in {folder, *((folder / name).parent for name in names)}:
+        sync(parent)
+    shutil.rmtree(change)
+
+
+def _join_logs(staged: Path, present: Path) -> None:
+    """Makes the staged log continue the present one, which has records more if somebody wrote meanwhile."""
+    if not present.exists():
+        return
+    old, new = (path.read_bytes().splitlines(keepends=True) for path in (present, staged))
+    pairs = enumerate(zip(old, new))
+    shared = next((i for i, (one, other) in pairs if one != other), min(len(old), len(new)))
+    if shared < len(old):
+        with atomic_write(staged) as temporary:
+            temporary.write_bytes(b"".join(old + new[shared:]))
+
+
+def _refuse_obstacles(folder: Path, names: Sequence[Path], removed: Sequence[Path]) -> None:
+    for name in (*names, *removed):
+        target = folder / name
+        for parent in (folder / one for one in name.parents if str(one) != "."):
+            if parent.is_symlink() or (parent.exists() and not parent.is_dir()):
+                raise InputError(
+                    f"{parent}: a {'link' if parent.is_symlink() else 'file'}, expected a folder; "
+                    "nothing was changed: move it away"
+                )
+        if target.is_dir() and not target.is_symlink():
+            raise InputError(f"{target}: a folder, expected a file; nothing was changed: move it away")
+        if name.name == _REMOVED or name.parts[0].startswith(_COMMIT):
+            raise InputError(f"{target}: a name that odtrt keeps for itself; nothing was changed")
 
 
 @contextlib.contextmanager
@@ -113,12 +298,42 @@ def exclusive(folder: Union[str, Path]) -> Iterator[None]:
     that ends. Not reentrant. Where the folder cannot be locked (some network file systems), the block runs
     without.
     """
+    with _flocked(folder, fcntl.LOCK_EX):
+        yield
+
+
+@contextlib.contextmanager
+def undisturbed(folder: Union[str, Path]) -> Iterator[None]:
+    """While the block runs no file of ``folder`` changes, and none is half changed: for readers.
+
+    Completes a change that a killed process left undone. Several readers share the lock; do not write a
+    record in the block, which would wait for its end. Raises InputError where such a change cannot be
+    completed.
+    """
+    folder = Path(folder)
+    while True:
+        with _flocked(folder, fcntl.LOCK_SH):
+            if not _under_way(folder):
+                yield
+                return
+        with exclusive(folder):
+            finish(folder)
+
+
+@contextlib.contextmanager
+def _flocked(folder: Union[str, Path], operation: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             descriptor = os.open(str(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, operation)
+            stack.callback(_unlock, descriptor)  # a child that was forked meanwhile would hold it on
         yield
+
+
+def _unlock(descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def sync(path: Union[str, Path]) -> None:
@@ -154,47 +369,157 @@ def write_record(
     *,
     inputs: Mapping[str, str],
     settings: Mapping[str, Any],
-    outputs: List[str],
+    outputs: Sequence[str],
     versions: Mapping[str, str],
     seconds: float,
     peak_rss_mb: float,
     checks: Mapping[str, Any],
+    staged: Optional[Path] = None,
 ) -> Dict[str, Any]:
     """Appends the record of a finished stage to ``log.jsonl`` and returns it.
 
     Stages that finish at the same time wait for one another, so that no record is lost.
 
     inputs: what the stage read, name -> SHA-256. outputs: names of files in ``folder``, hashed here.
-    checks: what was verified, with its figures.
+    checks: what was verified, with its figures. staged: the folder of :func:`staging` that the outputs are
+    still in; the record then appears together with them.
     """
     folder = Path(folder)
+    place = folder if staged is None else staged
     record = {
         "stage": stage,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "inputs": dict(inputs),
         "settings": dict(settings),
-        "outputs": {name: sha256(folder / name) for name in outputs},
+        "outputs": {name: sha256(place / name) for name in outputs},
         "versions": dict(versions),
         "seconds": round(seconds, 3),
         "peak_rss_mb": round(peak_rss_mb, 1),
         "checks": dict(checks),
     }
-    with exclusive(folder):
-        previous = (folder / LOG).read_text() if (folder / LOG).exists() else ""
-        with atomic_write(folder / LOG) as temporary:
-            temporary.write_text(previous + json.dumps(record) + "\n")
+    append_record(folder, record, staged)
     return record
 
 
+def append_record(folder: Path, record: Mapping[str, Any], staged: Optional[Path] = None) -> None:
+    """Appends a record as it is; staged as for :func:`write_record`."""
+    record = _plain(record)
+    line = (json.dumps({**record, "check": _checksum(record)}) + "\n").encode()
+    if staged is not None:
+        (staged / LOG).write_bytes(_log_bytes(folder / LOG) + line)
+        return
+    with exclusive(folder):
+        finish(folder)
+        previous = _log_bytes(folder / LOG)
+        with atomic_write(folder / LOG) as temporary:
+            temporary.write_bytes(previous + line)
+
+
 def read_log(folder: Union[str, Path]) -> List[Dict[str, Any]]:
-    """The records of ``log.jsonl``, oldest first; an empty list where there is none."""
+    """The records of ``log.jsonl``, oldest first; an empty list where there is none.
+
+    Raises InputError, naming the line, where a record is damaged or is not what :func:`write_record` writes.
+    """
     path = Path(folder) / LOG
-    if not path.exists():
-        return []
+    records = []
+    for number, line in enumerate(_log_bytes(path).split(b"\n"), 1):
+        if line.strip():
+            try:
+                records.append(_parse_record(line))
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"{path}: line {number} is damaged ({one_line(error)[:120]}); delete it and run the "
+                    "stages, or unpack the bundle, again"
+                ) from error
+    return records
+
+
+def _log_bytes(path: Path) -> bytes:
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); delete it and run the stages again") from error
+        return read_whole(path, _LARGEST[LOG])
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); expected the records of the stages"
+        ) from error
+
+
+def read_whole(path: Path, largest: int) -> bytes:
+    """The bytes of a regular file. OSError for anything else, such as a named pipe, and for a larger one."""
+    descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        if found.st_size > largest:
+            raise OSError(errno.EFBIG, f"{found.st_size} bytes, at most {largest} are expected")
+        return file.read()
+
+
+def _parse_record(line: bytes) -> Dict[str, Any]:
+    record = json.loads(line.decode("utf-8"))
+    if not isinstance(record, dict):
+        raise ValueError(f"a {type(record).__name__}, expected an object")
+    for name, is_right in _RECORD_FIELDS.items():
+        if name not in record:
+            raise ValueError(f"{name} is missing")
+        if not is_right(record[name]):
+            raise ValueError(f"{name} is {record[name]!r:.60}")
+    if not _is_plain_json(record, _DEEPEST_JSON):
+        raise ValueError("nested too deep, or text that is not Unicode")
+    check = record.pop("check", None)  # records of odtrt 0.1 have none
+    if check is not None and check != _checksum(record):
+        raise ValueError("altered: its fields do not go with their checksum `check`")
+    return record
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _is_text_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
+
+
+def _are_outputs(value: Any) -> bool:
+    return _is_text_map(value) and all(
+        _is_inside(name) and re.fullmatch("[0-9a-f]{64}", digest) for name, digest in value.items()
+    )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file in the folder: records can come from strangers."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and ".." not in parts and name[0] != "/" and "\0" not in name and len(name) < 256
+
+
+def _is_amount(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and -1e15 < value < 1e15
+
+
+def _is_plain_json(value: Any, depth: int) -> bool:
+    if depth < 0:
+        return False
+    if isinstance(value, str):
+        return not re.search("[\ud800-\udfff]", value)
+    if isinstance(value, dict):
+        return all(_is_plain_json(one, depth - 1) for pair in value.items() for one in pair)
+    return not isinstance(value, list) or all(_is_plain_json(one, depth - 1) for one in value)
+
+
+_RECORD_FIELDS = {
+    "stage": lambda value: isinstance(value, str) and 0 < len(value) < 100,
+    "time": lambda value: isinstance(value, str),
+    "inputs": _is_text_map,
+    "settings": lambda value: isinstance(value, dict),
+    "outputs": _are_outputs,
+    "versions": _is_text_map,
+    "seconds": _is_amount,
+    "peak_rss_mb": _is_amount,
+    "checks": lambda value: isinstance(value, dict),
+}
 
 
 def last_record(folder: Union[str, Path], stage: str) -> Optional[Dict[str, Any]]:
@@ -206,14 +531,180 @@ def up_to_date(
     folder: Union[str, Path], stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]
 ) -> Optional[Dict[str, Any]]:
     """The last record of ``stage`` if it had these inputs and settings and its outputs are intact."""
-    record = last_record(folder, stage)
-    if record is None or record["inputs"] != dict(inputs) or record["settings"] != _plain(settings):
-        return None
-    for name, digest in record["outputs"].items():
-        path = Path(folder) / name
-        if not path.is_file() or sha256(path) != digest:
+    folder = Path(folder)
+    with undisturbed(folder):
+        record = last_record(folder, stage)
+        if record is None or record["inputs"] != dict(inputs) or record["settings"] != _plain(settings):
             return None
+        newest = recorded(folder)
+        for name, digest in record["outputs"].items():
+            path = folder / name
+            if not path.is_file() or sha256(path) != digest:
+                return None
+            if name in newest and newest[name].sha256 != digest:  # sealed by hand since
+                return None
     return record
+
+
+# ---- The seal ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """What the newest record that names a file says of it. origins: what it was made from, by SHA-256."""
+
+    sha256: str
+    stage: str
+    origins: Mapping[str, str]
+
+
+def recorded(folder: Union[str, Path]) -> Dict[str, Recorded]:
+    """The files of :data:`SEALED` that ``log.jsonl`` tells of."""
+    found: Dict[str, Recorded] = {}
+    for record in read_log(folder):
+        for name in SEALED:
+            if name in record["outputs"]:
+                # A bundle or a seal has no inputs; its files belong together.
+                together = {} if record["inputs"] else record["outputs"]
+                origins = {one: digest for one, digest in together.items() if one in _origins(name)}
+                found[name] = Recorded(
+                    record["outputs"][name], record["stage"], {**origins, **record["inputs"]}
+                )
+    return found
+
+
+def sealed(folder: Union[str, Path], *names: str) -> Dict[str, bytes]:
+    """The bytes of files of a model folder, all of one generation, each the one that its stage wrote.
+
+    Name -> the very bytes that were compared with the records, and with what they were made from. Raises
+    InputError, naming the file, the two hashes and the command that makes it again, where one of them is
+    missing, damaged, of another generation than the others, or of no record.
+    """
+    folder = Path(folder)
+    require_folder(folder)
+    with undisturbed(folder):
+        known = recorded(folder)
+        contents = {name: _content(folder, name) for name in dict.fromkeys(("spec.json", *names))}
+        for name, content in contents.items():
+            _compare(folder, name, known.get(name), hashlib.sha256(content).hexdigest())
+        for name in names:
+            _compare_origins(folder, name, known, contents["spec.json"])
+    return {name: contents[name] for name in names}
+
+
+def check_seal(folder: Union[str, Path], *names: str) -> Dict[str, str]:
+    """As :func:`sealed`, but does not keep the bytes: name -> SHA-256. A file that was hashed before and has
+    kept size, times and inode is not read again."""
+    folder = Path(folder)
+    require_folder(folder)
+    with undisturbed(folder):
+        known = recorded(folder)
+        spec = _content(folder, "spec.json")
+        digests = {"spec.json": hashlib.sha256(spec).hexdigest()}
+        for name in names:
+            if name not in digests:
+                digests[name] = known_sha256(_existing(folder, name))
+        for name, digest in digests.items():
+            _compare(folder, name, known.get(name), digest)
+        for name in names:
+            _compare_origins(folder, name, known, spec)
+    return {name: digests[name] for name in names}
+
+
+def seal(folder: Union[str, Path]) -> Dict[str, Any]:
+    """Records the files of :data:`SEALED` as they are now: for files of your own that no stage wrote.
+
+    Whoever calls it vouches that they belong together. Returns the record.
+    """
+    folder = Path(folder)
+    require_folder(folder)
+    present = [name for name in SEALED if (folder / name).is_file()]
+    return write_record(
+        folder,
+        "seal",
+        inputs={},
+        settings={},
+        outputs=present,
+        versions={"odtrt": __version__},
+        seconds=0.0,
+        peak_rss_mb=0.0,
+        checks={},
+    )
+
+
+def part_sha256(spec: bytes, part: str) -> Optional[str]:
+    """The SHA-256 of one of :data:`SPEC_PARTS` of a spec.json's text; None where it has no such part."""
+    try:
+        data = json.loads(spec.decode("utf-8"))
+        sections = {section: data[section] for section in part.partition(": ")[2].split(", ")}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """:func:`sha256`, remembered for a file that keeps its size, times and inode."""
+    found = path.stat()
+    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if key not in _digests:
+        digest = sha256(path)
+        if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < _SETTLED_NS:
+            return digest
+        _digests[key] = digest
+    return _digests[key]
+
+
+def _existing(folder: Path, name: str) -> Path:
+    return require(folder, name, _COMMANDS.get(name, "export"))
+
+
+def _content(folder: Path, name: str) -> bytes:
+    path = _existing(folder, name)
+    try:
+        return read_whole(path, _LARGEST.get(name, _LARGEST_MODEL))
+    except OSError as error:
+        again = f"run `odtrt {_COMMANDS.get(name, 'export')}` again"
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); {again}") from error
+
+
+def _make_again(stage: str) -> str:
+    return _MAKE_AGAIN.get(stage, f"run `odtrt {stage}` again")
+
+
+def _compare(folder: Path, name: str, known: Optional[Recorded], digest: str) -> None:
+    path = folder / name
+    if known is None:
+        command = _COMMANDS.get(name, "export")
+        raise InputError(
+            f"{path}: not sealed, {LOG} has no record of it; run `odtrt {command}` again, or, if it is your "
+            "own file, call odtrt_lib.folder.seal on the folder"
+        )
+    if digest != known.sha256:
+        raise InputError(
+            f"{path}: damaged or changed: its SHA-256 is {digest[:12]}..., the record of `{known.stage}` in "
+            f"{LOG} says {known.sha256[:12]}...; {_make_again(known.stage)}"
+        )
+
+
+def _compare_origins(folder: Path, name: str, known: Mapping[str, Recorded], spec: bytes) -> None:
+    for origin, digest in known[name].origins.items():
+        file, _, sections = origin.partition(": ")
+        if sections:
+            found = part_sha256(spec, origin)
+        else:
+            found = known[file].sha256 if file in known and file in _origins(name) else None
+        if found is not None and found != digest:
+            raise InputError(
+                f"{folder / name}: made from another {file} than the one beside it; "
+                f"{_make_again(known[name].stage)}"
+            )
+
+
+def _origins(name: str) -> Tuple[str, ...]:
+    """The sealed files that a file is made from, or has to fit."""
+    if name == "heads.onnx":
+        return ("frozen.pb", "anchors.npy", "spec.json")
+    return ("heads.onnx", "anchors.npy", "spec.json") if name.startswith("detector") else ()
 
 
 def require_folder(folder: Union[str, Path]) -> None:
@@ -238,23 +729,13 @@ def _plain(settings: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(dict(settings)))
 
 
-def _remove_orphans(folder: Path) -> None:
-    """Removes staging folders whose process is dead and that nobody holds.
-
-    The process alone does not tell: in another container it is alive and not to be seen from here.
-    """
-    for path in folder.glob(".staging-*"):
-        if not _is_alive(path.name.split("-")[1]) and not _is_held(path):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _is_alive(process: str) -> bool:
     return process.isdigit() and Path(f"/proc/{process}").exists()
 
 
-def _is_held(folder: Path) -> bool:
+def _is_held(path: Path) -> bool:
     try:
-        descriptor = os.open(str(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(str(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return False
     try:
