@@ -39,8 +39,8 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import zipfile
+from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -54,7 +54,21 @@ from odtrt_lib.errors import (
     UnsupportedError,
     one_line,
 )
-from odtrt_lib.folder import atomic_write, cannot_write, last_record, require, sha256, sync
+from odtrt_lib.folder import (
+    SEALED,
+    append_record,
+    atomic_write,
+    cannot_write,
+    check_seal,
+    commit,
+    recorded,
+    require,
+    sealed,
+    sha256,
+    sync,
+    undisturbed,
+    workplace,
+)
 from odtrt_lib.spec import DetectorSpec, load_spec
 
 SCHEMA_VERSION = 1
@@ -163,8 +177,10 @@ def pack(
         raise InputError(f"{archive}: a folder; expected a file name such as {archive.name}{SUFFIX}")
     if archive.exists() and not force and not _is_bundle(archive):
         raise InputError(f"{archive}: exists and is no bundle; choose another name, or use --force")
-    spec = load_spec(require(folder, "spec.json", "export"))
-    sources: Dict[str, Union[Path, bytes]] = dict(_model_files(folder, spec))
+    content = sealed(folder, "spec.json")["spec.json"]
+    spec = load_spec(folder / "spec.json", content)
+    hashes, files = _model_files(folder, spec)
+    sources: Dict[str, Union[Path, bytes]] = dict(files)
     sources.update(_device_side())
     if triton:
         sources.update(_triton_repository(folder, spec))
@@ -172,7 +188,11 @@ def pack(
         sources.update(_deepstream_files(folder, spec))
     sources["README.txt"] = _readme(spec, sources).encode()
     members = tuple(_described(path, sources[path]) for path in sorted(sources))
-    manifest = Manifest(__version__, spec.name, sha256(folder / "spec.json"), members)
+    packed = {member.path: member.sha256 for member in members}
+    for name, digest in {**hashes, "spec.json": hashlib.sha256(content).hexdigest()}.items():
+        if packed[f"{MODEL}/{name}"] != digest:
+            raise InputError(f"{folder / name}: changed while it was packed; pack again")
+    manifest = Manifest(__version__, spec.name, hashes["spec.json"], members)
     sources[MANIFEST] = manifest.to_json().encode()
     with atomic_write(archive) as temporary:
         _write_zip(temporary, sources, manifest)
@@ -198,7 +218,8 @@ def unpack(archive: Union[str, Path], folder: Union[str, Path], *, force: bool =
     if is_occupied:
         if not (folder / MANIFEST).is_file():
             raise InputError(f"{folder}: exists and was not unpacked from a bundle; choose another folder")
-        earlier = _read_manifest(folder / MANIFEST).members
+        with undisturbed(folder):
+            earlier = _read_manifest(folder / MANIFEST).members
         if not force:
             raise InputError(f"{folder}: a bundle was unpacked here; choose another folder, or use --force")
     with _opened(archive) as (zipped, manifest, entries):
@@ -206,6 +227,7 @@ def unpack(archive: Union[str, Path], folder: Union[str, Path], *, force: bool =
             for member in manifest.members:
                 _extract(archive, zipped, entries[member.path], member, content / member.path)
             (content / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+            _seal_model(folder / MODEL, manifest, content / MODEL)
             for path in content.rglob("*"):
                 sync(path)
             if is_occupied:
@@ -222,13 +244,14 @@ def verify(folder: Union[str, Path]) -> Manifest:
     Raises InputError naming the first file that is missing or not the one that was packed.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder / MANIFEST)
-    for member in manifest.members:
-        path = folder / member.path
-        if not path.is_file():
-            raise InputError(f"{path}: not found; expected it from the bundle: unpack it again")
-        if path.stat().st_size != member.size or sha256(path) != member.sha256:
-            raise InputError(f"{path}: not the file that was packed; unpack the bundle again")
+    with undisturbed(folder), undisturbed(folder / MODEL):
+        manifest = _read_manifest(folder / MANIFEST)
+        for member in manifest.members:
+            path = folder / member.path
+            if not path.is_file():
+                raise InputError(f"{path}: not found; expected it from the bundle: unpack it again")
+            if path.stat().st_size != member.size or sha256(path) != member.sha256:
+                raise InputError(f"{path}: not the file that was packed; unpack the bundle again")
     return manifest
 
 
@@ -268,6 +291,8 @@ def build_here(
     manifest = verify(folder)
     say(f"{manifest.name}: {len(manifest.members)} files as packed by odtrt {manifest.odtrt}")
     model = folder / MODEL
+    if not recorded(model):  # another program unpacked it
+        _seal_model(model, manifest)
     spec = load_spec(model / "spec.json")
     if _can_find("numpy"):
         _check_arguments(spec, precision, memory, batch, may_give_up)
@@ -701,50 +726,43 @@ CHECK_CUSTOM_PARSE_FUNC_PROTOTYPE(NvDsInferParseOdtrt);
 """
 
 
-_STAGE_OF = (
-    ("spec.json", "export", ()),
-    ("anchors.npy", "export", ()),
-    ("heads.onnx", "convert", ("frozen.pb", "spec.json")),
-    ("detector.onnx", "fuse", ("heads.onnx", "anchors.npy", "spec.json")),
-)
-
-
-def _model_files(folder: Path, spec: DetectorSpec) -> Iterator[Tuple[str, Union[Path, bytes]]]:
-    """The model's files, by their names in the bundle, each checked against what it was made from."""
+def _model_files(folder: Path, spec: DetectorSpec) -> Tuple[Dict[str, str], Dict[str, Union[Path, bytes]]]:
+    """The seal's hashes of the model's files, and what goes into the bundle, by its name there."""
     from odtrt_lib.builder import weights_by_type
     from odtrt_lib.detector import load_anchors
 
-    load_anchors(require(folder, "anchors.npy", "export"), spec)
-    weights_by_type(require(folder, "heads.onnx", "convert"))  # refuses what is no ONNX model
-    recorded = [name for name, stage, inputs in _STAGE_OF if _is_as_recorded(folder, name, stage, inputs)]
-    if "heads.onnx" not in recorded:
+    names = ["spec.json", "anchors.npy", "heads.onnx"]
+    if (folder / "detector.onnx").is_file():
+        names.append("detector.onnx")
+    if (folder / "frozen.pb").is_file():
+        check_seal(folder, "frozen.pb")
+    hashes = check_seal(folder, *names)
+    load_anchors(folder / "anchors.npy", spec)
+    weights_by_type(folder / "heads.onnx")  # refuses what is no ONNX model
+    if recorded(folder)["heads.onnx"].stage != "convert":
         _check_heads(folder / "heads.onnx", spec)
-    for name, _, _ in _STAGE_OF:
-        if (folder / name).is_file():
-            yield f"{MODEL}/{name}", folder / name
+    files: Dict[str, Union[Path, bytes]] = {f"{MODEL}/{name}": folder / name for name in names}
     for path in sorted((folder / "int8").rglob("*")):
         if path.is_file() and not path.is_symlink():
-            yield f"{MODEL}/{path.relative_to(folder).as_posix()}", path
+            files[f"{MODEL}/{path.relative_to(folder).as_posix()}"] = path
+    return hashes, files
 
 
-def _is_as_recorded(folder: Path, name: str, stage: str, inputs: Sequence[str]) -> bool:
-    """False where ``log.jsonl`` does not tell. Raises InputError where it tells of another file."""
-    record = last_record(folder, stage)
-    if record is None or not (folder / name).is_file() or name not in record["outputs"]:
-        return False
-    if record["outputs"][name] != sha256(folder / name):
-        raise InputError(
-            f"{folder / name}: not the file that `odtrt {stage}` wrote, whose SHA-256 in log.jsonl is "
-            f"{str(record['outputs'][name])[:12]}...; run `odtrt {stage}` again"
-        )
-    for made_from in inputs:
-        path = folder / made_from
-        if path.is_file() and record["inputs"].get(made_from) != sha256(path):
-            raise InputError(
-                f"{folder / name}: made from another {made_from} than the one beside it; "
-                f"run `odtrt {stage}` again"
-            )
-    return True
+def _seal_model(model: Path, manifest: Manifest, staged: Optional[Path] = None) -> None:
+    """Records in the model folder that its files are those of the bundle; staged: where they still are."""
+    hashes = {member.path: member.sha256 for member in manifest.members}
+    record = {
+        "stage": "unpack",
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "inputs": {},
+        "settings": {},
+        "outputs": {name: hashes[f"{MODEL}/{name}"] for name in SEALED if f"{MODEL}/{name}" in hashes},
+        "versions": {"odtrt": manifest.odtrt},
+        "seconds": 0.0,
+        "peak_rss_mb": 0.0,
+        "checks": {},
+    }
+    append_record(model, record, staged)
 
 
 def _check_heads(path: Path, spec: DetectorSpec) -> None:
@@ -1037,43 +1055,26 @@ def _extract(
 @contextlib.contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
     """A new folder beside ``folder``, on the same disk; gone after the block unless it was moved."""
-    prefix = f".{folder.name}.unpack-"
     made = [path for path in folder.parents if not path.exists()]
-    workplace = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for path in folder.parent.glob(f"{prefix}*"):
-            process = path.name[len(prefix) :].split("-")[0]
-            if process.isdigit() and not Path(f"/proc/{process}").exists():
-                shutil.rmtree(path, ignore_errors=True)
-        workplace = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=str(folder.parent)))
-        content = workplace / "content"
-        content.mkdir()
-        yield content
+        with workplace(folder.parent, f".{folder.name}.unpack-") as place:
+            content = place / "content"
+            content.mkdir()
+            yield content
         made = []
     except OSError as error:
         raise cannot_write(folder, error) from error
     finally:
-        if workplace is not None:
-            shutil.rmtree(workplace, ignore_errors=True)
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
 
 
 def _replace_files(content: Path, folder: Path, manifest: Manifest, earlier: Sequence[Member]) -> None:
-    """Moves files over those of an earlier bundle, the manifest last: half of it is then noticed."""
+    """Moves files over those of an earlier bundle, in one step for whoever opens the model."""
     kept = {member.path for member in manifest.members}
-    for member in manifest.members:
-        target = folder / member.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(content / member.path, target)
-    for old in earlier:
-        if old.path not in kept:
-            with contextlib.suppress(FileNotFoundError):
-                (folder / old.path).unlink()
-    os.replace(content / MANIFEST, folder / MANIFEST)
-    sync(folder)
+    commit(content, folder, [old.path for old in earlier if old.path not in kept])
 
 
 def _check_arguments(

@@ -99,22 +99,23 @@ def look_at(folder: Path, pictures: Sequence[Picture]) -> Tuple[folders.StageRes
         matches = agreement(truth, found, score_threshold=MIN_SCORE, iou=0.5, score_tolerance=1.0)
         checks["objects_in_the_pictures"] = len(truth)
         checks["objects_found_with_iou_above_0.5"] = matches.matched
-    with folders.atomic_write(folder / "detections.json") as temporary:
-        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    record = folders.write_record(
-        folder,
-        "detect",
-        inputs={
-            **{name: folders.sha256(folder / name) for name in ("heads.onnx", "anchors.npy", "spec.json")},
-            **{picture.title: picture.sha256 for picture in pictures},
-        },
-        settings={"backend": detector.backend.name, "min_score": MIN_SCORE},
-        outputs=["detections.json"],
-        versions=versions("numpy", "onnxruntime"),
-        seconds=time.perf_counter() - started,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        checks=checks,
-    )
+    with folders.staging(folder) as staged:
+        (staged / "detections.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        record = folders.write_record(
+            folder,
+            "detect",
+            staged=staged,
+            inputs={
+                **folders.check_seal(folder, "heads.onnx", "anchors.npy", "spec.json"),
+                **{picture.title: picture.sha256 for picture in pictures},
+            },
+            settings={"backend": detector.backend.name, "min_score": MIN_SCORE},
+            outputs=["detections.json"],
+            versions=versions("numpy", "onnxruntime"),
+            seconds=time.perf_counter() - started,
+            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            checks=checks,
+        )
     return folders.StageResult(record, False), detections
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import io
 import threading
 import warnings
 import weakref
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence,
 import numpy as np
 
 from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one_line
-from odtrt_lib.folder import require
+from odtrt_lib.folder import sealed
 from odtrt_lib.nms import Postprocessed, postprocess
 from odtrt_lib.passport import PLANS, PRECISIONS
 from odtrt_lib.preprocess import boxes_to_pixels, preprocess
@@ -154,8 +155,9 @@ class Detector:
             with Detector.open("out/parts") as detector:
                 found = detector.detect(image)
 
-        Raises InputError where a file is missing, damaged or does not agree with ``spec.json``, and, naming
-        every plan and why it may not be used, where a TensorRT was asked for and no plan is left;
+        Raises InputError where a file is missing, is not the one that its stage recorded
+        (:func:`odtrt_lib.folder.sealed`) or does not agree with ``spec.json``, and, naming every plan and why
+        it may not be used, where a TensorRT was asked for and no plan is left;
         MissingDependencyError where the backend is not installed or there is no GPU for it. ``auto`` falls
         back to ONNX Runtime instead, and :attr:`status` says why.
         """
@@ -166,18 +168,20 @@ class Detector:
             raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
         if plugin is not None and not Path(plugin).is_file():
             raise InputError(f"{plugin}: not found; run `make plugin` where TensorRT's headers are installed")
-        spec = load_spec(require(folder, "spec.json", "export"))
-        anchors = load_anchors(require(folder, "anchors.npy", "export"), spec)
         if backend == "onnxruntime":
-            return cls(spec, anchors, _open_onnxruntime(folder, spec))
+            return cls(*_open_onnxruntime(folder))
         here = _here(backend, plugin)
         if here is None:
-            detector = cls(spec, anchors, _open_onnxruntime(folder, spec))
+            detector = cls(*_open_onnxruntime(folder))
             if any((folder / PLANS).glob("*.json")):
                 detector._serving.reasons = ("no NVIDIA GPU here: no plan runs, ONNX Runtime does",)
             return detector
         wanted = _Wanted(folder, here, plugin, precision)
+        spec, anchors = _read_contract(folder)
         found = _open_best_plan(wanted, spec, anchors)
+        if found.backend is not None and not _is_contract_of(folder, spec, anchors):
+            found.backend.close()
+            raise InputError(f"{folder}: the model was replaced while it was opened; open it again")
         if backend != "auto":
             if found.backend is None:
                 raise InputError(
@@ -189,7 +193,7 @@ class Detector:
         serving = found.backend
         if serving is None:
             try:
-                serving = _open_onnxruntime(folder, spec)
+                spec, anchors, serving = _open_onnxruntime(folder)
             except MissingDependencyError as error:
                 raise MissingDependencyError(f"{error}; {'; '.join(found.reasons)}") from error
         detector = cls(spec, anchors, serving)
@@ -310,13 +314,14 @@ class Detector:
         return detections
 
 
-def load_anchors(path: Path, spec: DetectorSpec) -> np.ndarray:
+def load_anchors(path: Path, spec: DetectorSpec, content: Optional[bytes] = None) -> np.ndarray:
     """The anchors of a model folder, float32 [N, 4], ``(ycenter, xcenter, height, width)``.
 
-    Raises InputError where the file is damaged or not what ``spec`` describes.
+    content: the bytes of the file, where they were read already. Raises InputError where the file is damaged
+    or not what ``spec`` describes.
     """
     try:
-        anchors = np.load(str(path), allow_pickle=False)
+        anchors = np.load(str(path) if content is None else io.BytesIO(content), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
             f"{path}: not a numpy array ({_first_line(error)}); run `odtrt export` again"
@@ -330,8 +335,27 @@ def load_anchors(path: Path, spec: DetectorSpec) -> np.ndarray:
     return anchors
 
 
-def _open_onnxruntime(folder: Path, spec: DetectorSpec) -> Backend:
-    path = require(folder, "heads.onnx", "convert")
+def _read_contract(folder: Path) -> Tuple[DetectorSpec, np.ndarray]:
+    files = sealed(folder, "spec.json", "anchors.npy")
+    spec = load_spec(folder / "spec.json", files["spec.json"])
+    return spec, load_anchors(folder / "anchors.npy", spec, files["anchors.npy"])
+
+
+def _is_contract_of(folder: Path, spec: DetectorSpec, anchors: np.ndarray) -> bool:
+    """Whether the folder still holds the model that these were read from."""
+    found = _read_contract(folder)
+    return found[0] == spec and np.array_equal(found[1], anchors)
+
+
+def _open_onnxruntime(folder: Path) -> Tuple[DetectorSpec, np.ndarray, Backend]:
+    """All files of one reading: the model may be replaced meanwhile."""
+    files = sealed(folder, "spec.json", "anchors.npy", _HEADS)
+    spec = load_spec(folder / "spec.json", files["spec.json"])
+    anchors = load_anchors(folder / "anchors.npy", spec, files["anchors.npy"])
+    return spec, anchors, _run_by_onnxruntime(folder / _HEADS, spec, files[_HEADS])
+
+
+def _run_by_onnxruntime(path: Path, spec: DetectorSpec, model: bytes) -> Backend:
     try:
         import onnxruntime
     except ImportError as error:
@@ -344,7 +368,7 @@ def _open_onnxruntime(folder: Path, spec: DetectorSpec) -> Backend:
     # One level more, its blocked NCHWc kernels make rounding errors 20 times TensorFlow's on EfficientDet.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base but Exception
         raise InputError(
             f"{path}: ONNX Runtime cannot read it ({_first_line(error)}); run `odtrt convert` again"
@@ -611,6 +635,9 @@ def _take_over(detector: Optional[Detector], wanted: _Wanted) -> Optional[str]:
     found = _open_best_plan(wanted, detector.spec, detector.anchors, of_any_kind=False)
     if found.backend is None:
         return "; ".join(found.reasons)
+    if not _is_contract_of(wanted.folder, detector.spec, detector.anchors):
+        found.backend.close()
+        return "the folder holds another model now: open it again"
     serving = detector._serving
     with serving.lock:
         if not serving.stop.is_set():

@@ -58,7 +58,18 @@ from odtrt_lib.errors import (
     UnsupportedError,
     one_line,
 )
-from odtrt_lib.folder import StageResult, read_log, require, sha256, staging, write_record
+from odtrt_lib.folder import (
+    SPEC_PARTS,
+    StageResult,
+    check_seal,
+    part_sha256,
+    read_log,
+    require,
+    sealed,
+    sha256,
+    staging,
+    write_record,
+)
 from odtrt_lib.spec import DetectorSpec, load_spec
 
 PRECISIONS = passport.PRECISIONS
@@ -239,8 +250,14 @@ def build(
         if not plugin.is_file():
             raise InputError(f"{plugin}: not found; run `make plugin` where TensorRT's headers are installed")
         model_file = require(folder, "detector.onnx", "fuse")
-    spec_file = require(folder, "spec.json", "export")
-    spec, spec_sha256 = load_spec(spec_file), sha256(spec_file)
+    hashes = check_seal(folder, model_file.name, "spec.json")
+    onnx_sha256, spec_sha256 = hashes[model_file.name], hashes["spec.json"]
+    spec_content = sealed(folder, "spec.json")["spec.json"]
+    if hashlib.sha256(spec_content).hexdigest() != spec_sha256:
+        raise InputError(f"{folder}: the model was replaced meanwhile; build again")
+    spec = load_spec(folder / "spec.json", spec_content)
+    part = SPEC_PARTS[model_file.name]
+    of_spec = {part: part_sha256(spec_content, part)}
     profile = _batch_profile(spec, batch)
     flavour, version = _preferred_runtime()
     weights = builder.weights_by_type(model_file)
@@ -254,7 +271,7 @@ def build(
         "flavour": flavour,
         "version": version,
         "precision": precision,
-        "onnx_sha256": sha256(model_file),
+        "onnx_sha256": onnx_sha256,
         "plugin": None if library is None else dataclasses.asdict(library),
         "batch": profile,
         "version_compatible": version_compatible,
@@ -270,7 +287,7 @@ def build(
         if not force:
             for count in range(len(CONCESSIONS) + 1):
                 given_up = [name for name in CONCESSIONS[:count] if name in may_give_up]
-                finished = _finished(folder, _conceded(identity, given_up), asked, spec_sha256)
+                finished = _finished(folder, _conceded(identity, given_up), asked, spec_sha256, of_spec)
                 if finished is not None:
                     return StageResult(finished, True)
 
@@ -290,6 +307,8 @@ def build(
             identity = outcome.identity
             answer = outcome.answer
             _judge_precision(model_file, identity["precision"], answer)
+            if sha256(model_file) != onnx_sha256:
+                raise InputError(f"{model_file}: changed during the build; nothing was written: build again")
             plan = out / outcome.place / builder.PLAN
             name, digest = fingerprint(identity), sha256(plan)
             settings = {
@@ -299,6 +318,7 @@ def build(
                 "memory_limit_mb": None if limit is None else round(limit / builder.MIB, 1),
                 **answer["builder"],
                 **tf32_override,
+                **of_spec,
                 **outcome.settings,
                 "timing_cache": answer["timing_cache"] or _NO_TIMING_CACHE,
                 "layers_counted_in": answer["layers_counted_in"],
@@ -498,15 +518,20 @@ def _preferred_runtime() -> Tuple[str, str]:
 
 
 def _finished(
-    folder: Path, identity: Mapping[str, Any], asked: str, spec_sha256: str
+    folder: Path, identity: Mapping[str, Any], asked: str, spec_sha256: str, of_spec: Mapping[str, Any]
 ) -> Optional[Dict[str, Any]]:
-    """The record of an intact plan that answers the fingerprint ``asked`` and was compared with this spec."""
+    """The record of an intact plan that answers the fingerprint ``asked`` and was compared with this spec.
+
+    of_spec: the part of it that goes into the plan, where the passport names it; labels are not.
+    """
     name = fingerprint(identity)
     try:
         known = passport.read(folder / passport.PLANS / f"{name}.json")
     except InputError:
         return None
-    if asked not in (name, known.settings.get("asked")) or known.spec_sha256 != spec_sha256:
+    if asked not in (name, known.settings.get("asked")):
+        return None
+    if known.spec_sha256 != spec_sha256 and not of_spec.items() <= known.settings.items():
         return None
     if passport.verify(folder, known) is not None:
         return None

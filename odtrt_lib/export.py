@@ -167,24 +167,25 @@ def export(
         (out / "frozen.pb").write_bytes(graph.SerializeToString(deterministic=True))
         np.save(out / "anchors.npy", anchors)
         (out / "spec.json").write_text(spec.to_json(), encoding="utf-8")
-    record = write_record(
-        folder,
-        "export",
-        inputs=inputs,
-        settings=options,
-        outputs=list(OUTPUTS),
-        versions={"tensorflow": tf.__version__, "odapi": odapi.version()},
-        seconds=time.perf_counter() - started,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        checks={
-            "variables_restored": num_variables,
-            "graph_nodes": len(graph.node),
-            "postprocessing_or_control_flow_ops": 0,
-            "anchors": len(anchors),
-            "anchors_from_config_max_abs_err": anchor_error,
-            "frozen_vs_eager_max_abs_err": error,
-        },
-    )
+        record = write_record(
+            folder,
+            "export",
+            staged=out,
+            inputs=inputs,
+            settings=options,
+            outputs=list(OUTPUTS),
+            versions={"tensorflow": tf.__version__, "odapi": odapi.version()},
+            seconds=time.perf_counter() - started,
+            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            checks={
+                "variables_restored": num_variables,
+                "graph_nodes": len(graph.node),
+                "postprocessing_or_control_flow_ops": 0,
+                "anchors": len(anchors),
+                "anchors_from_config_max_abs_err": anchor_error,
+                "frozen_vs_eager_max_abs_err": error,
+            },
+        )
     return StageResult(record, False)
 
 

@@ -632,6 +632,18 @@ def seal(folder: Union[str, Path]) -> Dict[str, Any]:
     )
 
 
+def made_from(model: str, files: Mapping[str, bytes]) -> Dict[str, str]:
+    """What the record of a model says that it was made from, by the content that matters: name -> SHA-256.
+
+    model: a key of :data:`SPEC_PARTS`; files: what :func:`sealed` gave, ``spec.json`` among them.
+    """
+    inputs = {
+        name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name != "spec.json"
+    }
+    part = SPEC_PARTS[model]
+    return {**inputs, part: part_sha256(files["spec.json"], part) or ""}
+
+
 def part_sha256(spec: bytes, part: str) -> Optional[str]:
     """The SHA-256 of one of :data:`SPEC_PARTS` of a spec.json's text; None where it has no such part."""
     try:

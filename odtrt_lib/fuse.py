@@ -74,39 +74,39 @@ def fuse(folder: Union[str, Path], *, form: str = "plugin", force: bool = False)
     folder = Path(folder)
     if form not in FORMS:
         raise InputError(f"form {form!r}: expected one of {', '.join(FORMS)}")
-    heads_path = folders.require(folder, "heads.onnx", "convert")
-    anchors_path = folders.require(folder, "anchors.npy", "export")
-    spec = load_spec(folders.require(folder, "spec.json", "export"))
-    inputs = {path.name: folders.sha256(path) for path in (heads_path, anchors_path, folder / "spec.json")}
+    name = FORMS[form]
+    files = folders.sealed(folder, "heads.onnx", "anchors.npy", "spec.json")
+    spec = load_spec(folder / "spec.json", files["spec.json"])
+    inputs = folders.made_from(name, files)
     settings = {"form": form}
     record = None if force else folders.up_to_date(folder, _STAGES[form], inputs, settings)
     if record is not None:
         return folders.StageResult(record, is_up_to_date=True)
 
-    name = FORMS[form]
-    heads = _load_heads(heads_path, spec)
-    anchors = load_anchors(anchors_path, spec)
+    heads = _load_heads(folder / "heads.onnx", spec, files["heads.onnx"])
+    anchors = load_anchors(folder / "anchors.npy", spec, files["anchors.npy"])
     with folders.staging(folder) as staged:
         fused = with_plugin(heads, spec, anchors) if form == "plugin" else with_onnx_nms(heads, spec, anchors)
         _require_valid(folder / name, fused)
         (staged / name).write_bytes(fused.SerializeToString(deterministic=True))
-    record = folders.write_record(
-        folder,
-        _STAGES[form],
-        inputs=inputs,
-        settings=settings,
-        outputs=[name],
-        versions={package: importlib.metadata.version(package) for package in ("onnx", "onnx-graphsurgeon")},
-        seconds=time.monotonic() - started,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        checks={
-            "onnx_checker": "full check passed",
-            "nodes": len(fused.graph.node),
-            "nodes_of_heads": len(heads.graph.node),
-            "inputs": [value.name for value in fused.graph.input],
-            "attributes": plugin_attributes(spec) if form == "plugin" else None,
-        },
-    )
+        record = folders.write_record(
+            folder,
+            _STAGES[form],
+            staged=staged,
+            inputs=inputs,
+            settings=settings,
+            outputs=[name],
+            versions={each: importlib.metadata.version(each) for each in ("onnx", "onnx-graphsurgeon")},
+            seconds=time.monotonic() - started,
+            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            checks={
+                "onnx_checker": "full check passed",
+                "nodes": len(fused.graph.node),
+                "nodes_of_heads": len(heads.graph.node),
+                "inputs": [value.name for value in fused.graph.input],
+                "attributes": plugin_attributes(spec) if form == "plugin" else None,
+            },
+        )
     return folders.StageResult(record, is_up_to_date=False)
 
 
@@ -471,7 +471,7 @@ def _export(graph: Graph, heads: onnx.ModelProto) -> onnx.ModelProto:
 # ---- Files ------------------------------------------------------------------------------------------------
 
 
-def _load_heads(path: Path, spec: DetectorSpec) -> onnx.ModelProto:
+def _load_heads(path: Path, spec: DetectorSpec, content: bytes) -> onnx.ModelProto:
     try:
         import onnx
         import onnx_graphsurgeon  # noqa: F401
@@ -482,9 +482,11 @@ def _load_heads(path: Path, spec: DetectorSpec) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError
 
     try:
-        model = onnx.load(str(path))
+        model = onnx.load_model_from_string(content)
     except DecodeError as error:
         raise InputError(f"{path}: not an ONNX model; run `odtrt convert` again") from error
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise InputError(f"{path}: has weights in another file, which is not sealed; save it as one file")
     batch = "batch" if spec.input.batch is None else spec.input.batch
     heads = spec.heads
     expected = {

@@ -41,7 +41,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 
 from odtrt_lib import passport as passports
 from odtrt_lib.errors import BuildError, CheckError, InputError, OdtrtError, one_line
-from odtrt_lib.folder import atomic_write, sha256
+from odtrt_lib.folder import SPEC_PARTS, atomic_write, check_seal, known_sha256, part_sha256, recorded, sha256
 from odtrt_lib.passport import FLAVOURS, Machine, Passport, PluginIdentity
 
 LOCK, STATUS, OUTPUT = ".rebuild.lock", ".rebuild.json", ".rebuild.log"
@@ -142,10 +142,22 @@ class Case:
 
     @cached_property
     def changed(self) -> Tuple[str, ...]:
-        """The files that the plan was built from and that are others now."""
+        """The files that the plan was built from and that are others now.
+
+        A damaged file counts as what its stage wrote. In ``spec.json`` only what goes into the plan counts.
+        """
         expected = {self.passport.model: self.passport.onnx_sha256, "spec.json": self.passport.spec_sha256}
-        found = {name: self._sha256(name) for name in expected}
-        return tuple(name for name in expected if found[name] not in (None, expected[name]))
+        found = {name: self._sealed.get(name) or self._sha256(name) for name in expected}
+        changed = [name for name in expected if found[name] not in (None, expected[name])]
+        if "spec.json" in changed and self._has_same_part:
+            changed.remove("spec.json")
+        return tuple(changed)
+
+    @cached_property
+    def damaged(self) -> Tuple[str, ...]:
+        """The files that are there and are not what their stages recorded."""
+        found = {name: self._sha256(name) for name in (self.passport.model, "spec.json")}
+        return tuple(name for name in found if found[name] not in (None, self._sealed.get(name, found[name])))
 
     @cached_property
     def absent(self) -> Tuple[str, ...]:
@@ -260,6 +272,7 @@ class Case:
             "installed": f"{library_here} {self.here.version or ''}".strip(),
             "changed": " and ".join(self.changed),
             "absent": " and ".join(self.absent),
+            "damaged": " and ".join(self.damaged),
             "built_system": f"{built.system} {built.architecture}",
             "system": f"{here.system} {here.architecture}",
             "built_gpu": _gpu_text(built),
@@ -281,9 +294,27 @@ class Case:
     def _plan(self) -> Path:
         return self.folder / passports.PLANS / self.passport.plan
 
+    @cached_property
+    def _sealed(self) -> Dict[str, str]:
+        """What ``log.jsonl`` says of the files; nothing where it cannot be read."""
+        try:
+            return {name: one.sha256 for name, one in recorded(self.folder).items()}
+        except InputError:
+            return {}
+
+    @cached_property
+    def _has_same_part(self) -> bool:
+        part = SPEC_PARTS.get(self.passport.model, "")
+        known = self.passport.settings.get(part)
+        try:
+            content = (self.folder / "spec.json").read_bytes()
+        except OSError:
+            return False
+        return known is not None and known == part_sha256(content, part)
+
     def _sha256(self, name: str) -> Optional[str]:
         try:
-            return sha256(self.folder / name)
+            return known_sha256(self.folder / name)
         except OSError:
             return None
 
@@ -365,6 +396,15 @@ POLICY: Tuple[Rule, ...] = (
         "{absent} cannot be read here: the plan loads without, but cannot be compared or built again",
         "odtrt",
         lambda case: bool(case.absent),
+        blocks_rebuild=True,
+    ),
+    Rule(
+        "model damaged",
+        "the ONNX model or spec.json is not the file that its stage recorded",
+        _OK,
+        "{damaged} is damaged or was exchanged: the plan loads without, but cannot be built again from it",
+        "odtrt",
+        lambda case: bool(case.damaged),
         blocks_rebuild=True,
     ),
     # The system.
@@ -909,7 +949,8 @@ def _settings(folder: Path, passport: Passport, here: Here) -> Dict[str, Any]:
     settings: Dict[str, Any] = {"precision": passport.precision}
     capability = here.machine.compute_capability
     built = passport.settings
-    if passport.spec_sha256 == sha256(folder / "spec.json") and built.get("batch_min_opt_max"):
+    is_same_spec = "spec.json" not in Case(folder, passport, here).changed
+    if is_same_spec and built.get("batch_min_opt_max"):
         settings["batch"] = built["batch_min_opt_max"]
     if passport.machine.gpu == here.machine.gpu and built.get("memory_limit_mb"):
         settings["memory"] = f"{built['memory_limit_mb']}MiB"
@@ -968,6 +1009,7 @@ def _rebuild(request: Mapping[str, Any], report: Callable[..., None]) -> str:
     place = here(plugin)
     if not request["force"] and best_plan(folder, place, stale.model, stale.precision) is not None:
         return "another process has built a plan meanwhile"
+    check_seal(folder, stale.model)
     if request["command"] is not None:
         keep = () if request["lock"] is None else (request["lock"],)
         # The lock lives as long as the command, even if this process is killed.

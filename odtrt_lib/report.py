@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from odtrt_lib.errors import InputError
-from odtrt_lib.folder import atomic_write, read_log, sha256
+from odtrt_lib.folder import atomic_write, part_sha256, read_log, sha256
 from odtrt_lib.spec import DetectorSpec, load_spec
 
 REPORT = "report.html"
@@ -151,9 +151,7 @@ def _timeline(records: List[Dict[str, Any]]) -> str:
 def _stage(folder: Path, record: Dict[str, Any], number: int) -> str:
     _, purpose = _STAGES.get(record["stage"], ("", ""))
     outdated = [
-        name
-        for name, digest in record["inputs"].items()
-        if (folder / name).is_file() and sha256(folder / name) != digest
+        name for name, digest in record["inputs"].items() if _digest_now(folder, name) not in (None, digest)
     ]
     warning = (
         f'<p class="warning">Outdated: {_text(", ".join(outdated))} changed after this stage ran.</p>'
@@ -194,6 +192,14 @@ def _stage(folder: Path, record: Dict[str, Any], number: int) -> str:
 <div><dt>versions</dt><dd>{_text(versions)}</dd></div>
 <div><dt>finished</dt><dd>{_text(record["time"])}</dd></div></dl></details>
 </section>"""
+
+
+def _digest_now(folder: Path, name: str) -> Optional[str]:
+    """Of an input of a stage, which can be a part of ``spec.json``; None where there is no such file."""
+    file, _, sections = name.partition(": ")
+    if Path(file).name != file or len(file) > 200 or not (folder / file).is_file():
+        return None
+    return part_sha256((folder / file).read_bytes(), name) if sections else sha256(folder / file)
 
 
 def _is_gate(name: str, value: Any) -> bool:

@@ -183,15 +183,15 @@ class PipelineSettings:
     labels: Tuple[Label, ...]
 
 
-def load_spec(path: Union[str, Path]) -> DetectorSpec:
-    """Reads a ``spec.json``.
+def load_spec(path: Union[str, Path], content: Optional[bytes] = None) -> DetectorSpec:
+    """Reads a ``spec.json``. content: the bytes of the file, where they were read already.
 
     Raises InputError, naming the file and the field, where the file is absent, not JSON, of another
     schema version, or has a missing or unknown field or a value of another type.
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads((path.read_bytes() if content is None else content).decode("utf-8"))
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); expected the spec.json that `odtrt export` writes"
