@@ -8,6 +8,7 @@ import errno
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import random
@@ -28,7 +29,7 @@ import pytest
 
 from odtrt_lib import bundle, fuse, spec
 from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependencyError, UnsupportedError
-from odtrt_lib.folder import sha256, write_record
+from odtrt_lib.folder import made_from, seal, write_record
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
@@ -74,6 +75,7 @@ def model_folder(path, detector=SPEC, fused=True):
     onnx.save(heads_model(detector.input.batch), path / "heads.onnx")
     anchors = np.random.default_rng(1).uniform(0.1, 0.9, (16 * 24, 4)).astype(np.float32)
     np.save(path / "anchors.npy", anchors)
+    seal(path)
     if fused:
         pytest.importorskip("onnx_graphsurgeon")
         fuse.fuse(path)
@@ -205,13 +207,14 @@ def test_a_detector_without_its_fused_form_travels_too(tmp_path):
         ),
         (
             lambda f: onnx.save(heads_model(None), f / "heads.onnx"),
-            r"detector\.onnx: made from another heads\.onnx than the one beside it; run `odtrt fuse` again",
+            r"heads\.onnx: inputs image .*expected image .*run `odtrt convert` again",
         ),
     ],
 )
 def test_a_folder_that_cannot_be_packed(folder, tmp_path, damage, named):
     copy = shutil.copytree(folder, tmp_path / "tiny")
     damage(copy)
+    seal(copy)
     message = one_line_error(lambda: bundle.pack(copy, tmp_path / "a.zip"))
     assert re.search(named, message)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
@@ -224,11 +227,38 @@ def nothing(folder):
 def recorded_folder(path):
     """A model folder whose log tells what export, convert and fuse wrote."""
     model_folder(path)
-    about = {"settings": {}, "versions": {}, "seconds": 1.0, "peak_rss_mb": 1.0, "checks": {}}
-    write_record(path, "export", inputs={}, outputs=["frozen.pb", "anchors.npy", "spec.json"], **about)
-    made_from = {name: sha256(path / name) for name in ("frozen.pb", "spec.json")}
-    write_record(path, "convert", inputs=made_from, outputs=["heads.onnx"], **about)
+    export_again(path, "frozen.pb", b"TensorFlow's")
+    files = {name: (path / name).read_bytes() for name in ("frozen.pb", "spec.json")}
+    inputs = made_from("heads.onnx", files)
+    write_record(path, "convert", inputs=inputs, outputs=["heads.onnx"], **ABOUT)
+    fuse.fuse(path, force=True)
     return path
+
+
+ABOUT = {"settings": {}, "versions": {}, "seconds": 1.0, "peak_rss_mb": 1.0, "checks": {}}
+
+
+def export_again(path, name, content):
+    (path / name).write_bytes(content)
+    outputs = ["frozen.pb", "anchors.npy", "spec.json"]
+    write_record(path, "export", inputs={"checkpoint": "0" * 64}, outputs=outputs, **ABOUT)
+
+
+def anchors_file():
+    file = io.BytesIO()
+    np.save(file, np.full((16 * 24, 4), 0.5, np.float32))
+    return file.getvalue()
+
+
+def other_threshold():
+    return (
+        dataclasses.replace(SPEC, nms=dataclasses.replace(SPEC.nms, score_threshold=0.25)).to_json().encode()
+    )
+
+
+def renamed():
+    labels = tuple(dataclasses.replace(label, name=f"new {label.name}") for label in SPEC.labels)
+    return dataclasses.replace(SPEC, labels=labels).to_json().encode()
 
 
 def other_spec(folder):
@@ -258,14 +288,27 @@ def other_detector(folder):
     ("change", "named"),
     [
         (nothing, None),
-        (other_spec, r"spec\.json: not the file that `odtrt export` wrote.*; run `odtrt export` again"),
-        (other_anchors, r"anchors\.npy: not the file that `odtrt export` wrote.*; run `odtrt export` again"),
-        (other_weights, r"heads\.onnx: not the file that `odtrt convert` wrote.*; run `odtrt convert` again"),
-        (other_detector, r"detector\.onnx: not the file that `odtrt fuse` wrote.*; run `odtrt fuse` again"),
+        (other_spec, r"spec\.json: damaged or changed.* `export` .*; run `odtrt export` again"),
+        (other_anchors, r"anchors\.npy: damaged or changed.* `export` .*; run `odtrt export` again"),
+        (other_weights, r"heads\.onnx: damaged or changed.* `convert` .*; run `odtrt convert` again"),
+        (other_detector, r"detector\.onnx: damaged or changed.* `fuse` .*; run `odtrt fuse` again"),
         (
             lambda f: (f / "frozen.pb").write_bytes(b"newer"),
+            r"frozen\.pb: damaged or changed.* `export` .*; run `odtrt export` again",
+        ),
+        (
+            lambda f: export_again(f, "frozen.pb", b"newer"),
             r"heads\.onnx: made from another frozen\.pb than the one beside it; run `odtrt convert` again",
         ),
+        (
+            lambda f: export_again(f, "anchors.npy", anchors_file()),
+            r"detector\.onnx: made from another anchors\.npy than the one beside it; run `odtrt fuse` again",
+        ),
+        (
+            lambda f: export_again(f, "spec.json", other_threshold()),
+            r"detector\.onnx: made from another spec\.json than the one beside it; run `odtrt fuse` again",
+        ),
+        (lambda f: export_again(f, "spec.json", renamed()), None),
     ],
 )
 def test_a_file_that_its_stage_did_not_write_is_not_packed(tmp_path, change, named):

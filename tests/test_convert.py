@@ -16,6 +16,7 @@ from odtrt_lib import convert as convert_module
 from odtrt_lib import folder as folders
 from odtrt_lib import spec as spec_module
 from odtrt_lib.errors import CheckError, InputError, UnsupportedError
+from odtrt_lib.folder import seal
 
 tf = pytest.importorskip("tensorflow")
 onnx = pytest.importorskip("onnx")
@@ -110,6 +111,7 @@ def write_folder(folder: Path, frozen: bytes) -> Path:
         labels=(),
     )
     (folder / "spec.json").write_text(spec.to_json())
+    seal(folder)
     return folder
 
 
@@ -446,6 +448,9 @@ def test_nothing_is_done_twice_unless_something_changed(copy_of_small):
     assert convert_module.convert(copy_of_small).is_up_to_date
     assert not convert_module.convert(copy_of_small, opset=16).is_up_to_date
     (copy_of_small / "frozen.pb").write_bytes(frozen_network(seed=1))
+    with pytest.raises(InputError, match=r"frozen\.pb: damaged or changed"):
+        convert_module.convert(copy_of_small)
+    seal(copy_of_small)
     assert not convert_module.convert(copy_of_small, opset=16).is_up_to_date
 
 
@@ -459,6 +464,7 @@ def test_a_missing_frozen_graph_names_the_stage_that_writes_it(tmp_path):
 
 def test_a_damaged_frozen_graph_is_an_input_error(copy_of_small):
     (copy_of_small / "frozen.pb").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    seal(copy_of_small)
     with pytest.raises(InputError, match=r"frozen\.pb: not a TensorFlow GraphDef"):
         convert_module.convert(copy_of_small)
 
@@ -467,6 +473,7 @@ def test_a_graph_without_the_heads_is_an_input_error(copy_of_small):
     graph_def = tf.compat.v1.GraphDef()
     graph_def.node.add(name="image", op="Placeholder")
     (copy_of_small / "frozen.pb").write_bytes(graph_def.SerializeToString())
+    seal(copy_of_small)
     with pytest.raises(InputError, match="no node box_encodings, class_logits"):
         convert_module.convert(copy_of_small)
 
@@ -474,6 +481,7 @@ def test_a_graph_without_the_heads_is_an_input_error(copy_of_small):
 def test_a_spec_of_another_detector_is_an_input_error(copy_of_small):
     path = copy_of_small / "spec.json"
     path.write_text(path.read_text().replace('"num_classes": 4', '"num_classes": 7'))
+    seal(copy_of_small)
     with pytest.raises(InputError, match=r"class_logits .* spec\.json says \[batch, 600, 8\]"):
         convert_module.convert(copy_of_small)
 

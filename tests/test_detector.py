@@ -23,6 +23,7 @@ from odtrt_lib import preprocess as preprocess_room
 from odtrt_lib.detector import Backend, Detections, Detector
 from odtrt_lib.errors import InputError, MissingDependencyError
 from odtrt_lib.evaluate import agreement, coco_results, load_detections
+from odtrt_lib.folder import seal
 from odtrt_lib.nms import postprocess
 from odtrt_lib.spec import load_spec
 
@@ -178,6 +179,8 @@ def test_a_missing_file_names_the_command_that_writes_it(tiny, tmp_path, name, c
 def test_a_damaged_file_is_named(tiny, tmp_path, name, content):
     folder = shutil.copytree(tiny, tmp_path / "copy")
     (folder / name).write_bytes(content)
+    assert f"{folder / name}: damaged or changed" in open_error(folder)
+    seal(folder)
     assert str(folder / name) in open_error(folder)
 
 
@@ -193,6 +196,7 @@ def with_spec(tiny: Path, tmp_path: Path, part: str, **changes) -> Path:
     document = json.loads((folder / "spec.json").read_text())
     document[part].update(changes)
     (folder / "spec.json").write_text(json.dumps(document))
+    seal(folder)
     return folder
 
 
@@ -439,6 +443,7 @@ def with_means_in_two_steps(folder: Path, copy: Path) -> Path:
 
     shutil.copytree(folder, copy)
     onnx.save(means_in_two_steps(onnx.load(copy / "heads.onnx")), copy / "heads.onnx")
+    seal(copy)
     return copy
 
 

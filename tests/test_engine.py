@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from odtrt_lib import engine, passport, spec
+from odtrt_lib import engine, passport, portability, spec
 from odtrt_lib.errors import (
     BuildError,
     CheckError,
@@ -20,7 +20,7 @@ from odtrt_lib.errors import (
     MissingDependencyError,
     UnsupportedError,
 )
-from odtrt_lib.folder import read_log, sha256
+from odtrt_lib.folder import read_log, seal, sha256
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
@@ -108,6 +108,7 @@ def model_folder(path, detector=SPEC, **model):
     path.mkdir(exist_ok=True)
     (path / "spec.json").write_text(detector.to_json())
     onnx.save(heads_model(**model), path / "heads.onnx")
+    seal(path)
     return path
 
 
@@ -271,20 +272,50 @@ def test_half_precision_makes_a_smaller_plan(built):
     assert results["fp32"].record["checks"]["half_precision_weights"] == 0
 
 
-def test_a_plan_is_built_again_for_another_spec(built, tmp_path):
-    """A plan that was not compared with this spec.json is stale for portability.check: build mends it."""
+@pytest.mark.parametrize(
+    ("section", "field", "value", "is_built_again"),
+    [
+        ("labels", 0, {"id": 1, "name": "renamed"}, False),
+        ("nms", "score_threshold", 0.25, False),
+        ("input", "scale", [0.5, 0.5, 0.5], True),
+    ],
+)
+def test_a_plan_is_built_again_where_what_goes_into_it_changed(
+    built, tmp_path, section, field, value, is_built_again
+):
+    """The post-processing is not in a plan of heads.onnx; portability.check says the same of it."""
     folder, _ = built
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     assert engine.build(copy).is_up_to_date
     spec = json.loads((copy / "spec.json").read_text())
-    spec["labels"][0]["name"] = "renamed"
+    spec[section][field] = value
     (copy / "spec.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError, match=r"spec\.json: damaged or changed: .*seal the folder again"):
+        engine.build(copy)
+    seal(copy)
+    [stale] = [one for one in passport.passports(copy) if one.precision == "fp32"]
+    place = portability.Here(stale.machine, stale.flavour, stale.version)
+    assert bool(portability.Case(copy, stale, place).changed) is is_built_again
     result = engine.build(copy)
-    assert not result.is_up_to_date
+    assert result.is_up_to_date is not is_built_again
     found = passport.read(copy / next(n for n in result.record["outputs"] if n.endswith(".json")))
-    assert found.spec_sha256 == sha256(copy / "spec.json")
+    assert (found.spec_sha256 == sha256(copy / "spec.json")) is is_built_again
     assert engine.build(copy).is_up_to_date
+
+
+def test_a_damaged_model_is_not_built(tmp_path):
+    folder = model_folder(tmp_path / "tiny")
+    path = folder / "heads.onnx"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"heads\.onnx: damaged or changed: its SHA-256 is [0-9a-f]{12}"):
+        engine.build(folder)
+    (folder / "log.jsonl").unlink()
+    with pytest.raises(InputError, match=r"not sealed, log\.jsonl has no record of it; run `odtrt "):
+        engine.build(folder)
+    assert files_in(folder) == ["heads.onnx", "spec.json"]
 
 
 def test_of_two_builds_at_once_one_waits_and_finds_the_plan(built, tmp_path):
@@ -310,6 +341,7 @@ def test_a_model_that_is_half_precision_already_is_taken_as_it_is_and_never_call
     ready.mkdir()
     (ready / "spec.json").write_bytes((folder / "spec.json").read_bytes())
     onnx.save(engine.half_precision(onnx.load(folder / "heads.onnx")), ready / "heads.onnx")
+    seal(ready)
     with pytest.raises(InputError, match="its weights are half precision already; build it with fp16"):
         engine.build(ready)
     result = engine.build(ready, precision="fp16")
@@ -521,6 +553,7 @@ def test_other_batches_are_refused(tmp_path, batch):
 def test_a_file_that_is_not_onnx(tmp_path, content):
     folder = model_folder(tmp_path / "tiny")
     (folder / "heads.onnx").write_bytes(content)
+    seal(folder)
     with pytest.raises(InputError, match=r"heads\.onnx: not an ONNX model; run `odtrt convert` again"):
         engine.build(folder)
 
@@ -529,6 +562,7 @@ def test_a_file_that_is_not_onnx(tmp_path, content):
 def test_an_empty_model_is_caught(tmp_path):
     folder = model_folder(tmp_path / "tiny")
     (folder / "heads.onnx").write_bytes(b"")
+    seal(folder)
     with pytest.raises((InputError, CheckError), match=r"heads\.onnx"):
         engine.build(folder)
 
@@ -589,7 +623,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path):
         engine.build(folder, progress=interrupt)
     assert started
     assert files_in(folder) == before
-    assert read_log(folder) == []
+    assert [record["stage"] for record in read_log(folder)] == ["seal"]
 
 
 @needs_tensorrt_rtx
@@ -616,7 +650,8 @@ def test_what_parses_but_does_not_build_comes_with_nvidias_reason(tmp_path):
     heads = dataclasses.replace(SPEC.heads, box_encodings="moved")
     folder = model_folder(tmp_path / "tiny", dataclasses.replace(SPEC, heads=heads))
     onnx.save(model, folder / "heads.onnx")
+    seal(folder)
     with pytest.raises(BuildError, match=r"parsed the model but cannot build it: .*no runners") as caught:
         engine.build(folder)
     assert "\n" not in str(caught.value)
-    assert files_in(folder) == ["heads.onnx", "spec.json"]
+    assert files_in(folder) == ["heads.onnx", "log.jsonl", "spec.json"]

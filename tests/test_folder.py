@@ -217,8 +217,8 @@ def test_bytes_are_on_the_disk_before_they_get_their_name(tmp_path, monkeypatch)
         (out / "one").write_text("1")
     with atomic_write(tmp_path / "model" / "two") as temporary:
         temporary.write_text("2")
-    steps = [(step, "a temporary name" if name.startswith((".commit-", ".two.")) else name) for step, name in steps]
-    assert steps == [
+    hidden = "a temporary name"
+    assert [(step, hidden if name.startswith((".commit-", ".two.")) else name) for step, name in steps] == [
         ("sync", "one"),
         ("name", "a temporary name"),  # all of them are decided
         ("sync", "model"),

@@ -13,7 +13,7 @@ import pytest
 
 from odtrt_lib import fuse, native, nms
 from odtrt_lib.errors import InputError, MissingDependencyError
-from odtrt_lib.folder import read_log
+from odtrt_lib.folder import read_log, seal
 from odtrt_lib.spec import (
     BoxCoder,
     DetectorSpec,
@@ -139,6 +139,7 @@ def model_folder(path: Path, spec: DetectorSpec) -> Path:
     (path / "spec.json").write_text(spec.to_json())
     np.save(path / "anchors.npy", random_anchors(spec))
     onnx.save(carrier(spec), path / "heads.onnx")
+    seal(path)
     return path
 
 
@@ -254,6 +255,9 @@ def test_the_same_inputs_give_the_same_bytes_and_no_work(tmp_path, form):
     assert path.read_bytes() == first
     anchors = np.load(folder / "anchors.npy")
     np.save(folder / "anchors.npy", anchors + np.float32(0.5))
+    with pytest.raises(InputError, match=r"anchors\.npy: damaged or changed"):
+        fuse.fuse(folder, form=form)
+    seal(folder)
     assert not fuse.fuse(folder, form=form).is_up_to_date
     assert path.read_bytes() != first
 
@@ -263,7 +267,7 @@ def test_both_forms_lie_side_by_side(tmp_path):
     for form in fuse.FORMS:
         fuse.fuse(folder, form=form)
     assert all(fuse.fuse(folder, form=form).is_up_to_date for form in fuse.FORMS)
-    assert [record["stage"] for record in read_log(folder)] == ["fuse", "fuse_onnx"]
+    assert [record["stage"] for record in read_log(folder)] == ["seal", "fuse", "fuse_onnx"]
 
 
 def damage_anchors(folder: Path) -> None:
@@ -316,6 +320,7 @@ def too_many(folder: Path) -> None:
 def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, spoil, message):
     folder = model_folder(tmp_path / "m", detector())
     spoil(folder)
+    seal(folder)
     before = sorted(folder.iterdir())
     with pytest.raises(InputError, match=message) as caught:
         fuse.fuse(folder)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from odtrt_lib import engine, passport, portability
+from odtrt_lib.folder import seal
 from odtrt_lib.portability import Action, Case, Here
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +53,7 @@ def folder(tmp_path):
     made.mkdir()
     (made / "heads.onnx").write_bytes(b"model")
     (made / "spec.json").write_text("{}")
+    seal(made)
     return made
 
 
@@ -236,6 +238,7 @@ def test_a_rebuild_that_failed_is_not_tried_again_unless_asked_or_something_chan
     assert portability.start_rebuild(folder, one, command=["false"], force=True) is not None
     portability.wait_for_rebuild(folder)
     (folder / "heads.onnx").write_bytes(b"another model")
+    seal(folder)
     assert portability.start_rebuild(folder, one, command=["false"]) is not None
     portability.wait_for_rebuild(folder)
     assert (folder / "plans" / one.plan).read_bytes() == before and passport.verify(folder, one) is None

@@ -34,7 +34,7 @@ from odtrt_lib import detector as detector_room
 from odtrt_lib import fuse, native, passport, portability, runtime
 from odtrt_lib.detector import Detections, Detector
 from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, OdtrtError, UnsupportedError
-from odtrt_lib.folder import sha256
+from odtrt_lib.folder import seal, sha256
 from odtrt_lib.passport import Machine, Passport
 from odtrt_lib.portability import Here
 from odtrt_lib.spec import (
@@ -115,6 +115,7 @@ def write_model(folder: Path, *, batch: int | None = None, padded: bool = True, 
     (folder / "spec.json").write_text(spec.to_json())
     np.save(folder / "anchors.npy", np.repeat(anchors, PER_CELL, 1).reshape(-1, 4).astype(np.float32))
     onnx.save(model, folder / "heads.onnx")
+    seal(folder)
     fuse.fuse(folder, form="onnx")
     fuse.fuse(folder)
     return folder
