@@ -747,7 +747,7 @@ def not_measured(path: Path) -> str:
 
 
 def jetpacks() -> str:
-    """Which JetPack has which TensorRT, and whether odtrt can build engines there."""
+    """Which JetPack has which TensorRT, and whether that has what odtrt needs."""
     rows = []
     for one in boards.JETPACKS:
         line = boards.tensorrt_line(one.tensorrt)
@@ -759,7 +759,7 @@ def jetpacks() -> str:
                 one.tensorrt,
                 one.cuda,
                 one.python,
-                "yes" if line.is_supported else "no",
+                "has it" if line.is_supported else "lacks it",
                 f"{'NVIDIA' if one.is_vendor_stated else 'third parties'}: {one.source}",
             ]
         )
@@ -770,10 +770,11 @@ def jetpacks() -> str:
         "TensorRT",
         "CUDA",
         "Python",
-        "odtrt",
+        "what odtrt needs",
         "TensorRT stated by",
     ]
-    return f"{grid(headings, rows)}\n\n*`odtrt_lib/boards.py`. No row was tried on a board by us.*\n"
+    said = "What odtrt needs is TensorRT 8.5 and Python 3.8. `odtrt_lib/boards.py`; we have run none of it on a board."
+    return f"{grid(headings, rows)}\n\n*{said}*\n"
 
 
 def tensorrt_lines() -> str:
