@@ -11,12 +11,12 @@ export PYTHONUNBUFFERED := 1
 
 help:
 	@echo "make run      the shipped detector through every stage, to a picture and report.html"
-	@echo "make plugin   compile the C++ library, with CUDA and the TensorRT plugin where they are installed"
+	@echo "make plugin   compile the C++ library, with CUDA and the TensorRT plugin where there is a GPU; ARCH=all: for every GPU"
 	@echo "make test     all tests (those of the corpus are skipped where it is absent)"
 	@echo "make test-gpu the CUDA kernels against the reference, by GPU_PYTHON (python3), which needs PyTorch"
 	@echo "make lint     ruff, mypy, codespell"
-	@echo "make book     run the notebooks on this CPU and build the site, strictly, into _build/html"
-	@echo "make lab      open the notebooks in JupyterLab"
+	@echo "make book     run the notebooks on this CPU as a test, and build the site, strictly, into _build/html"
+	@echo "make lab      open the tour in JupyterLab"
 	@echo "make notebooks  record the notebooks' outputs anew"
 	@echo "make install  only set up .venv;  make clean  remove it, plugins/build, _build and out"
 	@echo "make locks    resolve requirements/*.in into *.lock; UPGRADE=--upgrade takes the newest versions"
@@ -24,9 +24,20 @@ help:
 run: install
 	$(BIN)/odtrt run models/parts --output out/parts
 
+# CUDA is compiled for the GPUs that are here, and not at all where there is none: nine architectures take nine minutes
+# on two cores. ARCH=all takes all of them, ARCH="87 90" these two.
+ARCH := here
 plugin:
 	@{ command -v cmake && command -v c++; } >/dev/null || ./scripts/install_compiler.sh
-	@cmake -S plugins -B plugins/build --log-level=NOTICE >/dev/null
+	@architectures="$(ARCH)"; \
+	[ "$$architectures" != here ] || architectures=$$($(or $(PYTHON),python3) scripts/gpu_architectures.py) || exit 1; \
+	case "$$architectures" in \
+	  "") echo "no NVIDIA GPU here: without CUDA (make plugin ARCH=all compiles for every GPU)"; \
+	    rm -f plugins/build/libodtrt_tensorrt.so; set -- -DODTRT_CUDA=OFF ;; \
+	  all) echo "compiling CUDA for every architecture, this takes minutes"; set -- -DODTRT_CUDA=ON -UCMAKE_CUDA_ARCHITECTURES ;; \
+	  *) set -- -DODTRT_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$$(echo $$architectures | tr ' ' ';')" ;; \
+	esac; \
+	cmake -S plugins -B plugins/build --log-level=NOTICE "$$@" >/dev/null
 	@cmake --build plugins/build --parallel $$(nproc) >plugins/build/log 2>&1 || { cat plugins/build/log; exit 1; }
 	@ls plugins/build/libodtrt*.so
 
@@ -59,8 +70,14 @@ notebooks: install-dev plugin
 	$(BIN)/python scripts/record_notebooks.py record
 	$(BIN)/python scripts/book_tables.py
 
-lab: install-dev
-	$(BIN)/jupyter lab notebooks
+# The server's root is the repository, so that links from a notebook to a page of book/ work. overrides.json there shows
+# pages, not their source. LAB takes options of JupyterLab: LAB=--ip=0.0.0.0 where it is reached from outside a container.
+LAB :=
+lab: install-dev plugin
+	$(BIN)/jupyter lab --ServerApp.root_dir=$(CURDIR) --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb \
+	  --LabApp.app_settings_dir=$(CURDIR)/scripts/jupyterlab \
+	  $$([ "$$(id -u)" != 0 ] || echo --allow-root) \
+	  $$([ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ] || echo --no-browser) $(LAB)
 
 install: .venv/.run
 install-dev: .venv/.dev
