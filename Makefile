@@ -24,8 +24,8 @@ help:
 run: install
 	$(BIN)/odtrt run models/parts --output out/parts
 
-# CUDA is compiled for the GPUs that are here, and not at all where there is none: nine architectures take nine minutes
-# on two cores. ARCH=all takes all of them, ARCH="87 90" these two.
+# CUDA is compiled for the GPUs that are here, and not at all where there is none: nine architectures take minutes.
+# ARCH=all takes all of them, ARCH="87 90" these two.
 ARCH := here
 plugin:
 	@{ command -v cmake && command -v c++; } >/dev/null || ./scripts/install_compiler.sh
@@ -34,7 +34,7 @@ plugin:
 	case "$$architectures" in \
 	  "") echo "no NVIDIA GPU here: without CUDA (make plugin ARCH=all compiles for every GPU)"; \
 	    rm -f plugins/build/libodtrt_tensorrt.so; set -- -DODTRT_CUDA=OFF ;; \
-	  all) echo "compiling CUDA for every architecture, this takes minutes"; set -- -DODTRT_CUDA=ON -UCMAKE_CUDA_ARCHITECTURES ;; \
+	  all) echo "compiling CUDA for every architecture: about half a minute each"; set -- -DODTRT_CUDA=ON -UCMAKE_CUDA_ARCHITECTURES ;; \
 	  *) set -- -DODTRT_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$$(echo $$architectures | tr ' ' ';')" ;; \
 	esac; \
 	cmake -S plugins -B plugins/build --log-level=NOTICE "$$@" >/dev/null

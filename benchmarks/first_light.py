@@ -1,4 +1,4 @@
-"""Clones the project into an empty folder and measures what the README's commands cost there, one after the other.
+"""Clones the project into an empty folder and measures what the README's commands cost there, in turn.
 
     python benchmarks/first_light.py       writes results/first_light.cpu.json
 

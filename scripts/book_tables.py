@@ -791,8 +791,9 @@ def jetpacks() -> str:
         "what odtrt needs",
         "TensorRT stated by",
     ]
-    said = "What odtrt needs is TensorRT 8.5 and Python 3.8. `odtrt_lib/boards.py`; we have run none of it on a board."
-    return f"{grid(headings, rows)}\n\n*{said}*\n"
+    needs = "What odtrt needs is TensorRT 8.5 and Python 3.8"
+    source = f"*{needs}. `odtrt_lib/boards.py`; we have run none of it on a board.*"
+    return f"{grid(headings, rows)}\n\n{source}\n"
 
 
 def tensorrt_lines() -> str:

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Prints the CUDA architectures of the GPUs here, such as ``87`` or ``86 90``; nothing where there is none.
 
-`make plugin` compiles for these. The CUDA driver is asked, not nvidia-smi: a Jetson has the one and not the other.
+`make plugin` compiles for these. The CUDA driver is asked, not nvidia-smi, because a Jetson may have only the
+driver. It runs on a Jetson's Python 3.8, before anything is installed.
 """
 
 import ctypes

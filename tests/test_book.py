@@ -171,6 +171,19 @@ def test_a_figure_typed_into_a_table_is_caught(measured: Path):
     assert book_tables.stale(measured) == ["parts.md"]
 
 
+def test_the_readme_repeats_what_was_measured(measured: Path):
+    shutil.copy(ROOT / "README.md", measured)
+    assert book_tables.stale(measured) == ["README.md"]
+    book_tables.write(measured)
+    assert book_tables.stale(measured) == []
+    text = (measured / "README.md").read_text()
+    assert "Not measured yet: `results/first_light.cpu.json`" in text
+    assert (
+        text.split(book_tables.README_MARKS[0])[0]
+        == (ROOT / "README.md").read_text().split(book_tables.README_MARKS[0])[0]
+    )
+
+
 def test_a_missing_measurement_is_said_not_hidden(tmp_path: Path):
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     book_tables.write(tmp_path)
