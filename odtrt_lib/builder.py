@@ -641,7 +641,7 @@ def _half_precision(request: Request) -> Dict[str, Any]:
         import onnx
     except ImportError as error:
         raise errors.MissingDependencyError(
-            f"half precision needs onnx and onnxconverter-common ({error}): run `pip install -e '.[gpu]'`"
+            f"half precision needs onnx and onnxconverter-common ({error}): run `pip install -e '.[engine]'`"
         ) from error
     from odtrt_lib import engine, fuse
 

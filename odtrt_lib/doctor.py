@@ -92,9 +92,9 @@ PACKAGES = (
     Package("OpenCV", "cv2", "opencv-python-headless", "pip install opencv-python-headless"),
     Package("pycocotools", "pycocotools.mask", "pycocotools", "pip install pycocotools"),
     Package("TensorRT", "tensorrt", "tensorrt", "on a Jetson: sudo apt install nvidia-jetpack"),
-    _package("TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx-cu13", "gpu"),
-    _package("Polygraphy", "polygraphy", "polygraphy", "gpu"),
-    _package("onnxconverter-common", "onnxconverter_common", "onnxconverter-common", "gpu"),
+    _package("TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx-cu13", "engine"),
+    _package("Polygraphy", "polygraphy", "polygraphy", "engine"),
+    _package("onnxconverter-common", "onnxconverter_common", "onnxconverter-common", "engine"),
 )
 
 # Importing tf2onnx imports TensorFlow a second time; that it is there must do.

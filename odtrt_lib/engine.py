@@ -81,7 +81,7 @@ CONCESSIONS = ("dynamic_batch", "fp32")
 # Allows or forbids TF32 over the builder's head; a plan loads only where it is what it was at the build.
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
-_INSTALL = "run `pip install -e '.[gpu]'`"
+_INSTALL = "run `pip install -e '.[engine]'`"
 _INSTALL_TENSORRT = (
     f"{_INSTALL} on a PC (TensorRT-RTX; no GPU is needed to build); on a Jetson TensorRT comes with "
     "JetPack: `sudo apt install nvidia-jetpack`"

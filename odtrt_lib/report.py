@@ -42,6 +42,9 @@ _STAGES = {
     "detect": ("Detect", "The model looked at pictures, with exactly the OD API's pre- and post-processing."),
 }
 
+# The chapter that each stage belongs to; what belongs to none has a dot.
+_CHAPTERS = {"export": "1", "convert": "2", "engine": "3", "fuse": "4", "fuse_onnx": "4"}
+
 Picture = Tuple[str, Union[bytes, np.ndarray]]
 
 
@@ -77,7 +80,7 @@ def write_report(
     cards += [(stage, partial(_skipped_stage, stage, reason)) for stage, reason in skipped.items()]
     cards.sort(key=lambda card: order.index(card[0]))
     sections = [_header(title, spec, records, skipped), _timeline(records)]
-    sections += [card(number) for number, (_, card) in enumerate(cards, 1)]
+    sections += [card(_CHAPTERS.get(stage, "•")) for stage, card in cards]
     sections.append(_gallery(pictures, detections))
     if spec:
         sections.append(_contract(spec))
@@ -148,7 +151,7 @@ def _timeline(records: List[Dict[str, Any]]) -> str:
     )
 
 
-def _stage(folder: Path, record: Dict[str, Any], number: int) -> str:
+def _stage(folder: Path, record: Dict[str, Any], number: str) -> str:
     _, purpose = _STAGES.get(record["stage"], ("", ""))
     outdated = [
         name for name, digest in record["inputs"].items() if _digest_now(folder, name) not in (None, digest)
@@ -212,7 +215,7 @@ def _mark(name: str, value: Any) -> str:
     return _DOT.format("–" if value is None else "·")
 
 
-def _skipped_stage(stage: str, reason: str, number: int) -> str:
+def _skipped_stage(stage: str, reason: str, number: str) -> str:
     return (
         f'<section class="stage skipped"><div class="stage-head">'
         f'<span class="number" aria-hidden="true">{number}</span>'

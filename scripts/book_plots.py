@@ -60,7 +60,7 @@ def engine_memory(results: Path) -> str:
     case = samples[0]["case"]
     rungs = [row for row in rows if row["kind"] == "ladder" and row["case"] == case]
     limit, model = rungs[0]["limit_mb"], rungs[0]["model"]
-    most = max(limit, *(row["rss_mb"] for row in samples)) * 1.12
+    most = max(limit, *(row["rss_mb"] for row in samples), *(rung["peak_rss_mb"] for rung in rungs)) * 1.12
     left, right, plot_top, bottom = 70, WIDTH - 16, 30, 290
     height = bottom + 44 + 21 * len(rungs)
     starts, end = {}, 0.0
@@ -81,9 +81,10 @@ def engine_memory(results: Path) -> str:
             "Memory of a build under a limit, attempt by attempt",
             f"Host memory in MiB over time while {model} is built under a limit of {limit} MiB: "
             + "; ".join(f"{rung['rung']}: {rung['outcome']}" for rung in rungs)
-            + ". The table has the peaks.",
+            + ". A dot marks the peak of each attempt. The table has the peaks.",
         ),
-        f'<text class="soft" x="{left}" y="16">memory of the building process, MiB</text>',
+        f'<text class="soft" x="{left}" y="16">MiB of the building process. '
+        "Line: samples. Dot: the peak that the kernel recorded</text>",
     ]
     for megabytes in range(0, int(most), 100 if most > 250 else 50):
         parts.append(f'<path class="grid" d="M{left} {y(megabytes)} H{right}"/>')
@@ -107,6 +108,11 @@ def engine_memory(results: Path) -> str:
             f"{escape(rung['rung'])}: {escape(rung['outcome'])}, {peak}</title></polyline>"
         )
         middle, line = x(start + own[-1]["seconds"] / 2), bottom + 44 + 21 * row
+        highest = max(own, key=lambda sample: sample["rss_mb"])
+        parts.append(
+            f'<circle class="peak {kind}" cx="{x(start + highest["seconds"])}" '
+            f'cy="{y(rung["peak_rss_mb"])}" r="5"/>'
+        )
         parts.append(
             f'<text class="{kind} mark" x="{middle}" y="{bottom - 10}" text-anchor="middle">'
             f"{number} {mark}</text>"

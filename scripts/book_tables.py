@@ -1,5 +1,7 @@
 """Writes the tables and figures of the book, book/_generated/*, from the measurements in results/*.json.
 
+The README's table of times is written too, between its two marks.
+
     python scripts/book_tables.py            write them
     python scripts/book_tables.py check      exit 1, naming each table that is not current
 
@@ -27,6 +29,7 @@ from odtrt_lib import boards, portability  # noqa: E402
 
 Row = dict[str, Any]
 
+README_MARKS = ("<!-- scripts/book_tables.py writes from here -->", "<!-- to here -->")
 NO_BREAK_HYPHEN = "\u2011"
 
 
@@ -70,6 +73,7 @@ TABLES = {
         (
             Column("command, in an empty clone", "command"),
             Column("minutes, downloads included", "wall_seconds", ".1f", 60),
+            Column("processor, minutes", "cpu_seconds", ".1f", 60, is_optional=True),
             Column("disk afterwards, GB", "disk_mb", ".1f", 1000),
         ),
     ),
@@ -580,11 +584,25 @@ def generated(root: Path) -> dict[str, str]:
 def stale(root: Path) -> list[str]:
     """The generated files that are absent or not what the measurements say."""
     folder = root / "book" / "_generated"
-    return [
+    found = [
         name
         for name, text in generated(root).items()
         if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text
     ]
+    path = root / "README.md"
+    is_current = not path.is_file() or path.read_text(encoding="utf-8") == readme(root)
+    return found if is_current else [*found, path.name]
+
+
+def readme(root: Path) -> str:
+    """The README with the table of what its commands cost between its two marks."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    before, first, rest = text.partition(README_MARKS[0])
+    _, second, after = rest.partition(README_MARKS[1])
+    if not (first and second):
+        raise ValueError(f"README.md: expected the two lines {' and '.join(README_MARKS)}")
+    table = markdown(TABLES["setup"], root / "results")
+    return f"{before}{README_MARKS[0]}\n{table}{README_MARKS[1]}{after}"
 
 
 def markdown(table: Table, results: Path) -> str:
@@ -747,7 +765,7 @@ def not_measured(path: Path) -> str:
 
 
 def jetpacks() -> str:
-    """Which JetPack has which TensorRT, and whether odtrt can build engines there."""
+    """Which JetPack has which TensorRT, and whether that has what odtrt needs."""
     rows = []
     for one in boards.JETPACKS:
         line = boards.tensorrt_line(one.tensorrt)
@@ -759,7 +777,7 @@ def jetpacks() -> str:
                 one.tensorrt,
                 one.cuda,
                 one.python,
-                "yes" if line.is_supported else "no",
+                "has it" if line.is_supported else "lacks it",
                 f"{'NVIDIA' if one.is_vendor_stated else 'third parties'}: {one.source}",
             ]
         )
@@ -770,10 +788,12 @@ def jetpacks() -> str:
         "TensorRT",
         "CUDA",
         "Python",
-        "odtrt",
+        "what odtrt needs",
         "TensorRT stated by",
     ]
-    return f"{grid(headings, rows)}\n\n*`odtrt_lib/boards.py`. No row was tried on a board by us.*\n"
+    needs = "What odtrt needs is TensorRT 8.5 and Python 3.8"
+    source = f"*{needs}. `odtrt_lib/boards.py`; we have run none of it on a board.*"
+    return f"{grid(headings, rows)}\n\n{source}\n"
 
 
 def tensorrt_lines() -> str:
@@ -918,6 +938,8 @@ def write(root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in generated(root).items():
         (folder / name).write_text(text, encoding="utf-8")
+    if (root / "README.md").is_file():
+        (root / "README.md").write_text(readme(root), encoding="utf-8")
 
 
 def check(root: Path) -> int:

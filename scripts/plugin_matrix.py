@@ -327,7 +327,7 @@ def main() -> None:
         if has_rtx:
             runtimes.append(("tensorrt_rtx", []))
         else:
-            print("left out: TensorRT-RTX (pip install -e '.[gpu]')")
+            print("left out: TensorRT-RTX (pip install -e '.[engine]')")
         for name, library in ends.items():
             for module, site in runtimes:
                 rows.append(registry_row(name, probe("registry", module, str(library), *site)))

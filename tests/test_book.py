@@ -171,6 +171,19 @@ def test_a_figure_typed_into_a_table_is_caught(measured: Path):
     assert book_tables.stale(measured) == ["parts.md"]
 
 
+def test_the_readme_repeats_what_was_measured(measured: Path):
+    shutil.copy(ROOT / "README.md", measured)
+    assert book_tables.stale(measured) == ["README.md"]
+    book_tables.write(measured)
+    assert book_tables.stale(measured) == []
+    text = (measured / "README.md").read_text()
+    assert "Not measured yet: `results/first_light.cpu.json`" in text
+    assert (
+        text.split(book_tables.README_MARKS[0])[0]
+        == (ROOT / "README.md").read_text().split(book_tables.README_MARKS[0])[0]
+    )
+
+
 def test_a_missing_measurement_is_said_not_hidden(tmp_path: Path):
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     book_tables.write(tmp_path)
@@ -269,6 +282,8 @@ def test_the_memory_figure_draws_each_attempt_under_its_limit(tmp_path: Path):
     assert lines[0][-1][0] < lines[1][0][0], "one attempt after the other"
     (limit,) = re.findall(r'class="limit" d="M\d+ ([\d.]+)', drawn)
     assert all(y > float(limit) for line in lines for _, y in line), "200 MB lie below a limit of 310"
+    peaks = [float(y) for y in re.findall(r'<circle class="peak \w+" cx="[\d.]+" cy="([\d.]+)"', drawn)]
+    assert peaks[0] < float(limit) < peaks[1], "a peak of 320 lies above the limit, one of 290 below"
 
 
 PLAN_ROW = {"model": "d0", "p50_ms": 2.0, "load_warm_seconds": 0.5, "load_cold_seconds": 5.0}

@@ -1488,7 +1488,7 @@ def device_environment(path):
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            pytest.skip(f"{name} is not installed: run `pip install -e '.[convert,gpu]'`")
+            pytest.skip(f"{name} is not installed: run `pip install -e '.[convert,engine]'`")
         linked.add(name)
         for file in {Path(file.parts[0]) for file in distribution.files if file.parts[0] != ".."}:
             source = Path(distribution.locate_file(file))

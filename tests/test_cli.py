@@ -706,7 +706,7 @@ class TestDoctor:
         ]
         chapters = {chapter.title: chapter for chapter in doctor.chapters(findings)}
         assert chapters["3 engine (build)"].missing == ("TensorRT-RTX",)
-        assert chapters["3 engine (build)"].install == ("pip install -e '.[gpu]'",)
+        assert chapters["3 engine (build)"].install == ("pip install -e '.[engine]'",)
         assert chapters["detect"].missing == ()
 
     def test_every_machine_has_something_to_say(self, monkeypatch):

@@ -26,7 +26,7 @@ onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 needs_tensorrt = pytest.mark.skipif(
-    not engine.available_runtimes(), reason="no TensorRT: run `pip install -e '.[gpu]'`"
+    not engine.available_runtimes(), reason="no TensorRT: run `pip install -e '.[engine]'`"
 )
 needs_tensorrt_rtx = pytest.mark.skipif(
     not engine.available_runtimes() or engine.available_runtimes()[0][0] != "tensorrt_rtx",
@@ -119,7 +119,7 @@ def files_in(folder):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     if not engine.available_runtimes():
-        pytest.skip("no TensorRT: run `pip install -e '.[gpu]'`")
+        pytest.skip("no TensorRT: run `pip install -e '.[engine]'`")
     folder = model_folder(tmp_path_factory.mktemp("built") / "tiny")
     return folder, {precision: engine.build(folder, precision=precision) for precision in ("fp32", "fp16")}
 

@@ -283,6 +283,46 @@ def next_link(notebook: Notebook) -> list[str]:
     return [] if re.search(r"\]\(.*\)", notebook.cells[-1].source) else ["the last cell links nowhere"]
 
 
+def links(notebook: Notebook) -> list[str]:
+    """Every relative link leads to a file of this repository, and to a heading there if it names one."""
+    targets = [
+        target
+        for cell in notebook.cells
+        if cell.cell_type == "markdown"
+        for target in LINK.findall(cell.source)
+    ]
+    return [problem for target in targets for problem in dead_link(ROOT / "notebooks", target)]
+
+
+LINK = re.compile(r"\]\(([^)\s]+)")
+
+
+def dead_link(folder: Path, target: str) -> list[str]:
+    """Why a link from a file in ``folder`` leads nowhere; empty for one to another host."""
+    if re.match(r"[a-z]+:", target):
+        return []
+    name, _, anchor = target.partition("#")
+    path = (folder / name).resolve()
+    if not path.is_relative_to(ROOT) or not path.exists():
+        return [f"{target}: no such file"]
+    return [] if not anchor or anchor in anchors(path) else [f"{target}: no such heading"]
+
+
+def anchors(path: Path) -> set[str]:
+    """The addresses of a page's headings, as JupyterLab, GitHub and this site make them, and its labels."""
+    text = path.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ +(.+?)\s*$", text, re.MULTILINE)
+    made = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return made | set(re.findall(r"^\(([\w-]+)\)=$", text, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["README.md", "SECURITY.md", "plugins/README.md", "models/parts/README.md"])
+def test_links_of_a_readme_lead_to_files(name: str):
+    path = ROOT / name
+    targets = LINK.findall(path.read_text(encoding="utf-8"))
+    assert [problem for target in targets for problem in dead_link(path.parent, target)] == []
+
+
 def set_source(cell_id: str, change: Callable[[str], str]) -> Defect:
     def defect(notebook: Notebook) -> None:
         cell = next(cell for cell in notebook.cells if cell.id == cell_id)
@@ -368,6 +408,12 @@ DEFECTS: dict[Rule, list[Defect]] = {
     outputs_present: [no_outputs, on_cell("checks", lambda cell: cell.metadata.update(execution={"x": 1}))],
     size: [on_cell("checks", with_large_output)],
     next_link: [set_source("next", lambda _: "The end.")],
+    links: [
+        append("why", "[a page](../book/ch10_absent.md)"),
+        append("why", "[a page from the root](/book/claims.md)"),
+        append("why", "[a page](../book/claims.md#no-such-heading)"),
+        append("why", "[outside](../../README.md)"),
+    ],
 }
 
 

@@ -252,7 +252,7 @@ def test_the_version_in_a_plan_header(tmp_path):
 
 
 def test_the_header_of_a_plan_that_tensorrt_rtx_built(tmp_path):
-    trt = pytest.importorskip("tensorrt_rtx", reason="no TensorRT-RTX: run `pip install -e '.[gpu]'`")
+    trt = pytest.importorskip("tensorrt_rtx", reason="no TensorRT-RTX: run `pip install -e '.[engine]'`")
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     tensor = network.add_input("x", trt.float32, (1, 3, 8, 8))

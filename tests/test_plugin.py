@@ -35,7 +35,8 @@ MATRIX = ROOT / "results" / "plugin_matrix.json"
 HEADERS = ("8.5", "8.6", "10.0", "10.3", "10.13", "10.16", "11.1")
 
 needs_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="no TensorRT-RTX: run `pip install -e '.[gpu]'`"
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="no TensorRT-RTX: run `pip install -e '.[engine]'`",
 )
 
 

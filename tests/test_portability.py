@@ -30,7 +30,8 @@ SPEC.loader.exec_module(faults)
 
 HERE = Here(faults.A100, "tensorrt", "10.3.0")
 needs_tensorrt_rtx = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="no TensorRT-RTX: run `pip install -e '.[gpu]'`"
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="no TensorRT-RTX: run `pip install -e '.[engine]'`",
 )
 
 

@@ -113,6 +113,13 @@ def test_every_stage_is_there_with_what_went_in_and_came_out(folder):
     assert "320 × 320, batch dynamic" in page.text
 
 
+def test_a_stage_has_the_number_of_its_chapter(folder):
+    """Export 1, convert 2, two engines 3, a skipped fusion 4; detection belongs to no chapter."""
+    path = report.write_report(folder, skipped={"fuse": "not asked for"})
+    numbers = re.findall(r'<span class="number" aria-hidden="true">(.*?)</span>', path.read_text("utf-8"))
+    assert numbers == ["1", "2", "3", "3", "4", "•"]
+
+
 def test_nothing_is_loaded_from_anywhere(folder):
     picture = np.zeros((20, 30, 3), np.uint8)
     page = page_of(folder, [("a picture", picture)])
