@@ -86,6 +86,7 @@ DEVICE_ROOMS = (
     "results",
     "runtime",
     "spec",
+    "tensors",
     "zoo",
 )
 
@@ -712,7 +713,7 @@ _STAGE_OF = (
 def _model_files(folder: Path, spec: DetectorSpec) -> Iterator[Tuple[str, Union[Path, bytes]]]:
     """The model's files, by their names in the bundle, each checked against what it was made from."""
     from odtrt_lib.builder import weights_by_type
-    from odtrt_lib.detector import load_anchors
+    from odtrt_lib.tensors import load_anchors
 
     load_anchors(require(folder, "anchors.npy", "export"), spec)
     weights_by_type(require(folder, "heads.onnx", "convert"))  # refuses what is no ONNX model
