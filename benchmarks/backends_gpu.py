@@ -52,12 +52,13 @@ from typing import Any
 import numpy as np
 
 from odtrt_lib import engine, passport, portability, runtime
-from odtrt_lib.detector import Detections, Detector, load_anchors
+from odtrt_lib.detector import Detections, Detector
 from odtrt_lib.errors import OdtrtError
 from odtrt_lib.evaluate import agreement, coco_results
 from odtrt_lib.preprocess import load_image
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import load_spec
+from odtrt_lib.tensors import load_anchors
 
 ROOT = Path(__file__).resolve().parents[1]
 # Arithmetic: the plan's precision, and the IoU and the score tolerance that its detections are held to.

@@ -51,11 +51,11 @@ import numpy as np
 from backends_gpu import ARITHMETIC, free_device_mb, in_a_process
 
 from odtrt_lib import builder, engine, passport
-from odtrt_lib.detector import load_anchors
 from odtrt_lib.evaluate import agreement
 from odtrt_lib.nms import postprocess
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import DetectorSpec, load_spec
+from odtrt_lib.tensors import load_anchors
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_RELATIVE_ERROR = {"FP32": 1e-3, "TF32": 2e-2, "FP16": 2e-2}

@@ -100,6 +100,7 @@ DEVICE_ROOMS = (
     "results",
     "runtime",
     "spec",
+    "tensors",
     "zoo",
 )
 
@@ -729,7 +730,7 @@ CHECK_CUSTOM_PARSE_FUNC_PROTOTYPE(NvDsInferParseOdtrt);
 def _model_files(folder: Path, spec: DetectorSpec) -> Tuple[Dict[str, str], Dict[str, Union[Path, bytes]]]:
     """The seal's hashes of the model's files, and what goes into the bundle, by its name there."""
     from odtrt_lib.builder import weights_by_type
-    from odtrt_lib.detector import load_anchors
+    from odtrt_lib.tensors import load_anchors
 
     names = ["spec.json", "anchors.npy", "heads.onnx"]
     if (folder / "detector.onnx").is_file():

@@ -145,7 +145,10 @@ PipelineOption = typer.Option(
     help="The pipeline.config, where it does not lie beside the checkpoint.",
 )
 LabelMapOption = typer.Option(
-    None, "--label-map", metavar="FILE", help="The label map (.pbtxt, or a text file with one name a line)."
+    None,
+    "--label-map",
+    metavar="FILE",
+    help="The label map; a .txt file may hold the names alone, one a line.",
 )
 InputSizeOption = typer.Option(
     None,

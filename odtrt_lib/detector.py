@@ -16,7 +16,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
-import io
 import threading
 import warnings
 import weakref
@@ -32,6 +31,7 @@ from odtrt_lib.nms import Postprocessed, postprocess
 from odtrt_lib.passport import PLANS, PRECISIONS
 from odtrt_lib.preprocess import boxes_to_pixels, preprocess
 from odtrt_lib.spec import DetectorSpec, load_spec
+from odtrt_lib.tensors import load_anchors
 
 if TYPE_CHECKING:
     from odtrt_lib.passport import Passport
@@ -312,27 +312,6 @@ class Detector:
                 )
             )
         return detections
-
-
-def load_anchors(path: Path, spec: DetectorSpec, content: Optional[bytes] = None) -> np.ndarray:
-    """The anchors of a model folder, float32 [N, 4], ``(ycenter, xcenter, height, width)``.
-
-    content: the bytes of the file, where they were read already. Raises InputError where the file is damaged
-    or not what ``spec`` describes.
-    """
-    try:
-        anchors = np.load(str(path) if content is None else io.BytesIO(content), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"{path}: not a numpy array ({_first_line(error)}); run `odtrt export` again"
-        ) from error
-    expected = (spec.heads.num_anchors, 4)
-    if anchors.shape != expected or anchors.dtype != np.float32:
-        raise InputError(
-            f"{path}: {anchors.dtype} {list(anchors.shape)}, expected float32 {list(expected)} "
-            "as spec.json says; run `odtrt export` again"
-        )
-    return anchors
 
 
 def _read_contract(folder: Path) -> Tuple[DetectorSpec, np.ndarray]:

@@ -30,8 +30,10 @@ from odtrt_lib.spec import (
     InputSpec,
     PipelineSettings,
     Source,
+    problems,
     read_pipeline,
 )
+from odtrt_lib.tensors import anchor_problem
 
 OUTPUTS = ("frozen.pb", "anchors.npy", "spec.json")
 
@@ -163,6 +165,7 @@ def export(
         labels=settings.labels,
     )
     _check_head_shapes(settings, spec, eager)
+    _check_values(settings, spec, anchors)
     with staging(folder) as out:
         (out / "frozen.pb").write_bytes(graph.SerializeToString(deterministic=True))
         np.save(out / "anchors.npy", anchors)
@@ -180,6 +183,7 @@ def export(
             checks={
                 "variables_restored": num_variables,
                 "graph_nodes": len(graph.node),
+                "label_map": _label_map_read(settings),
                 "postprocessing_or_control_flow_ops": 0,
                 "anchors": len(anchors),
                 "anchors_from_config_max_abs_err": anchor_error,
@@ -206,6 +210,14 @@ def anchors_from_config(settings: PipelineSettings, size: tuple[int, int]) -> np
     grid = generator.generate(_feature_map_shapes(ssd, size), im_height=size[0], im_width=size[1])
     boxes = box_list_ops.concatenate(grid).get()
     return _centre_size(tf.convert_to_tensor(boxes).numpy())
+
+
+def _label_map_read(settings: PipelineSettings) -> str:
+    """Which label map was read, without the folders of this machine, or that none was."""
+    found, folder = settings.label_map, settings.path.parent
+    if found is None:
+        return f"none: {settings.label_map_note}" if settings.label_map_note else "none"
+    return str(found.relative_to(folder)) if folder in found.parents else found.name
 
 
 def _config_near(source: Path, folders: list[Path]) -> Path:
@@ -494,3 +506,12 @@ def _check_head_shapes(settings: PipelineSettings, spec: DetectorSpec, eager: di
         found = tuple(eager[name].shape)
         if found != shape:
             raise CheckError(f"{settings.path}: the model's {name} is {found}, the config says {shape}")
+
+
+def _check_values(settings: PipelineSettings, spec: DetectorSpec, anchors: np.ndarray) -> None:
+    """Nothing is written that the later stages would refuse to read."""
+    problem = anchor_problem(anchors)
+    if problem:
+        raise CheckError(f"{settings.path}: model.ssd.anchor_generator: {problem}; correct the config")
+    for problem in problems(spec):
+        raise CheckError(f"{settings.path}: gives {problem}; correct the config, or the options of export")

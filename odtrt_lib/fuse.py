@@ -40,10 +40,10 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union
 import numpy as np
 
 from odtrt_lib import folder as folders
-from odtrt_lib.detector import load_anchors
 from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, one_line
 from odtrt_lib.native import MOST_DETECTIONS, SCORE_CONVERTERS
 from odtrt_lib.spec import DetectorSpec, load_spec
+from odtrt_lib.tensors import load_anchors
 
 if TYPE_CHECKING:
     import onnx

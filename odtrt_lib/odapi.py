@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from odtrt_lib.errors import MissingDependencyError
+from odtrt_lib.spec import parse_pipeline
 
 _INSTALL = "run `make install`"
 _ENDS_A_RESIDUAL_BLOCK = re.compile(r"conv\d_block\d+_3_bn")  # a layer of the OD API's ResNets
@@ -202,11 +203,9 @@ def _build(pipeline: Path, is_training: bool) -> tuple[Any, Any]:
     """The model of a config, and four network inputs, float32: noise, a smooth one, patches, black."""
     prepare()
     import tensorflow as tf
-    from google.protobuf import text_format
     from object_detection.builders import model_builder
-    from object_detection.protos import pipeline_pb2
 
-    message = text_format.Parse(pipeline.read_text(), pipeline_pb2.TrainEvalPipelineConfig())
+    message = parse_pipeline(pipeline)
     resizer = message.model.ssd.image_resizer
     fixed, side = resizer.fixed_shape_resizer, resizer.keep_aspect_ratio_resizer.max_dimension
     is_fixed = resizer.HasField("fixed_shape_resizer")

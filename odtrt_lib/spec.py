@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
-from odtrt_lib.errors import InputError, MissingDependencyError, UnsupportedError, one_line
+from odtrt_lib.errors import InputError, UnsupportedError, one_line
 
 SCHEMA_VERSION = 1
+MAX_SPEC_BYTES = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,9 @@ class PipelineSettings:
     """The settings of a pipeline.config that change a result, before the model itself was looked at.
 
     ``input_size`` is ``(height, width)``, or None where the resizer alone does not fix it.
-    ``message`` is the parsed ``TrainEvalPipelineConfig`` and ``path`` where it was read.
+    ``message`` is the parsed ``TrainEvalPipelineConfig`` and ``path`` where it was read. ``label_map`` is the
+    file that ``labels`` come from, None where none was found; ``label_map_note`` then says which was passed
+    over, and why, or nothing.
     """
 
     path: Path
@@ -181,47 +183,101 @@ class PipelineSettings:
     scores: ScoreSpec
     nms: NmsSpec
     labels: Tuple[Label, ...]
+    label_map: Optional[Path] = None
+    label_map_note: str = ""
+
+
+_MAX_INT = 2**31 - 1
+_MAX_FLOAT = 3.4028234663852886e38
+_POSITIVE = (2.0**-126, _MAX_FLOAT)  # float32, and so is the reciprocal
+_RANGES: Dict[str, Tuple[float, float]] = {
+    "Resizer.min_dimension": (1, 2**24 - 1),
+    "Resizer.max_dimension": (1, 2**24 - 1),
+    "InputSpec.height": (1, 2**24 - 1),
+    "InputSpec.width": (1, 2**24 - 1),
+    "InputSpec.scale": _POSITIVE,
+    "InputSpec.batch": (1, 2**16),
+    "HeadsSpec.num_anchors": (1, _MAX_INT),
+    "HeadsSpec.num_classes": (1, 2**16),
+    "BoxCoder.y_scale": _POSITIVE,
+    "BoxCoder.x_scale": _POSITIVE,
+    "BoxCoder.height_scale": _POSITIVE,
+    "BoxCoder.width_scale": _POSITIVE,
+    "ScoreSpec.logit_scale": _POSITIVE,
+    "NmsSpec.iou_threshold": (0, 1),
+    "NmsSpec.max_detections_per_class": (1, _MAX_INT),
+    "NmsSpec.max_total_detections": (1, 2**20),  # 24 MiB an image
+}
+"""What the fields of a DetectorSpec may hold. Any other whole number is an int32, any other float finite."""
+
+_CHOICES: Dict[str, Tuple[str, ...]] = {
+    "Resizer.kind": ("fixed_shape", "keep_aspect_ratio"),
+    "Resizer.method": ("bilinear",),
+    "ScoreSpec.converter": ("sigmoid", "softmax", "identity"),
+}
+
+
+def problems(part: Any) -> Iterator[str]:
+    """What is wrong with the values of a DetectorSpec, or of one of its parts; nothing where it is valid.
+
+    Each names a field, its value and what was expected: ``nms.iou_threshold: 2.0, expected 0 to 1``.
+    """
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from (f"{field.name}.{problem}" for problem in problems(value))
+        elif field.name == "labels":
+            for i, label in enumerate(value):
+                yield from (f"labels[{i}].{problem}" for problem in problems(label))
+        else:
+            expected = _expected_instead(f"{type(part).__name__}.{field.name}", value)
+            if expected:
+                yield f"{field.name}: {_shown(value)}, expected {expected}"
+    if isinstance(part, Resizer):
+        yield from _resizer_problems(part)
+    elif isinstance(part, InputSpec):
+        yield from _input_problems(part)
+    elif isinstance(part, DetectorSpec):
+        yield from _detector_problems(part)
 
 
 def load_spec(path: Union[str, Path], content: Optional[bytes] = None) -> DetectorSpec:
     """Reads a ``spec.json``. content: the bytes of the file, where they were read already.
 
-    Raises InputError, naming the file and the field, where the file is absent, not JSON, of another
-    schema version, or has a missing or unknown field or a value of another type.
+    Raises InputError, naming the file and the field, where the file is absent, too large, not JSON, of
+    another schema version, or has a missing or unknown field, a value of another type or out of its range.
     """
     path = Path(path)
-    try:
-        data = json.loads((path.read_bytes() if content is None else content).decode("utf-8"))
-    except OSError as error:
+    data = _read_json(path, content)
+    schema = data.pop("schema", None) if isinstance(data, dict) else type(data).__name__
+    if type(schema) is not int or schema != SCHEMA_VERSION:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror}); expected the spec.json that `odtrt export` writes"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); run `odtrt export` again") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA_VERSION:
-        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-        raise InputError(
-            f"{path}: schema {found!r}, expected {SCHEMA_VERSION}; run `odtrt export` again "
+            f"{path}: schema {_shown(schema)}, expected {SCHEMA_VERSION}; run `odtrt export` again "
             "with the installed version of odtrt"
         )
-    spec = _from_dict(DetectorSpec, {k: v for k, v in data.items() if k != "schema"}, f"{path}: spec")
+    spec = _from_dict(DetectorSpec, data, f"{path}: spec")
     assert isinstance(spec, DetectorSpec)
+    for problem in problems(spec):
+        raise InputError(f"{path}: spec.{problem}; run `odtrt export` again")
     return spec
 
 
 def read_pipeline(path: Union[str, Path], label_map: Union[str, Path, None] = None) -> PipelineSettings:
     """Parses an OD API ``pipeline.config`` and checks that odtrt supports every setting that matters.
 
-    label_map: a label map (``.pbtxt``, or a text file with one name a line); by default the file that
-        the config names is looked for at that path, then by its name beside the config, then
-        ``label_map.pbtxt`` beside it; where none is found classes are called ``class 1`` and so on.
+    label_map: a label map (see :mod:`odtrt_lib.label_map`); by default the file that the config names is
+        looked for at that path, then by its name beside the config, then ``label_map.pbtxt`` beside it, all
+        in the config's folder; where none is found classes are called ``class 1`` and so on.
 
-    Raises InputError where the file is absent or not a pipeline.config, UnsupportedError, naming the
-    setting, where the config asks for something else than an SSD (EfficientDet is one) with settings
-    that odtrt reproduces exactly, MissingDependencyError without the OD API.
+    Raises InputError where the file is absent or not a pipeline.config, where a setting is out of its range,
+    and where the label map is not one of these classes; UnsupportedError, naming the setting, where the
+    config asks for something else than an SSD (EfficientDet is one) with settings that odtrt reproduces
+    exactly; MissingDependencyError without the OD API.
     """
+    from odtrt_lib import label_map as label_maps
+
     path = Path(path)
-    message = _parse_pipeline(path)
+    message = parse_pipeline(path)
     architecture = message.model.WhichOneof("model")
     if architecture != "ssd":
         raise UnsupportedError(
@@ -233,12 +289,20 @@ def read_pipeline(path: Union[str, Path], label_map: Union[str, Path, None] = No
     background = bool(ssd.add_background_class or ssd.explicit_background_class)
     num_columns = ssd.num_classes + int(ssd.add_background_class)
     num_classes = num_columns - int(background)
-    if num_classes < 1:
-        raise InputError(f"{path}: model.ssd.num_classes is {ssd.num_classes}, expected at least 1 class")
+    most = int(_RANGES["HeadsSpec.num_classes"][1])
+    if not 1 <= num_classes <= most:
+        raise InputError(f"{path}: model.ssd.num_classes is {ssd.num_classes}, expected 1 to {most} classes")
     resizer, input_size = _read_resizer(path, ssd.image_resizer)
-    coder = ssd.box_coder.faster_rcnn_box_coder
-    post = ssd.post_processing
-    nms = post.batch_non_max_suppression
+    for problem in problems(resizer):
+        raise InputError(f"{path}: model.ssd.image_resizer: {problem}; correct the config")
+    box_coder, scores, nms = _read_postprocessing(path, ssd)
+    readers = [message.train_input_reader, *message.eval_input_reader]
+    found, note = (
+        (Path(label_map), "")
+        if label_map is not None
+        else label_maps.find(path, [reader.label_map_path for reader in readers])
+    )
+    names = label_maps.read(found, num_classes) if found else {}
     return PipelineSettings(
         path=path,
         message=message,
@@ -247,37 +311,29 @@ def read_pipeline(path: Union[str, Path], label_map: Union[str, Path, None] = No
         input_size=input_size,
         num_classes=num_classes,
         background_column=background,
-        box_coder=BoxCoder(coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale),
-        scores=ScoreSpec(post.ScoreConverter.Name(post.score_converter).lower(), post.logit_scale),
-        nms=NmsSpec(
-            score_threshold=nms.score_threshold,
-            iou_threshold=nms.iou_threshold,
-            max_detections_per_class=nms.max_detections_per_class,
-            max_total_detections=nms.max_total_detections,
-            class_agnostic=nms.use_class_agnostic_nms,
-            change_coordinate_frame=nms.change_coordinate_frame,
-        ),
-        labels=_read_labels(path, message, label_map, num_classes),
+        box_coder=box_coder,
+        scores=scores,
+        nms=nms,
+        labels=tuple(Label(i, names.get(i, f"class {i}")) for i in range(1, num_classes + 1)),
+        label_map=found,
+        label_map_note=note,
     )
 
 
-def _parse_pipeline(path: Path) -> Any:
-    try:
-        from google.protobuf import text_format
-        from object_detection.protos import pipeline_pb2
-    except (ImportError, TypeError) as error:
-        raise MissingDependencyError(
-            f"the OD API's protobuf modules cannot be imported ({one_line(error)}): run `make install`"
-        ) from error
-    text = _read_text(path, "an OD API pipeline.config")
-    message = pipeline_pb2.TrainEvalPipelineConfig()
-    try:
-        text_format.Parse(text, message)
-    except text_format.ParseError as error:
+def parse_pipeline(path: Path) -> Any:
+    """The ``TrainEvalPipelineConfig`` of a pipeline.config, as the OD API reads it.
+
+    Raises InputError where the file is absent or no such file, MissingDependencyError without the OD API.
+    """
+    from odtrt_lib import prototext
+
+    message = prototext.messages("pipeline_pb2").TrainEvalPipelineConfig()
+    problem = prototext.merge(prototext.read_text(path, "an OD API pipeline.config"), message)
+    if problem:
         raise InputError(
-            f"{path}: not a valid pipeline.config ({one_line(error)}); expected the text-format "
+            f"{path}: not a valid pipeline.config ({problem}); expected the text-format "
             "TrainEvalPipelineConfig that lies beside the checkpoint"
-        ) from error
+        )
     if not message.HasField("model"):
         raise InputError(f"{path}: has no `model` section; expected an OD API pipeline.config")
     return message
@@ -316,6 +372,31 @@ def _refuse_unsupported(path: Path, ssd: Any) -> None:
             )
 
 
+def _read_postprocessing(path: Path, ssd: Any) -> Tuple[BoxCoder, ScoreSpec, NmsSpec]:
+    coder, post = ssd.box_coder.faster_rcnn_box_coder, ssd.post_processing
+    nms = post.batch_non_max_suppression
+    converter = post.ScoreConverter.Name(post.score_converter).lower()
+    parts = {
+        "box_coder.faster_rcnn_box_coder": BoxCoder(
+            coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale
+        ),
+        "post_processing": ScoreSpec(converter, post.logit_scale),
+        "post_processing.batch_non_max_suppression": NmsSpec(
+            score_threshold=nms.score_threshold,
+            iou_threshold=nms.iou_threshold,
+            max_detections_per_class=nms.max_detections_per_class,
+            max_total_detections=nms.max_total_detections,
+            class_agnostic=nms.use_class_agnostic_nms,
+            change_coordinate_frame=nms.change_coordinate_frame,
+        ),
+    }
+    for name, part in parts.items():
+        for problem in problems(part):
+            raise InputError(f"{path}: model.ssd.{name}.{problem}; correct the config")
+    box_coder, scores, suppression = parts.values()
+    return box_coder, scores, suppression  # type: ignore[return-value]
+
+
 def _read_resizer(path: Path, config: Any) -> Tuple[Resizer, Optional[Tuple[int, int]]]:
     kind = config.WhichOneof("image_resizer_oneof")
     where = f"{path}: model.ssd.image_resizer.{kind or '(empty)'}"
@@ -332,8 +413,10 @@ def _read_resizer(path: Path, config: Any) -> Tuple[Resizer, Optional[Tuple[int,
     if resizer.convert_to_grayscale:
         raise UnsupportedError(f"{where}.convert_to_grayscale: true is not supported")
     if kind == "fixed_shape_resizer":
-        if resizer.height < 1 or resizer.width < 1:
-            raise InputError(f"{where}: {resizer.height}x{resizer.width}, expected at least 1x1")
+        if min(resizer.height, resizer.width) < 1 or 3 * resizer.height * resizer.width > _MAX_INT:
+            raise InputError(
+                f"{where}: {resizer.height}x{resizer.width}, expected at least 1x1 and less than 2^31 values"
+            )
         return Resizer(kind="fixed_shape"), (resizer.height, resizer.width)
     if not 0 < resizer.min_dimension <= resizer.max_dimension:
         raise InputError(
@@ -356,100 +439,136 @@ def _read_resizer(path: Path, config: Any) -> Tuple[Resizer, Optional[Tuple[int,
     )
 
 
-def _read_labels(
-    path: Path, message: Any, label_map: Union[str, Path, None], num_classes: int
-) -> Tuple[Label, ...]:
-    found = _find_label_map(path, message, label_map)
-    names = _parse_label_map(found) if found else {}
-    if label_map is not None and max(names, default=0) > num_classes:
-        raise InputError(
-            f"{found}: names a class with id {max(names)}, but {path} has model.ssd.num_classes for "
-            f"{num_classes} classes; use the label map that the model was trained with"
-        )
-    return tuple(Label(i, names.get(i, f"class {i}")) for i in range(1, num_classes + 1))
+def _expected_instead(name: str, value: Any) -> str:
+    """What the field ``Class.field`` should hold instead of ``value``; nothing where that is right."""
+    if name in _CHOICES:
+        return "" if value in _CHOICES[name] else " or ".join(_CHOICES[name])
+    if isinstance(value, str):
+        return "" if _is_unicode(value) else "text without half surrogate pairs"
+    if value is None or isinstance(value, bool):
+        return ""
+    numbers = value if isinstance(value, tuple) else (value,)
+    limit = _MAX_FLOAT if all(isinstance(number, float) for number in numbers) else _MAX_INT
+    low, high = _RANGES.get(name, (-limit, limit))
+    if all(low <= number <= high for number in numbers):
+        return ""
+    if high == _MAX_FLOAT:
+        return f"a {'positive, ' if low > 0 else ''}finite float32"
+    return f"{low} to {high}"
 
 
-def _find_label_map(path: Path, message: Any, label_map: Union[str, Path, None]) -> Optional[Path]:
-    if label_map is not None:
-        return Path(label_map)
-    readers = [message.train_input_reader, *message.eval_input_reader]
-    for named in (reader.label_map_path for reader in readers):
-        for candidate in (path.parent / named, path.parent / Path(named).name):
-            if named and candidate.is_file():
-                return candidate
-    beside = path.parent / "label_map.pbtxt"
-    return beside if beside.is_file() else None
-
-
-def _parse_label_map(path: Path) -> Dict[int, str]:
-    text = _read_text(path, "a label map")
-    if not re.search(r"^\s*item\s*\{", text, re.MULTILINE):
-        names = text.splitlines()
-        background = 0 if names and names[0].strip() in ("???", "background") else 1
-        return {i: name.strip() for i, name in enumerate(names, background) if i and name.strip()}
-    from google.protobuf import text_format
-    from object_detection.protos import string_int_label_map_pb2
-
-    message = string_int_label_map_pb2.StringIntLabelMap()
+def _is_unicode(text: str) -> bool:
     try:
-        text_format.Parse(text, message)
-    except text_format.ParseError as error:
-        raise InputError(f"{path}: not a valid label map ({one_line(error)})") from error
-    return {item.id: item.display_name or item.name for item in message.item if item.id > 0}
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _read_text(path: Path, expected: str) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: a binary file; expected {expected}") from error
-    if text.startswith("version https://git-lfs.github.com/spec/"):
-        raise InputError(
-            f"{path}: a Git LFS pointer, not the file itself; expected {expected}: run `git lfs pull` "
-            "where it was cloned"
-        )
-    return text
+def _resizer_problems(resizer: Resizer) -> Iterator[str]:
+    if resizer.kind == "fixed_shape" and resizer != Resizer("fixed_shape", method=resizer.method):
+        yield "kind: 'fixed_shape', expected no min_dimension, max_dimension or padding with it"
+    low, high = resizer.min_dimension, resizer.max_dimension
+    if resizer.kind == "keep_aspect_ratio" and (low is None or high is None or low > high):
+        yield f"min_dimension {low}, max_dimension {high}, expected 1 <= min_dimension <= max_dimension"
+
+
+def _input_problems(network: InputSpec) -> Iterator[str]:
+    size = f"height, width, batch: {network.height}, {network.width}, {network.batch}"
+    if 3 * network.height * network.width * (network.batch or 1) > _MAX_INT:
+        yield f"{size}, expected less than 2^31 values in all"
+    side = network.resizer.max_dimension
+    if network.resizer.pad_to_max_dimension and not network.height == network.width == side:
+        yield f"{size}, expected the square of resizer.max_dimension, {side}"
+
+
+def _detector_problems(spec: DetectorSpec) -> Iterator[str]:
+    heads = spec.heads
+    if heads.num_anchors * heads.num_columns > _MAX_INT:
+        yield f"heads.num_anchors: {heads.num_anchors}, expected less than 2^31 scores in all"
+    if len(spec.labels) != heads.num_classes:
+        yield f"labels: {len(spec.labels)}, expected one for each of heads.num_classes, {heads.num_classes}"
+    for i, label in enumerate(spec.labels):
+        if label.id != i + 1:
+            yield f"labels[{i}].id: {_shown(label.id)}, expected {i + 1}, the place in the list"
 
 
 _NESTED: Dict[str, type] = {
     kind.__name__: kind for kind in (Source, Resizer, InputSpec, HeadsSpec, BoxCoder, ScoreSpec, NmsSpec)
 }
+_JSON_TYPES: Dict[str, Tuple[type, str]] = {
+    "int": (int, "a whole number"),
+    "Optional[int]": (int, "a whole number or null"),
+    "float": (float, "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text"),
+    "Tuple[float, float, float]": (tuple, "3 numbers"),
+    "Tuple[Label, ...]": (tuple, "a list of labels"),
+}
+_MAX_DIGITS = 100  # more than any field can hold; a longer number takes time quadratic in its length
+_MAX_SHOWN = 60
+
+
+def _read_json(path: Path, content: Optional[bytes]) -> Any:
+    try:
+        if content is None:
+            with path.open("rb") as file:
+                content = file.read(MAX_SPEC_BYTES + 1)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); expected the spec.json that `odtrt export` writes"
+        ) from error
+    if len(content) > MAX_SPEC_BYTES:
+        raise InputError(f"{path}: larger than {MAX_SPEC_BYTES >> 20} MiB; run `odtrt export` again")
+    try:
+        return json.loads(
+            content.decode("utf-8"),
+            parse_int=lambda digits: int(digits[:_MAX_DIGITS]),
+            object_pairs_hook=_object_without_repetition,
+        )
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({one_line(error)}); run `odtrt export` again") from error
+
+
+def _object_without_repetition(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice in one object")
+    return found
 
 
 def _from_dict(kind: type, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
-        raise InputError(f"{where}: {type(data).__name__}, expected an object; run `odtrt export` again")
+        raise InputError(f"{where}: {_shown(data)}, expected an object; run `odtrt export` again")
     fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
     for name in sorted(set(data) ^ set(fields)):
-        problem = "unknown" if name in data else "missing"
-        raise InputError(f"{where}.{name}: {problem} field; run `odtrt export` again")
+        named = f"{where}.{name}" if name.isidentifier() else f"{where}: {_shown(name)}"
+        raise InputError(
+            f"{named}: {'missing' if name in fields else 'unknown'} field; run `odtrt export` again"
+        )
     return kind(**{name: _value(fields[name], data[name], f"{where}.{name}") for name in fields})
 
 
 def _value(annotation: str, value: Any, where: str) -> Any:
+    """A JSON value as a field of that annotation; :func:`problems` judges its range."""
     if annotation in _NESTED:
         return _from_dict(_NESTED[annotation], value, where)
-    if annotation == "Tuple[Label, ...]":
-        if not isinstance(value, list):
-            raise InputError(f"{where}: {type(value).__name__}, expected a list of labels")
+    if annotation == "Tuple[Label, ...]" and isinstance(value, list):
         return tuple(_from_dict(Label, item, f"{where}[{i}]") for i, item in enumerate(value))
-    if annotation == "Tuple[float, float, float]":
-        if not (isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))):
-            raise InputError(f"{where}: {value!r}, expected 3 numbers")
-        return tuple(float(number) for number in value)
-    is_right = {
-        "int": isinstance(value, int) and not isinstance(value, bool),
-        "Optional[int]": value is None or (isinstance(value, int) and not isinstance(value, bool)),
-        "float": _is_number(value),
-        "bool": isinstance(value, bool),
-        "str": isinstance(value, str),
-    }[annotation]
-    if not is_right:
-        raise InputError(f"{where}: {value!r}, expected {annotation}")
-    return float(value) if annotation == "float" else value
+    if annotation == "Tuple[float, float, float]" and isinstance(value, list) and len(value) == 3:
+        return tuple(_value("float", number, f"{where}[{i}]") for i, number in enumerate(value))
+    if annotation == "Optional[int]" and value is None:
+        return None
+    if annotation == "float" and type(value) is int and abs(value) <= _MAX_FLOAT:
+        return float(value)
+    expected, in_words = _JSON_TYPES[annotation]
+    if type(value) is not expected:
+        raise InputError(f"{where}: {_shown(value)}, expected {in_words}; run `odtrt export` again")
+    return value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _shown(value: Any) -> str:
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

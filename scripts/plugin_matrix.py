@@ -48,6 +48,7 @@ from odtrt_lib.spec import (
     Source,
     load_spec,
 )
+from odtrt_lib.tensors import load_anchors
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "plugins" / "tensorrt"
@@ -216,9 +217,8 @@ def detectors(folder: Path, converted: Sequence[Path]) -> dict[tuple[str, str, s
     for model in converted:
         spec = load_spec(model / "spec.json")
         batch = "dynamic" if spec.input.batch is None else str(spec.input.batch)
-        networks.append(
-            (spec.name, batch, onnx.load(model / "heads.onnx"), spec, np.load(model / "anchors.npy"))
-        )
+        anchors = load_anchors(model / "anchors.npy", spec)
+        networks.append((spec.name, batch, onnx.load(model / "heads.onnx"), spec, anchors))
     models = {}
     for name, batch, heads, spec, anchors in networks:
         for precision in engine.PRECISIONS:
