@@ -6,8 +6,8 @@
 
 The plans are real ones, of tiny models, built by TensorRT-RTX, which needs no GPU. Nothing is loaded here:
 what is judged is whether the bytes would have been handed to the runtime. In the rows *model folder* ONNX
-Runtime opens the folder, and what comes out of the network is compared to the bit. A trial goes wrong in one of
-five ways, and a row counts each:
+Runtime opens the folder, and what comes out of the network is compared to the bit. A trial goes wrong in one
+of five ways, and a row counts each:
 
 * ``crashes``: a reader ended by a signal, an exception or not at all.
 * ``wrong_loads``: a verdict OK, a plan chosen or bytes handed out that are not those which were installed
@@ -1098,7 +1098,7 @@ def answer(folder: Path) -> str:
 
 
 def damage_models(scratch: Path, trials: int, chance: random.Random) -> list[Row]:
-    """Bits flipped in, and ends cut off, each of the four files; then the folder is opened and reported on."""
+    """Bits flipped in, and ends cut off, each of the files; then the folder is opened and reported on."""
     source = model_folder(scratch / "damaged", 0)
     intact = {name: (source / name).read_bytes() for name in MODEL_FILES}
     _, said = in_child(lambda: answer(source))
@@ -1182,7 +1182,8 @@ def kill_upgrades(scratch: Path, trials: int, chance: random.Random) -> list[Row
             while row["killed"] < trials:
                 number[0] += 1
                 if way == "at a line":
-                    status, _ = in_child(upgrade, at_line=1 + row["trials"] * said["lines"] // trials)
+                    line = row["trials"] * said["lines"] // trials % said["lines"]
+                    status, _ = in_child(upgrade, at_line=1 + line)
                 else:
                     status = killed_after(upgrade, chance.uniform(0, duration))
                 row["trials"] += 1
@@ -1203,7 +1204,10 @@ def generation_of(folder: Path) -> str:
 
 @contextlib.contextmanager
 def reading_beside(target: Path, allowed: Sequence[str], row: Row) -> Iterator[None]:
-    """Another process that reads the model again and again until the block ends; the row counts what it met."""
+    """Another process that reads the model again and again until the block ends; the row counts what it met.
+
+    It reads the files as every command does, and takes its turn at completing what a kill left undone.
+    """
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
