@@ -1,15 +1,18 @@
 """The fault campaign: plans and their passports are damaged, killed, mixed up and starved of disk.
 
-    python benchmarks/faults.py                 writes results/faults.json; about five minutes
+    python benchmarks/faults.py                 writes results/faults.json; about fifteen minutes
+    python benchmarks/faults.py --only models   writes the rows of this group anew and keeps the others
     python benchmarks/faults.py --seed 7 --kills 20 --only installs disks --out faults.json
 
 The plans are real ones, of tiny models, built by TensorRT-RTX, which needs no GPU. Nothing is loaded here:
-what is judged is whether the bytes would have been handed to the runtime. A trial goes wrong in one of five
-ways, and a row counts each:
+what is judged is whether the bytes would have been handed to the runtime. In the rows *model folder* ONNX
+Runtime opens the folder, and what comes out of the network is compared to the bit. A trial goes wrong in one
+of five ways, and a row counts each:
 
 * ``crashes``: a reader ended by a signal, an exception or not at all.
 * ``wrong_loads``: a verdict OK, a plan chosen or bytes handed out that are not those which were installed
-  with the passport, or a passport that is not the one which was installed.
+  with the passport, or a passport that is not the one which was installed; a model folder that opens and
+  answers otherwise (``silent_differences``), or with files of two generations (``mixed_generations``).
 * ``lost_valid_plans``: a plan that nobody touched, or the old and the new of a pair, cannot be used any more.
 * ``half_written``: a file under its final name that is not whole.
 * ``lost_records``: a record that was in ``log.jsonl`` is not there any more.
@@ -66,6 +69,7 @@ GROUPS = (
     "company",
     "mismatches",
     "builds",
+    "models",
 )
 COLUMNS = ("crashes", "wrong_loads", "lost_valid_plans", "half_written", "lost_records")
 Row = dict[str, Any]
@@ -208,6 +212,7 @@ def make_bench(scratch: Path, plans: Sequence[bytes]) -> Bench:
     (folder / "heads.onnx").write_bytes(onnx_model(0))
     (folder / "spec.json").write_text(SPEC.to_json())
     np.save(folder / "anchors.npy", np.zeros((SPEC.heads.num_anchors, 4), np.float32))
+    folders.seal(folder)
     installed = {}
     for fingerprint, plan in ((VICTIM, plans[0]), (OTHER, plans[1])):
         installed[fingerprint] = describe(plan, fingerprint, folder)
@@ -379,7 +384,7 @@ def half_written(folder: Path) -> int:
     found = {
         path.relative_to(folder / UNPACKED).as_posix(): path.read_bytes()
         for path in (folder / UNPACKED).rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != folders.LOG  # unpack seals what it wrote
     }
     return count + ((folder / UNPACKED).exists() and found != members)
 
@@ -662,7 +667,8 @@ def after_kill(bench: Bench, folder: Path, work: Work, row: Row) -> None:
     is_stuck = said is not None and said["status"] == "running"
     count(row, {**tally, "crashes": tally["crashes"] + (status != 0 or is_stuck)})
     row["left_over"] += sum(
-        path.name.startswith(".staging-") or (path.suffix == ".tmp" and portability.STATUS not in path.name)
+        path.name.startswith((".staging-", ".commit-"))
+        or (path.suffix == ".tmp" and portability.STATUS not in path.name)
         for path in folder.rglob("*")
     )
 
@@ -909,6 +915,11 @@ class Mismatch:
     harm: Callable[[Path, Path], Any] = lambda folder, plan: None
 
 
+def _rot(folder: Path) -> None:
+    folders.seal(folder)
+    (folder / "heads.onnx").write_bytes(b"rotten")
+
+
 def _flip(plan: Path) -> None:
     data = bytearray(plan.read_bytes())
     data[100] ^= 1
@@ -940,6 +951,7 @@ MISMATCHES = (
     Mismatch(
         "model changed", "rebuild", True, harm=lambda folder, _: (folder / "spec.json").write_bytes(b"")
     ),
+    Mismatch("model damaged", "ok", harm=lambda folder, _: _rot(folder)),
     Mismatch("model absent", "ok", harm=lambda folder, _: (folder / "heads.onnx").unlink()),
     Mismatch("other system", "rebuild", True, place={"machine": dataclasses.replace(A100, system="Windows")}),
     Mismatch(
@@ -1052,6 +1064,179 @@ def plant(scratch: Path) -> list[Row]:
     return [row]
 
 
+# ------------------------------------------------------------------------------------------ model folders
+
+MODEL_FILES = ("spec.json", "anchors.npy", "heads.onnx", folders.LOG)
+TRIALS_A_READER = 50
+
+
+def model_folder(folder: Path, generation: int) -> Path:
+    """A sealed model folder; no file of one generation is that of another."""
+    folder.mkdir()
+    named = dataclasses.replace(SPEC, labels=(spec.Label(1, f"a{generation}"), spec.Label(2, "b")))
+    (folder / "spec.json").write_text(named.to_json())
+    (folder / "heads.onnx").write_bytes(onnx_model(generation))
+    anchors = np.random.default_rng(generation).uniform(0.2, 0.8, (SPEC.heads.num_anchors, 4))
+    np.save(folder / "anchors.npy", anchors.astype(np.float32))
+    folders.seal(folder)
+    return folder
+
+
+def answer(folder: Path) -> str:
+    """What the folder says of itself and of one image, as a hash of all bits."""
+    from odtrt_lib.detector import Detector
+
+    with Detector.open(folder, "onnxruntime") as detector:
+        image = np.random.default_rng(1).normal(size=(1, 3, 16, 16)).astype(np.float32)
+        heads = detector.backend.infer(image)
+        parts = [
+            detector.spec.to_json().encode(),
+            detector.anchors.tobytes(),
+            *(one.tobytes() for one in heads),
+        ]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def damage_models(scratch: Path, trials: int, chance: random.Random) -> list[Row]:
+    """Bits flipped in, and ends cut off, each of the files; then the folder is opened and reported on."""
+    source = model_folder(scratch / "damaged", 0)
+    intact = {name: (source / name).read_bytes() for name in MODEL_FILES}
+    _, said = in_child(lambda: answer(source))
+    rows = []
+    for name in MODEL_FILES:
+        for kind in ("a bit flipped", "cut off"):
+            row = new_row(
+                f"model folder: {name}, {kind}", found=0, silent_differences=0, foreign_exceptions=0
+            )
+            damages = [
+                damaged(intact[name], kind, chance) for _ in range(-(-trials // (2 * len(MODEL_FILES))))
+            ]
+            for start in range(0, len(damages), TRIALS_A_READER):
+                some = damages[start : start + TRIALS_A_READER]
+                work = functools.partial(read_damaged, source, name, some, said["answer"])
+                status, read = in_child(work)
+                tally = read["answer"] if status == 0 else {"foreign_exceptions": len(some)}
+                row["trials"] += len(some)
+                count(row, tally)
+            (source / name).write_bytes(intact[name])
+            count(row, {"crashes": row["foreign_exceptions"], "wrong_loads": row["silent_differences"]})
+            rows.append(row)
+    return rows
+
+
+def damaged(content: bytes, kind: str, chance: random.Random) -> bytes:
+    """The content with one bit flipped, or cut off somewhere."""
+    if kind == "cut off":
+        return content[: chance.randrange(len(content))]
+    changed = bytearray(content)
+    changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+    return bytes(changed)
+
+
+def read_damaged(folder: Path, name: str, damages: Sequence[bytes], right: str) -> dict[str, int]:
+    """Opens and reports on the folder with each of the contents; how often what came out of it."""
+    from odtrt_lib.report import write_report
+
+    tally = dict.fromkeys(("found", "silent_differences", "foreign_exceptions"), 0)
+    signal.alarm(SECONDS_A_READER * 10)
+    for content in damages:
+        (folder / name).write_bytes(content)
+        for read in (answer, write_report):
+            try:
+                said = read(folder)
+                tally["silent_differences"] += read is answer and said != right
+            except OdtrtError as error:
+                tally["found"] += read is answer
+                tally["foreign_exceptions"] += "\n" in str(error)
+            except Exception as error:
+                tally["foreign_exceptions"] += 1
+                print(f"(in a trial: {type(error).__name__}: {error})", file=sys.stderr)
+    return tally
+
+
+def kill_upgrades(scratch: Path, trials: int, chance: random.Random) -> list[Row]:
+    """``unpack --force`` from one generation to another and back, killed, with a reader beside it."""
+    archives = []
+    for generation in (1, 2):
+        archives.append(scratch / f"{generation}.odtrt.zip")
+        bundle.pack(model_folder(scratch / f"generation-{generation}", generation), archives[-1])
+    target = scratch / "upgraded"
+    bundle.unpack(archives[0], target)
+    allowed = [generation_of(scratch / f"generation-{number}") for number in (1, 2)]
+    number = [0]
+
+    def upgrade() -> None:
+        bundle.unpack(archives[number[0] % 2], target, force=True)
+
+    number[0] += 1
+    _, said = in_child(upgrade, at_line=1 << 40)
+    start = time.perf_counter()
+    number[0] += 1
+    killed_after(upgrade, SECONDS_A_READER)
+    duration = time.perf_counter() - start
+    rows = []
+    for way in ("at a line", "at a moment"):
+        more = {"killed": 0, "reads": 0, "mixed_generations": 0, "foreign_exceptions": 0, "refused_reads": 0}
+        row = new_row(f"model folder: kill -9 {way} of an upgrade, a reader beside it", **more)
+        with reading_beside(target, allowed, row):
+            while row["killed"] < trials:
+                number[0] += 1
+                if way == "at a line":
+                    line = row["trials"] * said["lines"] // trials % said["lines"]
+                    status, _ = in_child(upgrade, at_line=1 + line)
+                else:
+                    status = killed_after(upgrade, chance.uniform(0, duration))
+                row["trials"] += 1
+                row["killed"] += status == -signal.SIGKILL
+                count(row, {"mixed_generations": generation_of(target / bundle.MODEL) not in allowed})
+                bundle.verify(target)
+        row["wrong_loads"] += row["mixed_generations"]
+        row["crashes"] += row["foreign_exceptions"] + row["refused_reads"]
+        rows.append(row)
+    return rows
+
+
+def generation_of(folder: Path) -> str:
+    """Which files a reader gets, as a hash of them all."""
+    files = folders.sealed(folder, "spec.json", "anchors.npy", "heads.onnx")
+    return hashlib.sha256(b"".join(files.values())).hexdigest()
+
+
+@contextlib.contextmanager
+def reading_beside(target: Path, allowed: Sequence[str], row: Row) -> Iterator[None]:
+    """Another process that reads the model again and again until the block ends; the row counts what it met.
+
+    It reads the files as every command does, and takes its turn at completing what a kill left undone.
+    """
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        stopped = []
+        signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
+        tally = dict.fromkeys(("reads", "mixed_generations", "foreign_exceptions", "refused_reads"), 0)
+        while not stopped:
+            tally["reads"] += 1
+            try:
+                tally["mixed_generations"] += generation_of(target / bundle.MODEL) not in allowed
+            except OdtrtError as error:
+                tally["refused_reads"] += 1
+                print(f"(a reader: {error})", file=sys.stderr)
+            except Exception as error:
+                tally["foreign_exceptions"] += 1
+                print(f"(a reader: {type(error).__name__}: {error})", file=sys.stderr)
+        os.write(writing, json.dumps(tally).encode())
+        os._exit(0)
+    os.close(writing)
+    try:
+        yield
+    finally:
+        os.kill(process, signal.SIGTERM)
+        with os.fdopen(reading) as pipe:
+            text = pipe.read()
+        os.waitpid(process, 0)
+    count(row, json.loads(text))
+
+
 # ------------------------------------------------------------------------------------------- known defects
 
 
@@ -1089,7 +1274,14 @@ def without_lock() -> None:
         module.exclusive = lambda _: contextlib.nullcontext()
 
 
+def without_seal() -> None:
+    """Records that nobody compares with the files."""
+    for name in ("_compare", "_compare_origins"):
+        setattr(folders, name, lambda *_: None)
+
+
 DEFECTS: dict[str, Callable[[], None]] = {
+    "no-seal": without_seal,
     "passport-first": lambda: setattr(passports, "install", passport_first),
     "in-place": lambda: setattr(passports, "install", in_place),
     "no-hash": lambda: setattr(passports, "_difference", without_hash),
@@ -1113,12 +1305,21 @@ def count(row: Row, tally: Mapping[str, int]) -> None:
         row[column] += int(number)
 
 
+def others(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """The rows that are in the file already and that were not measured now."""
+    if not path.is_file():
+        return []
+    kinds = {row["kind"] for row in rows}
+    return [row for row in json.loads(path.read_text())["rows"] if row["kind"] not in kinds]
+
+
 def main() -> None:
     """Runs the campaign and writes its tally; exit status 1 where anything went wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=20261122)
     parser.add_argument("--corruptions", type=int, default=1120)
     parser.add_argument("--kills", type=int, default=100, help="for each work and each way to kill it")
+    parser.add_argument("--models", type=int, default=2400, help="damaged files of model folders")
     parser.add_argument("--builds", type=int, default=30, help="by TensorRT-RTX, each of them killed")
     parser.add_argument("--only", nargs="+", choices=GROUPS)
     parser.add_argument("--defect", choices=sorted(DEFECTS))
@@ -1142,6 +1343,10 @@ def main() -> None:
             "company": lambda: crowd(bench, each),
             "mismatches": lambda: plant(bench.scratch),
             "builds": lambda: kill_real_rebuilds(bench, wanted.builds, chance),
+            "models": lambda: [
+                *damage_models(bench.scratch, wanted.models, chance),
+                *kill_upgrades(bench.scratch, wanted.kills, chance),
+            ],
         }
         rows = []
         for name in wanted.only or GROUPS:
@@ -1149,7 +1354,8 @@ def main() -> None:
                 row["seed"] = wanted.seed
                 rows.append(row)
                 print(row, flush=True)
-    write_results(wanted.out, "faults", "python benchmarks/faults.py", rows)
+    kept = others(wanted.out, rows) if wanted.only else []
+    write_results(wanted.out, "faults", "python benchmarks/faults.py", [*kept, *rows])
     total = {column: sum(row[column] for row in rows) for column in COLUMNS}
     print(f"{sum(row['trials'] for row in rows)} trials: {total}")
     sys.exit(1 if any(total.values()) else 0)

@@ -735,8 +735,6 @@ def _model_files(folder: Path, spec: DetectorSpec) -> Tuple[Dict[str, str], Dict
     names = ["spec.json", "anchors.npy", "heads.onnx"]
     if (folder / "detector.onnx").is_file():
         names.append("detector.onnx")
-    if (folder / "frozen.pb").is_file():
-        check_seal(folder, "frozen.pb")
     hashes = check_seal(folder, *names)
     load_anchors(folder / "anchors.npy", spec)
     weights_by_type(folder / "heads.onnx")  # refuses what is no ONNX model

@@ -873,6 +873,7 @@ FAULTS = {
     "disk full or read-only": ("full disk", "read-only"),
     "several processes at once": ("four ", "a reader "),
     "another machine, library or plugin than the plan's": ("mismatch ",),
+    "a model folder: bits, cut ends, upgrades killed beside a reader": ("model folder: ",),
 }
 
 

@@ -79,7 +79,13 @@ class Stages:
         (folder / "frozen.pb").write_bytes(b"graph" * 1000)
         (folder / "anchors.npy").write_bytes(b"anchors")
         (folder / "spec.json").write_text(self.detector_spec.to_json())
-        return finish(folder, "export", ["frozen.pb", "spec.json"], self.up_to_date, variables_restored=412)
+        return finish(
+            folder,
+            "export",
+            ["frozen.pb", "anchors.npy", "spec.json"],
+            self.up_to_date,
+            variables_restored=412,
+        )
 
     def convert(self, folder, **options):
         self.calls["convert"] = options
