@@ -46,7 +46,7 @@ def plugin() -> Path:
     path = Path(os.environ.get("ODTRT_TENSORRT_PLUGIN", BUILT))
     if not path.is_file():
         pytest.skip(
-            f"no plugin at {path}: it needs nvcc and TensorRT's headers; run `make plugin` with "
+            f"no plugin at {path}: it needs nvcc and TensorRT's headers; run `make plugin ARCH=all` with "
             "TENSORRT_INCLUDE_DIR set"
         )
     return path
