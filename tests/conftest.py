@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -126,3 +127,12 @@ def tiny_folder(tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_folder") / "tiny"
     export(tiny_model, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def odapi_modules():
+    """Imports a module of the OD API, an oracle: ``odapi_modules("utils.label_map_util")``."""
+    from odtrt_lib import odapi
+
+    odapi.prepare()
+    return lambda name: importlib.import_module(f"object_detection.{name}")

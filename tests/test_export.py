@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY_CONFIG
+from spec_cases import SPEC
 
 from odtrt_lib import export as export_room
 from odtrt_lib import odapi
@@ -311,7 +312,11 @@ def test_input_size_that_contradicts_the_config(tiny_model, tmp_path):
 
 
 @pytest.mark.corpus
-def test_what_users_bring_by_mistake(corpus, tmp_path):
+def test_what_users_bring_by_mistake(corpus, odapi_modules, tmp_path):
+    """Two settings of which one excludes the other are no mistake: the OD API takes the last."""
+    from google.protobuf import text_format
+
+    read_by_the_od_api = odapi_modules("utils.config_util").get_configs_from_pipeline_file
     negative = corpus / "negative"
     cases = sorted(path for path in negative.iterdir())
     assert cases
@@ -320,7 +325,11 @@ def test_what_users_bring_by_mistake(corpus, tmp_path):
             assert_one_line_error(
                 lambda c=case: export(c, tmp_path / "out"), InputError, "LFS", "git lfs pull"
             )
+        elif "oneof" in case.name:
+            assert read_pipeline(case).message.model == read_by_the_od_api(str(case))["model"]
         else:
+            with pytest.raises(text_format.ParseError):
+                read_by_the_od_api(str(case))
             assert_one_line_error(lambda c=case: read_pipeline(c), InputError, case.name)
     assert not (tmp_path / "out").exists()
 
@@ -343,3 +352,20 @@ def test_full_disk_or_interrupt_leaves_nothing_half_written(tiny_model, tmp_path
     if isinstance(fault, OSError):
         assert "disk is full" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_written_that_the_later_stages_refuse_to_read(tmp_path):
+    (tmp_path / "pipeline.config").write_text(TINY_CONFIG)
+    settings = read_pipeline(tmp_path / "pipeline.config")
+    anchors = np.full((SPEC.heads.num_anchors, 4), 0.5, np.float32)
+    export_room._check_values(settings, SPEC, anchors)
+    anchors[2, 3] = 0
+    assert_one_line_error(
+        lambda: export_room._check_values(settings, SPEC, anchors),
+        CheckError,
+        "anchor_generator: anchor 2 is",
+    )
+    wrong = dataclasses.replace(SPEC, input=dataclasses.replace(SPEC.input, scale=(1.0, 0.0, 1.0)))
+    assert_one_line_error(
+        lambda: export_room._check_values(settings, wrong, anchors + 1), CheckError, "input.scale"
+    )

@@ -1,81 +1,354 @@
-"""spec.json: what a reader must be told about a damaged or foreign one."""
+"""pipeline.config and spec.json: what is read, and what a reader is told about a damaged or foreign one."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 
+import numpy as np
 import pytest
+from conftest import TINY_CONFIG
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from spec_cases import SPEC
 
-from odtrt_lib.errors import InputError
-from odtrt_lib.spec import load_spec, read_pipeline
+from odtrt_lib.errors import InputError, OdtrtError
+from odtrt_lib.nms import postprocess
+from odtrt_lib.preprocess import preprocess
+from odtrt_lib.spec import MAX_SPEC_BYTES, Resizer, load_spec, problems, read_pipeline
 
-
-def edited(tiny_folder, tmp_path, edit):
-    data = json.loads((tiny_folder / "spec.json").read_text())
-    edit(data)
-    path = tmp_path / "spec.json"
-    path.write_text(json.dumps(data))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("edit", "words"),
-    [
-        (lambda d: d.update(schema=99), ["schema 99", "expected 1"]),
-        (lambda d: d["nms"].pop("iou_threshold"), ["nms.iou_threshold", "missing"]),
-        (lambda d: d["nms"].update(soft_nms_sigma=0.1), ["nms.soft_nms_sigma", "unknown"]),
-        (lambda d: d["input"].update(height="320"), ["input.height", "'320'", "int"]),
-        (lambda d: d["input"].update(scale=[1, 2]), ["input.scale", "3 numbers"]),
-        (lambda d: d.update(labels=[{"id": "x", "name": "y"}]), ["labels[0].id"]),
-        (lambda d: d.update(scores=None), ["scores", "expected an object"]),
-    ],
+FUZZ = settings(
+    derandomize=True,
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_damaged_spec_is_named_field_by_field(tiny_folder, tmp_path, edit, words):
+
+VALUES = [
+    None,
+    True,
+    0,
+    1,
+    2,
+    3,
+    8,
+    64,
+    4097,
+    2**31,
+    10**30,
+    0.0,
+    0.5,
+    1.0,
+    -1.0,
+    1e-45,
+    1e39,
+    math.inf,
+    math.nan,
+]
+VALUES += [
+    "",
+    "a\nb",
+    "\ud800",
+    "sigmoid",
+    "softmax",
+    "identity",
+    "bilinear",
+    "fixed_shape",
+    [],
+    {},
+    [0.5, 1, 2],
+]
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def as_json(spec=SPEC):
+    return json.loads(spec.to_json())
+
+
+def places(data, path=()):
+    """The path of every value in a JSON document."""
+    yield path
+    if isinstance(data, (dict, list)):
+        for key in data if isinstance(data, dict) else range(len(data)):
+            yield from places(data[key], (*path, key))
+
+
+def changed(data, path, value):
+    if not path:
+        return value
+    copy = data.copy()
+    copy[path[0]] = changed(data[path[0]], path[1:], value) if len(path) > 1 else value
+    return copy
+
+
+def in_floats(data):
+    return json.loads(json.dumps(data), parse_int=float)
+
+
+def set_to(path, value):
+    """``spec.json`` with another value at ``path``, e.g. ``nms.iou_threshold``."""
+    keys = [int(key) if key.isdigit() else key for key in path.split(".")]
+    return changed(as_json(), keys, value)
+
+
+def refused(path, data):
+    """The one-line message for a ``spec.json`` of that content."""
+    path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
     with pytest.raises(InputError) as caught:
-        load_spec(edited(tiny_folder, tmp_path, edit))
-    assert all(word in str(caught.value) for word in words), caught.value
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\x00\xff"])
-def test_not_a_spec(tmp_path, content):
-    path = tmp_path / "spec.json"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"spec\.json"):
         load_spec(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message and len(message) < 400
+    return message
 
 
-def test_missing_spec(tmp_path):
-    with pytest.raises(InputError, match="odtrt export"):
-        load_spec(tmp_path / "spec.json")
-
-
-def test_background_column_follows_the_config(tiny_model, tmp_path):
-    text = (tiny_model / "pipeline.config").read_text()
-    without = tmp_path / "without.config"
-    without.write_text(text.replace("num_classes: 3", "num_classes: 3 add_background_class: false", 1))
-    settings = read_pipeline(without)
-    assert settings.num_classes == 3 and not settings.background_column
-    explicit = tmp_path / "explicit.config"
-    explicit.write_text(
-        text.replace(
-            "num_classes: 3",
-            "num_classes: 4 add_background_class: false explicit_background_class: true",
-            1,
+def assert_serves(spec):
+    """The rooms behind take a spec that was read: nothing but an OdtrtError comes out of them."""
+    network, heads = spec.input, spec.heads
+    if network.height * network.width <= 64**2:
+        image = np.zeros((8, 8, 3), np.uint8)
+        try:
+            assert np.isfinite(preprocess(image, network)[0]).all()
+        except OdtrtError:
+            assert network.resizer.kind == "keep_aspect_ratio"
+    if heads.num_anchors * heads.num_columns <= 10**4 and spec.nms.max_total_detections <= 10**4:
+        encodings = np.zeros((1, heads.num_anchors, 4), np.float32)
+        logits = np.ones((1, heads.num_anchors, heads.num_columns), np.float32)
+        anchors, windows = (
+            np.full((heads.num_anchors, 4), 0.5, np.float32),
+            np.array([[0, 0, 1, 1]], np.float32),
         )
+        found = postprocess(encodings, logits, anchors, spec, windows)
+        for column in found.classes[0, : found.num_detections[0]]:
+            assert spec.labels[column].id == column + 1
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "spec.json"
+
+
+class TestReader:
+    def test_what_was_written_is_read(self, path):
+        path.write_text(SPEC.to_json())
+        assert load_spec(path) == SPEC
+
+    @pytest.mark.parametrize(
+        ("field", "value", "expected"),
+        [
+            ("schema", 99, "schema 99, expected 1"),
+            ("schema", True, "schema True"),
+            ("schema", 1.0, "schema 1.0"),
+            ("input", None, "spec.input: None, expected an object"),
+            ("input.height", "320", "spec.input.height: '320', expected a whole number"),
+            ("input.height", 320.0, "input.height: 320.0"),
+            ("input.height", True, "input.height: True"),
+            ("input.height", 0, "input.height: 0, expected 1 to 16777215"),
+            ("input.height", 9, "expected the square of resizer.max_dimension, 8"),
+            ("input.width", 10**30, "input.width: 1000"),
+            ("input.batch", 0, "input.batch: 0, expected 1 to"),
+            ("input.scale", [1, 2], "input.scale: a list of 2, expected 3 numbers"),
+            ("input.scale", [1, 2, "x"], "input.scale[2]: 'x', expected a number"),
+            ("input.scale", [1, 0, 1], "expected a positive, finite float32"),
+            ("input.scale", [1, 1, -1], "expected a positive, finite float32"),
+            ("input.scale", [1, 1, 10**400], "input.scale[2]: 1000"),
+            ("input.scale", [1, 1, 1e39], "expected a positive, finite float32"),
+            ("input.offset", [0, math.nan, 0], "expected a finite float32"),
+            ("input.resizer.kind", "stretch", "'stretch', expected fixed_shape or keep_aspect_ratio"),
+            ("input.resizer.kind", "fixed_shape", "expected no min_dimension"),
+            ("input.resizer.method", "nearest", "input.resizer.method: 'nearest', expected bilinear"),
+            ("input.resizer.min_dimension", 9, "expected 1 <= min_dimension <= max_dimension"),
+            ("input.resizer.max_dimension", None, "expected 1 <= min_dimension <= max_dimension"),
+            ("input.resizer.pad_value", [0, 0, math.inf], "expected a finite float32"),
+            ("heads.num_anchors", 2**30, "expected less than 2^31 scores"),
+            ("heads.num_anchors", -1, "expected 1 to"),
+            ("heads.num_classes", 3, "labels: 2, expected one for each of heads.num_classes, 3"),
+            ("heads.background_column", 1, "expected true or false"),
+            ("box_coder.y_scale", 1e-45, "expected a positive, finite float32"),
+            ("box_coder.y_scale", 10**400, "box_coder.y_scale: 1000"),
+            ("scores.logit_scale", 0, "scores.logit_scale: 0.0, expected a positive"),
+            ("scores.converter", "tanh", "expected sigmoid or softmax or identity"),
+            ("nms.score_threshold", math.inf, "expected a finite float32"),
+            ("nms.iou_threshold", 2, "nms.iou_threshold: 2.0, expected 0 to 1"),
+            ("nms.iou_threshold", -1, "nms.iou_threshold: -1.0, expected 0 to 1"),
+            ("nms.iou_threshold", math.nan, "nms.iou_threshold: nan, expected 0 to 1"),
+            ("nms.max_detections_per_class", 0, "expected 1 to"),
+            ("nms.max_total_detections", 0, "expected 1 to 1048576"),
+            ("nms.max_total_detections", 10**9, "expected 1 to 1048576"),
+            ("labels", [], "labels: 0, expected one for each"),
+            ("labels", {}, "labels: an object, expected a list of labels"),
+            ("labels.0.id", 2, "labels[0].id: 2, expected 1"),
+            ("labels.1.id", 10**30, "labels[1].id: 1000"),
+            ("labels.0.id", "x", "labels[0].id: 'x', expected a whole number"),
+            ("labels.0.name", "\ud800", "labels[0].name"),
+            ("labels.0.name", None, "labels[0].name: None, expected text"),
+        ],
     )
-    settings = read_pipeline(explicit)
-    assert settings.num_classes == 3 and settings.background_column
+    def test_a_value_is_named_with_its_field(self, path, field, value, expected):
+        assert expected in refused(path, set_to(field, value))
+
+    def test_fields_that_are_missing_or_unknown(self, path):
+        data = as_json()
+        del data["nms"]["iou_threshold"]
+        assert "spec.nms.iou_threshold: missing field" in refused(path, data)
+        assert "spec.nms.soft_nms_sigma: unknown field" in refused(path, set_to("nms.soft_nms_sigma", 0.1))
+        assert "spec.nms: '\\x1b[31m': unknown field" in refused(path, set_to("nms.\x1b[31m", 0))
+
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            (b"", "not JSON"),
+            (b"{", "not JSON"),
+            (b"[]", "schema 'list'"),
+            (b"\x00\xff", "not JSON"),
+            (b'{"schema": 1, "schema": 1}', "not JSON (a name is there twice"),
+            (b'{"a":' * 100_000, "not JSON (maximum recursion depth"),
+            (b"[" * 100_000, "not JSON (maximum recursion depth"),
+            (b" " * (MAX_SPEC_BYTES + 1), "larger than 16 MiB"),
+        ],
+    )
+    def test_not_a_spec(self, path, content, expected):
+        assert expected in refused(path, content)
+
+    def test_missing_spec(self, path):
+        with pytest.raises(InputError, match="odtrt export"):
+            load_spec(path)
+
+    def test_a_flipped_bit_in_any_byte_is_refused_or_read_as_it_stands(self, path):
+        content = json.dumps(as_json(), separators=(",", ":")).encode()
+        for bit in range(0, 8 * len(content), 5):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            try:
+                spec = load_spec(path)
+            except InputError:
+                continue
+            assert as_json(spec) == json.loads(flipped)
+
+    def test_a_cut_is_refused(self, path):
+        content = json.dumps(as_json()).encode()
+        for size in range(0, len(content), 5):
+            refused(path, content[:size])
+
+    @FUZZ
+    @given(content=st.binary(max_size=60))
+    def test_any_bytes_are_refused(self, path, content):
+        refused(path, content)
+
+    @FUZZ
+    @given(place=st.sampled_from(list(places(as_json()))), value=st.sampled_from(VALUES) | ANY_JSON)
+    def test_any_value_in_any_place_is_refused_or_serves(self, path, place, value):
+        data = changed(as_json(), place, value)
+        path.write_text(json.dumps(data))
+        try:
+            spec = load_spec(path)
+        except InputError as error:
+            assert "\n" not in str(error)
+            return
+        assert in_floats(as_json(spec)) == in_floats(data)
+        assert_serves(spec)
 
 
-def test_label_map_of_more_classes_is_refused_when_named(tiny_model, tmp_path):
-    labels = tmp_path / "labels.pbtxt"
-    labels.write_text('item { id: 9 name: "cat" }')
-    with pytest.raises(InputError, match="id 9"):
-        read_pipeline(tiny_model / "pipeline.config", labels)
+def test_a_spec_and_its_parts_say_what_is_wrong_with_them():
+    assert not list(problems(SPEC))
+    wrong = dataclasses.replace(
+        SPEC, nms=dataclasses.replace(SPEC.nms, iou_threshold=2.0), labels=SPEC.labels[:1]
+    )
+    assert list(problems(wrong)) == [
+        "nms.iou_threshold: 2.0, expected 0 to 1",
+        "labels: 1, expected one for each of heads.num_classes, 2",
+    ]
+    assert list(problems(Resizer("fixed_shape"))) == []
 
 
-def test_text_label_map_one_name_a_line(tiny_model, tmp_path):
-    labels = tmp_path / "labels.txt"
-    labels.write_text("???\none\ntwo\nthree\n")
-    settings = read_pipeline(tiny_model / "pipeline.config", labels)
-    assert [label.name for label in settings.labels] == ["one", "two", "three"]
+class TestPipeline:
+    def test_background_column_follows_the_config(self, tmp_path):
+        config = tmp_path / "pipeline.config"
+        config.write_text(
+            TINY_CONFIG.replace("num_classes: 3", "num_classes: 3 add_background_class: false", 1)
+        )
+        found = read_pipeline(config)
+        assert found.num_classes == 3 and not found.background_column
+        explicit = "num_classes: 4 add_background_class: false explicit_background_class: true"
+        config.write_text(TINY_CONFIG.replace("num_classes: 3", explicit, 1))
+        found = read_pipeline(config)
+        assert found.num_classes == 3 and found.background_column
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ("num_classes: 3", "num_classes: 90 num_classes: 3"),
+            ("iou_threshold: 0.6", "iou_threshold: 0.9 iou_threshold: 0.5"),
+            ("score_converter: SIGMOID", "score_converter: SIGMOID score_converter: SOFTMAX"),
+            ("height: 96 width: 128", "height: 96 width: 128 height: 64"),
+            ("eval_config { }", "eval_config { } model { ssd { num_classes: 2 } }"),
+            ("eval_config { }", "eval_config { } model { faster_rcnn { } }"),
+            ("fixed_shape_resizer {", "keep_aspect_ratio_resizer { } fixed_shape_resizer {"),
+        ],
+    )
+    def test_of_a_setting_that_is_written_twice_the_last_one_counts(self, odapi_modules, tmp_path, old, new):
+        config = tmp_path / "pipeline.config"
+        assert old in TINY_CONFIG
+        config.write_text(TINY_CONFIG.replace(old, new, 1))
+        model = odapi_modules("utils.config_util").get_configs_from_pipeline_file(str(config))["model"]
+        if model.WhichOneof("model") != "ssd":
+            with pytest.raises(OdtrtError, match=rf"model\.{model.WhichOneof('model')} is not supported"):
+                read_pipeline(config)
+            return
+        found = read_pipeline(config)
+        assert found.message.model == model
+        assert found.num_classes == model.ssd.num_classes
+        assert found.nms.iou_threshold == model.ssd.post_processing.batch_non_max_suppression.iou_threshold
+        assert found.input_size == (
+            model.ssd.image_resizer.fixed_shape_resizer.height,
+            model.ssd.image_resizer.fixed_shape_resizer.width,
+        )
+
+    @pytest.mark.parametrize(
+        ("old", "new", "expected"),
+        [
+            (
+                "iou_threshold: 0.6",
+                "iou_threshold: 2",
+                "batch_non_max_suppression.iou_threshold: 2.0, expected 0 to 1",
+            ),
+            ("iou_threshold: 0.6", "iou_threshold: nan", "iou_threshold: nan, expected 0 to 1"),
+            ("score_threshold: 0.01", "score_threshold: -inf", "score_threshold: -inf, expected a finite"),
+            ("max_detections_per_class: 20", "max_detections_per_class: 0", "max_detections_per_class: 0"),
+            ("max_total_detections: 40", "max_total_detections: 1000000000", "expected 1 to 1048576"),
+            ("y_scale: 10", "y_scale: 0", "faster_rcnn_box_coder.y_scale: 0.0, expected a positive"),
+            ("num_classes: 3", "num_classes: 2000000000", "num_classes is 2000000000, expected 1 to 65536"),
+            ("height: 96", "height: 2000000000", "fixed_shape_resizer: 2000000000x128, expected"),
+        ],
+    )
+    def test_a_setting_out_of_its_range_is_named(self, tmp_path, old, new, expected):
+        config = tmp_path / "pipeline.config"
+        assert old in TINY_CONFIG
+        config.write_text(TINY_CONFIG.replace(old, new, 1))
+        with pytest.raises(InputError) as caught:
+            read_pipeline(config)
+        assert str(config) in str(caught.value) and expected in str(caught.value)
+
+    @FUZZ
+    @given(
+        st.floats(0, 1, width=32),
+        st.floats(-(2.0**127), 2.0**127, width=32),
+        st.floats(2.0**-126, 2.0**127, width=32),
+        st.integers(1, 2**20),
+    )
+    def test_what_the_od_api_takes_is_read_again(self, path, iou, score, scale, most):
+        """Any settings that protobuf holds in these ranges go through spec.json to the same bits."""
+        spec = dataclasses.replace(
+            SPEC,
+            nms=dataclasses.replace(
+                SPEC.nms, iou_threshold=iou, score_threshold=score, max_total_detections=most
+            ),
+            scores=dataclasses.replace(SPEC.scores, logit_scale=scale),
+        )
+        path.write_text(spec.to_json())
+        assert load_spec(path) == spec
