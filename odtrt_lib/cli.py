@@ -53,7 +53,7 @@ _TENSORFLOW_LOG = (
 )
 # The figures of a stage that the terminal shows; report.html and log.jsonl have them all.
 _SHOWN_CHECKS = {
-    "export": ("variables restored", "anchors from config", "frozen vs eager"),
+    "export": ("checkpoint", "variables restored", "anchors from config", "frozen vs eager"),
     "convert": ("resizes agree", "ONNX checker", "max relative error"),
     "engine": ("inputs and outputs", "layers", "half precision"),
     "fuse": ("ONNX checker", "nodes"),
