@@ -504,20 +504,21 @@ def _why_without_effect(field: str, spec: DetectorSpec) -> str:
 
 
 def _other_values(field: str, value: Any) -> list[Any]:
-    name = field.split(".")[-1] if not field[-1].isdigit() else field.split(".")[-2]
-    choices: dict[str, list[Any]] = {
-        "kind": ["keep_aspect_ratio" if value == "fixed_shape" else "fixed_shape"],
-        "method": ["nearest"],
-        "converter": [other for other in ("sigmoid", "softmax", "identity") if other != value],
-        "batch": [1 if value is None else value + 1, None if value is not None else 2],
-        "min_dimension": [value and value // 2],
-        "iou_threshold": [value * 0.99, value * 1.01, 0.5 * value],
-        "scale": [value * 1.01, -value],
-        "offset": [value + 1.0],
-        "pad_value": [value + 1.0],
-    }
-    if name in choices:
-        return choices[name]
+    """Wrong values of a field, close to the right one where they are numbers."""
+    parts = field.split(".")
+    name = parts[-2] if parts[-1].isdigit() else parts[-1]
+    if name == "kind":
+        return ["keep_aspect_ratio" if value == "fixed_shape" else "fixed_shape"]
+    if name == "method":
+        return ["nearest"]
+    if name == "converter":
+        return [other for other in ("sigmoid", "softmax", "identity") if other != value]
+    if name == "batch":
+        return [1, 2] if value is None else [value + 1, None]
+    if name == "min_dimension":
+        return [value // 2]
+    if name in ("offset", "pad_value"):
+        return [value + 1.0]
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
