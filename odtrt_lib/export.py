@@ -217,14 +217,13 @@ def _make(
     _check_head_shapes(settings, spec, eager)
     agreement = compare_with_odapi(model, eager, spec, anchors, graph)
     checks = {
-        "checkpoint": f"{files.checkpoint.name}, {files.choice}",
         "variables_restored": num_variables,
         "graph_nodes": len(graph.node),
         "postprocessing_or_control_flow_ops": 0,
         "anchors": len(anchors),
         "anchors_from_config_max_abs_err": anchor_error,
         "frozen_vs_eager_max_abs_err": error,
-        "spec_vs_odapi": dataclasses.asdict(agreement),
+        **{f"spec_vs_odapi_{name}": figure for name, figure in dataclasses.asdict(agreement).items()},
     }
     return _Made(graph, anchors, spec, checks)
 
@@ -558,13 +557,13 @@ def _checked_anchors(
             f"{', '.join(f'{height}x{width}' for height, width in maps)}, the model uses {len(anchors)}; the "
             "config is not the model's"
         )
-    error = float(np.abs(computed - anchors).max())
-    if not error <= _MAX_ANCHOR_ERROR:
+    difference = float(np.abs(computed - anchors).max())
+    if not difference <= _MAX_ANCHOR_ERROR:
         raise CheckError(
             f"{settings.path}: the anchors of model.ssd.anchor_generator differ from those that the model "
-            f"uses by {error:.3g} (limit {_MAX_ANCHOR_ERROR:g}); the config is not the model's"
+            f"uses by {difference:.3g} (limit {_MAX_ANCHOR_ERROR:g}); the config is not the model's"
         )
-    return anchors, error
+    return anchors, difference
 
 
 def _centre_size(boxes: np.ndarray) -> np.ndarray:

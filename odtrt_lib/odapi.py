@@ -310,12 +310,13 @@ def _advice_on_size(pipeline: Path, message: Any, size: tuple[int, int], error: 
     multiple = _multiple(message.model.ssd.feature_extractor)
     found = re.search(r"image size must be >= (\d+)", str(error))
     smallest = int(found.group(1)) if found else 1
-    larger = tuple(-(-max(side, smallest) // multiple) * multiple for side in size)
-    smaller = tuple(max(side // multiple, -(-smallest // multiple)) * multiple for side in size)
+    least = -(-smallest // multiple)
+    smaller = [max(side // multiple, least) * multiple for side in size]
+    larger = [max(-(-side // multiple), least) * multiple for side in size]
     fitting = [
-        f"{tried[0]}x{tried[1]}"
-        for tried in sorted({smaller, larger} - {tuple(size)})
-        if _feature_map_sizes(pipeline, message, tried) is not None
+        f"{height}x{width}"
+        for height, width in sorted({(smaller[0], smaller[1]), (larger[0], larger[1])} - {size})
+        if _feature_map_sizes(pipeline, message, (height, width)) is not None
     ]
     if not fitting:
         return f"{_cause(error)}; use the size that the checkpoint was trained with"

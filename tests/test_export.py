@@ -294,6 +294,9 @@ def test_log_records_hashes_versions_and_checks(tiny_folder):
     assert set(record["outputs"]) == {"frozen.pb", "anchors.npy", "spec.json"}
     assert record["checks"]["frozen_vs_eager_max_abs_err"] < 1e-3
     assert record["checks"]["variables_restored"] > 100
+    assert record["checks"]["spec_vs_odapi_box_max_err"] < 1e-5
+    assert record["checks"]["spec_vs_odapi_detections"] > 30
+    assert record["settings"]["checkpoint"] == "ckpt-0"
     assert record["versions"]["tensorflow"].startswith("2.")
 
 
