@@ -51,15 +51,15 @@ class Agreement:
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Raw heads of a batch.
+    """Raw heads of one image.
 
-    box_encodings: float32 [B, N, 4]. class_logits: float32 [B, N, columns]. fill: the part of the network
-    input, height and width, that each image covers.
+    box_encodings: float32 [1, N, 4]. class_logits: float32 [1, N, columns]. fill: the part of the network
+    input, height and width, that the image covers.
     """
 
     box_encodings: np.ndarray
     class_logits: np.ndarray
-    fill: tuple[tuple[float, float], ...]
+    fill: tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,8 @@ def compare_with_odapi(
     """Holds what chapter 1 left behind against the OD API's model that it was made from.
 
     model: the OD API's, restored. predictions: what ``model.predict`` returned for a network input.
-    anchors: ``anchors.npy``. graph: the frozen GraphDef. label_map: the label map that the names come from.
+    anchors: ``anchors.npy``. graph: the frozen GraphDef. label_map: the label map that the names come
+    from; one that the OD API cannot read, such as a list of names, is no oracle and is passed over.
 
     Raises CheckError, saying what differs: the tensors that the spec names are not the graph's, the labels
     not the label map's, the network input of a picture not the OD API's, the boxes, scores or detections of
@@ -88,20 +89,18 @@ def compare_with_odapi(
     """
     _compare_tensors(predictions, spec, anchors, graph)
     _compare_labels(spec, label_map)
+    count, box_errors, score_errors = 0, [], []
     with np.errstate(all="ignore"):
         pictures, input_error = _compare_inputs(model, spec)
-        heads = draw_heads(spec, anchors)
-        theirs = _odapi_postprocess(model, predictions, heads)
-        box_error = _compare_decoded(theirs, heads, spec, anchors)
-        score_error = _compare_scores(theirs, heads, spec)
-        count, errors = _compare_detections(theirs, heads, spec, anchors)
-    return Agreement(
-        pictures=pictures,
-        detections=count,
-        input_max_err=input_error,
-        box_max_err=max(box_error, errors[0]),
-        score_max_err=max(score_error, errors[1]),
-    )
+        for heads in draw_heads(spec, anchors):
+            theirs = _odapi_postprocess(model, predictions, heads)
+            box_errors.append(_compare_decoded(theirs, heads, spec, anchors))
+            score_errors.append(_compare_scores(theirs, heads, spec))
+            detections, box_error, score_error = _compare_detections(theirs, heads, spec, anchors)
+            count += detections
+            box_errors.append(box_error)
+            score_errors.append(score_error)
+    return Agreement(pictures, count, input_error, max(box_errors), max(score_errors))
 
 
 def wrong_fields(spec: DetectorSpec) -> Iterator[tuple[str, DetectorSpec | str]]:
@@ -147,7 +146,7 @@ def try_wrong_fields(
     return outcomes
 
 
-def draw_heads(spec: DetectorSpec, anchors: np.ndarray) -> Heads:
+def draw_heads(spec: DetectorSpec, anchors: np.ndarray) -> Iterator[Heads]:
     """Raw heads on which every setting of the post-processing shows; the same for the same spec.
 
     Five images: pairs of boxes of every IoU, scores around the threshold, a class with too many boxes, an
@@ -157,27 +156,25 @@ def draw_heads(spec: DetectorSpec, anchors: np.ndarray) -> Heads:
     generator = np.random.default_rng(12)
     carriers = np.flatnonzero((anchors[:, 2:] > 0).all(axis=1))
     most = len(carriers)
-    fills = ((1.0, 1.0),) * 4 + ((0.6, 0.75),)
-    images = [
-        _overlapping(spec),
-        _around_the_threshold(spec),
-        _too_many_of_a_class(spec, most),
-        _too_many(spec, most),
-        _across_the_edge(spec, fills[-1]),
-    ]
-    count, columns = len(anchors), spec.heads.num_columns
-    scales = np.array(dataclasses.astuple(spec.box_coder))
-    encodings = generator.normal(0, 0.5, (len(images), count, 4)) * scales
-    logits = _quiet_logits(generator, spec, (len(images), count, columns))
-    for i, boxes in enumerate(images):
+    part = (0.6, 0.75)
+    scales = np.array(dataclasses.astuple(spec.box_coder), np.float32)
+    for fill, boxes in (
+        ((1.0, 1.0), _overlapping(spec)),
+        ((1.0, 1.0), _around_the_threshold(spec)),
+        ((1.0, 1.0), _too_many_of_a_class(spec, most)),
+        ((1.0, 1.0), _too_many(spec, most)),
+        (part, _across_the_edge(spec, part)),
+    ):
         boxes = boxes[:most]
+        encodings = generator.standard_normal((len(anchors), 4), np.float32) * scales / 2
+        logits = _quiet_logits(generator, spec, (len(anchors), spec.heads.num_columns))
         rows = generator.permutation(carriers)[: len(boxes)]
         corners = np.array([box.corners for box in boxes], np.float64).reshape(-1, 4)
-        encodings[i, rows] = _encode(corners, anchors[rows].astype(np.float64)) * scales
+        encodings[rows] = _encode(corners, anchors[rows].astype(np.float64)) * scales
         for row, box in zip(rows, boxes, strict=True):
-            logits[i, row] = _logits_of(spec, box)
-    logits *= spec.scores.logit_scale
-    return Heads(encodings.astype(np.float32), logits.astype(np.float32), fills)
+            logits[row] = _logits_of(spec, box)
+        logits *= np.float32(spec.scores.logit_scale)
+        yield Heads(encodings[np.newaxis], logits[np.newaxis], fill)
 
 
 def _fail(what: str) -> CheckError:
@@ -219,9 +216,13 @@ def _compare_labels(spec: DetectorSpec, label_map: str | Path | None) -> None:
     if label_map is None:
         return
     odapi.prepare()
+    from google.protobuf import message, text_format
     from object_detection.utils import label_map_util
 
-    theirs = label_map_util.create_category_index_from_labelmap(str(label_map))
+    try:
+        theirs = label_map_util.create_category_index_from_labelmap(str(label_map))
+    except (message.DecodeError, text_format.ParseError, TypeError, ValueError):
+        return
     for label in spec.labels:
         name = theirs.get(label.id, {}).get("name", label.name)
         if label.name != name:
@@ -268,16 +269,14 @@ def _picture_sizes(spec: DetectorSpec) -> list[tuple[int, int]]:
 def _odapi_postprocess(model: Any, predictions: Mapping[str, Any], heads: Heads) -> dict[str, np.ndarray]:
     tf = odapi.tensorflow()
     height, width = tuple(predictions["preprocessed_inputs"].shape)[1:3]
-    batch = len(heads.fill)
-    shapes = [[*_true_size(fill, height, width), 3] for fill in heads.fill]
     answer = model.postprocess(
         {
-            "preprocessed_inputs": tf.zeros([batch, height, width, 3], tf.uint8),
+            "preprocessed_inputs": tf.zeros([1, height, width, 3], tf.uint8),
             "box_encodings": tf.constant(heads.box_encodings),
             "class_predictions_with_background": tf.constant(heads.class_logits),
             "anchors": predictions["anchors"],
         },
-        tf.constant(shapes, tf.int32),
+        tf.constant([[*_true_size(heads.fill, height, width), 3]], tf.int32),
     )
     return {name: value.numpy() for name, value in answer.items()}
 
@@ -310,15 +309,11 @@ def _compare_scores(theirs: Mapping[str, np.ndarray], heads: Heads, spec: Detect
 
 def _compare_detections(
     theirs: Mapping[str, np.ndarray], heads: Heads, spec: DetectorSpec, anchors: np.ndarray
-) -> tuple[int, tuple[float, float]]:
+) -> tuple[int, float, float]:
     height, width = spec.input.height, spec.input.width
-    windows = [
-        Frame(height, width, *_true_size(fill, height, width), height, width).clip_window
-        for fill in heads.fill
-    ]
-    found = postprocess_reference(
-        heads.box_encodings, heads.class_logits, anchors, spec, np.array(windows, np.float32)
-    )
+    frame = Frame(height, width, *_true_size(heads.fill, height, width), height, width)
+    window = np.array([frame.clip_window], np.float32)
+    found = postprocess_reference(heads.box_encodings, heads.class_logits, anchors, spec, window)
     for name, ours, expected in (
         ("numbers of detections", found.num_detections, theirs["num_detections"].astype(np.int64)),
         ("shapes of the detections", found.boxes.shape, theirs["detection_boxes"].shape),
@@ -335,7 +330,7 @@ def _compare_detections(
         if not error <= LIMIT:
             raise _fail(f"the {name} of the detections differ by up to {error:.2g} (nms)")
         errors.append(error)
-    return int(found.num_detections.sum()), (errors[0], errors[1])
+    return int(found.num_detections[0]), errors[0], errors[1]
 
 
 def _first_difference(ours: Any, expected: Any) -> str:
@@ -432,17 +427,17 @@ def _encode(corners: np.ndarray, anchors: np.ndarray) -> np.ndarray:
     )
 
 
-def _quiet_logits(generator: np.random.Generator, spec: DetectorSpec, shape: tuple[int, ...]) -> np.ndarray:
-    """Logits, before the scale, whose scores are below the threshold."""
+def _quiet_logits(generator: np.random.Generator, spec: DetectorSpec, shape: tuple[int, int]) -> np.ndarray:
+    """Logits, before the scale, whose scores are below the threshold; float32."""
     threshold, converter = spec.nms.score_threshold, spec.scores.converter
     if converter == "identity":
-        return threshold - 1 - generator.uniform(0, 1, shape)
+        return np.float32(threshold - 1) - generator.random(shape, np.float32)
     if converter == "sigmoid" and threshold > 1e-20:
         loudest = min(-20.0, math.log(threshold) - 5)
-        return generator.uniform(loudest - 40, loudest, shape)
-    logits = np.full(shape, _NEVER)
+        return np.float32(loudest) - 40 * generator.random(shape, np.float32)
+    logits = np.full(shape, _NEVER, np.float32)
     if converter == "softmax":
-        logits[..., 0] = 0
+        logits[:, 0] = 0
     return logits
 
 

@@ -163,9 +163,8 @@ def test_columns_shifted_by_one_fail(other):
 def test_drawn_scores_and_overlaps_keep_their_distance(subject):
     """In float64, apart from the code under test: nothing lies where rounding decides."""
     spec = subject.spec
-    heads = draw_heads(spec, subject.anchors)
-    for i in range(len(heads.fill)):
-        logits = heads.class_logits[i].astype(np.float64) / spec.scores.logit_scale
+    for heads in draw_heads(spec, subject.anchors):
+        logits = heads.class_logits[0].astype(np.float64) / spec.scores.logit_scale
         if spec.scores.converter == "softmax":
             scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         else:
@@ -176,7 +175,7 @@ def test_drawn_scores_and_overlaps_keep_their_distance(subject):
         rows, columns = np.nonzero(scores > threshold)
         own = np.sort(scores[rows, columns])
         assert len(own) < 2 or np.diff(own).min() > 1e-5
-        boxes = decode_boxes(heads.box_encodings[i], subject.anchors, spec.box_coder)[rows].astype(np.float64)
+        boxes = decode_boxes(heads.box_encodings[0], subject.anchors, spec.box_coder)[rows].astype(np.float64)
         low, high = boxes[:, None, :2], boxes[:, None, 2:]
         sides = np.minimum(high, boxes[None, :, 2:]) - np.maximum(low, boxes[None, :, :2])
         common = np.prod(np.maximum(sides, 0), axis=-1)
