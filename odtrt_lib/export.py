@@ -8,20 +8,22 @@ the preprocessed image to box encodings and class logits. What was left out is w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import glob
 import hashlib
+import heapq
 import json
+import os
 import re
 import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from odtrt_lib import odapi
+from odtrt_lib.contract import compare_with_odapi
 from odtrt_lib.errors import CheckError, InputError, UnsupportedError, one_line
 from odtrt_lib.folder import StageResult, sha256, staging, up_to_date, write_record
 from odtrt_lib.spec import (
@@ -47,46 +49,59 @@ _FORBIDDEN = re.compile(
 _MAX_ERROR_IN_STD = 2e-3
 _MAX_ANCHOR_ERROR = 1e-6
 
+_LFS = b"version https://git-lfs"
+_OTHER_FILES = {
+    ".pb": "a frozen graph, which holds the network but not the model it was made from",
+    ".meta": "a graph of TensorFlow 1",
+    ".tflite": "a TensorFlow Lite model",
+    ".onnx": "an ONNX model",
+    ".h5": "a Keras model",
+    ".keras": "a Keras model",
+    ".tar.gz": "an archive: unpack it and name the folder",
+    ".tgz": "an archive: unpack it and name the folder",
+    ".zip": "an archive: unpack it and name the folder",
+    ".tar": "an archive: unpack it and name the folder",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """Where a model's files were found. ``root`` is the model's name inside the checkpoint."""
+    """Where a model's files were found.
+
+    ``root`` is the model's name inside the checkpoint. ``choice`` says why it is this checkpoint.
+    """
 
     pipeline: Path
     checkpoint: Path
     root: str
+    choice: str
 
 
 def find_model(source: str | Path, pipeline: str | Path | None = None) -> ModelFiles:
     """Finds pipeline.config and checkpoint in what a user has.
 
-    source: an exported model (``pipeline.config`` with ``checkpoint/`` or only ``saved_model/``), a
-        training directory (``ckpt-N``, the one that its ``checkpoint`` file names, else the highest N),
-        or a checkpoint itself (``.../ckpt-7`` or one of its files).
-    pipeline: the config, where it does not lie beside the checkpoint or one folder up.
+    source: an exported model (``pipeline.config`` with ``checkpoint/`` or only ``saved_model/``), one of its
+        folders, a training directory (the checkpoint that its ``checkpoint`` file names, where it has none
+        the highest ``ckpt-N``), a checkpoint itself (``.../ckpt-7`` or one of its files), or a
+        ``pipeline.config`` beside one.
+    pipeline: the config, where it does not lie beside the checkpoint or in a folder above it.
 
-    Raises InputError, saying what was looked for and where.
+    Raises InputError, saying what was looked for and where, and where the ``checkpoint`` file names one that
+    is not there; UnsupportedError for a checkpoint of TensorFlow 1.
     """
     source = Path(source)
-    if source.is_dir():
-        checkpoint = _checkpoint_in(source)
-        config = Path(pipeline) if pipeline else _config_near(source, [source, source.parent])
-    else:
-        checkpoint = Path(re.sub(r"\.(index|data-\d+-of-\d+)$", "", str(source)))
-        if not Path(f"{checkpoint}.index").is_file():
-            found = "a file, but not a checkpoint" if source.is_file() else "not found"
-            raise InputError(
-                f"{source}: {found}; expected a model's folder or a checkpoint such as "
-                "model/checkpoint/ckpt-0"
-            )
-        config = (
-            Path(pipeline)
-            if pipeline
-            else _config_near(source, [checkpoint.parent, checkpoint.parent.parent])
-        )
-    _check_checkpoint_files(checkpoint)
+    if source.is_file() and source.suffix == ".config":
+        pipeline, source = pipeline or source, source.parent
+    elif source.is_file() and source.name in ("checkpoint", "saved_model.pb"):
+        source = source.parent
+    is_folder = source.is_dir()
+    checkpoint, choice = _checkpoint_in(source) if is_folder else _named_checkpoint(source)
     root = "_model" if checkpoint.name == "variables" else "model"
-    return ModelFiles(config, checkpoint, root)
+    if pipeline is None:
+        above = list(checkpoint.parents)[: 3 if root == "_model" else 2]
+        pipeline = _config_near(source, [source, *above, source.parent] if is_folder else above)
+    _check_checkpoint_files(checkpoint)
+    return ModelFiles(Path(pipeline), checkpoint, root, choice)
 
 
 def export(
@@ -113,8 +128,9 @@ def export(
 
     Checked, and recorded in ``log.jsonl``: every model variable was restored; the anchors that the
     config's generator makes are those that the model uses; no post-processing or control flow is left;
-    the frozen graph computes what the eager model computes. Raises InputError, UnsupportedError or
-    CheckError otherwise, and leaves nothing half-written.
+    the frozen graph computes what the eager model computes; spec.json and anchors.npy make the OD API's
+    own detections of raw heads (:func:`odtrt_lib.contract.compare_with_odapi`). Raises InputError,
+    UnsupportedError or CheckError otherwise, and leaves nothing half-written.
     """
     started = time.perf_counter()
     folder = Path(folder)
@@ -127,6 +143,7 @@ def export(
     inputs = {"pipeline.config": sha256(files.pipeline), "checkpoint": _checkpoint_sha256(files.checkpoint)}
     names = json.dumps([label.name for label in settings.labels])
     options = {
+        "checkpoint": files.checkpoint.name,
         "batch": batch,
         "input_size": list(size),
         "labels_sha256": hashlib.sha256(names.encode()).hexdigest(),
@@ -135,20 +152,56 @@ def export(
     if record is not None:
         return StageResult(record, True)
 
-    odapi.prepare()
-    import tensorflow as tf
+    made = _make(files, settings, size, batch, inputs, folder.resolve().name)
+    with staging(folder) as out:
+        (out / "frozen.pb").write_bytes(made.graph.SerializeToString(deterministic=True))
+        np.save(out / "anchors.npy", made.anchors)
+        (out / "spec.json").write_text(made.spec.to_json(), encoding="utf-8")
+        record = write_record(
+            folder,
+            "export",
+            staged=out,
+            inputs=inputs,
+            settings=options,
+            outputs=list(OUTPUTS),
+            versions={"tensorflow": made.spec.source.tensorflow_version, "odapi": odapi.version()},
+            seconds=time.perf_counter() - started,
+            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            checks=made.checks,
+        )
+    return StageResult(record, False)
 
-    model = _build_model(settings)
-    concrete = _trace(model, batch, size)
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    graph: Any
+    anchors: np.ndarray
+    spec: DetectorSpec
+    checks: dict[str, Any]
+
+
+def _make(
+    files: ModelFiles,
+    settings: PipelineSettings,
+    size: tuple[int, int],
+    batch: int | None,
+    inputs: dict[str, str],
+    name: str,
+) -> _Made:
+    tf = odapi.tensorflow()
+    model = odapi.build_model(settings.path, settings.message)
+    with odapi.call_errors(settings.path, settings.message, size):
+        concrete = _trace(model, batch, size)
     num_variables = _restore(model, files, settings)
     scale, offset = _normalisation(model)
     image = _probe_image(size, scale, offset)
     eager = model.predict(tf.constant(image), None)
-    anchors, anchor_error = _checked_anchors(settings, size, eager["anchors"].numpy())
+    _require_finite_heads(files.checkpoint, eager)
+    anchors, anchor_error = _checked_anchors(settings, size, eager)
     graph = _freeze(concrete)
     error = _compare_with_eager(graph, image, eager)
     spec = DetectorSpec(
-        name=folder.resolve().name,
+        name=name,
         source=Source(
             pipeline_sha256=inputs["pipeline.config"],
             checkpoint=files.checkpoint.name,
@@ -166,48 +219,39 @@ def export(
     )
     _check_head_shapes(settings, spec, eager)
     _check_values(settings, spec, anchors)
-    with staging(folder) as out:
-        (out / "frozen.pb").write_bytes(graph.SerializeToString(deterministic=True))
-        np.save(out / "anchors.npy", anchors)
-        (out / "spec.json").write_text(spec.to_json(), encoding="utf-8")
-        record = write_record(
-            folder,
-            "export",
-            staged=out,
-            inputs=inputs,
-            settings=options,
-            outputs=list(OUTPUTS),
-            versions={"tensorflow": tf.__version__, "odapi": odapi.version()},
-            seconds=time.perf_counter() - started,
-            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            checks={
-                "variables_restored": num_variables,
-                "graph_nodes": len(graph.node),
-                "label_map": _label_map_read(settings),
-                "postprocessing_or_control_flow_ops": 0,
-                "anchors": len(anchors),
-                "anchors_from_config_max_abs_err": anchor_error,
-                "frozen_vs_eager_max_abs_err": error,
-            },
-        )
-    return StageResult(record, False)
+    agreement = compare_with_odapi(model, eager, spec, anchors, graph)
+    checks = {
+        "variables_restored": num_variables,
+        "graph_nodes": len(graph.node),
+        "label_map": _label_map_read(settings),
+        "postprocessing_or_control_flow_ops": 0,
+        "anchors": len(anchors),
+        "anchors_from_config_max_abs_err": anchor_error,
+        "frozen_vs_eager_max_abs_err": error,
+        **{f"spec_vs_odapi_{name}": figure for name, figure in dataclasses.asdict(agreement).items()},
+    }
+    return _Made(graph, anchors, spec, checks)
 
 
-def anchors_from_config(settings: PipelineSettings, size: tuple[int, int]) -> np.ndarray:
+def anchors_from_config(
+    settings: PipelineSettings,
+    size: tuple[int, int],
+    feature_maps: list[tuple[int, int]] | None = None,
+) -> np.ndarray:
     """The anchors that the config's generator makes for a network input of ``size`` (height, width).
 
-    Computed without the model: by the OD API's generator on the feature map sizes that follow from the
-    config, ``ceil(size / 2**level)`` for each level. Returns float32 ``[N, 4]``,
-    (ycenter, xcenter, height, width), normalised.
+    Computed by the OD API's generator, without the model. feature_maps: the sizes (height, width) of the
+    model's feature maps; where they are not given, those of a network whose levels halve, rounding up.
+    Returns float32 ``[N, 4]``, (ycenter, xcenter, height, width), normalised.
     """
-    odapi.prepare()
-    import tensorflow as tf
+    tf = odapi.tensorflow()
     from object_detection.builders import anchor_generator_builder
     from object_detection.core import box_list_ops
 
     ssd = settings.message.model.ssd
     generator = anchor_generator_builder.build(ssd.anchor_generator)
-    grid = generator.generate(_feature_map_shapes(ssd, size), im_height=size[0], im_width=size[1])
+    maps = feature_maps or _halving_maps(ssd, size)
+    grid = generator.generate(maps, im_height=size[0], im_width=size[1])
     boxes = box_list_ops.concatenate(grid).get()
     return _centre_size(tf.convert_to_tensor(boxes).numpy())
 
@@ -221,6 +265,7 @@ def _label_map_read(settings: PipelineSettings) -> str:
 
 
 def _config_near(source: Path, folders: list[Path]) -> Path:
+    several: list[Path] = []
     for folder in folders:
         named = folder / "pipeline.config"
         if named.is_file():
@@ -228,58 +273,146 @@ def _config_near(source: Path, folders: list[Path]) -> Path:
         others = sorted(folder.glob("*.config"))
         if len(others) == 1:
             return others[0]
-    raise InputError(f"{source}: no pipeline.config beside the checkpoint; name it with --pipeline")
+        several = several or others
+    there = f" (there: {_listed([path.name for path in several])})" if several else ""
+    raise InputError(f"{source}: no pipeline.config beside the checkpoint{there}; name it with --pipeline")
 
 
-def _checkpoint_in(folder: Path) -> Path:
+def _checkpoint_in(folder: Path) -> tuple[Path, str]:
     for candidate in (folder / "checkpoint", folder):
-        found = _newest_checkpoint(candidate)
+        found = _chosen_checkpoint(candidate)
         if found is not None:
             return found
-    saved_model = folder / "saved_model" / "variables" / "variables"
-    if Path(f"{saved_model}.index").is_file():
-        return saved_model
+    for variables in (folder / "saved_model" / "variables", folder / "variables"):
+        if (variables / "variables.index").is_file():
+            return variables / "variables", "that of the SavedModel"
+    graph = folder / "frozen_inference_graph.pb"
+    if graph.is_file():
+        raise UnsupportedError(f"{graph}: with {odapi.TF1_ADVICE}")
+    if (folder / "frozen.pb").is_file() and (folder / "spec.json").is_file():
+        raise InputError(
+            f"{folder}: a model folder that `odtrt export` wrote; expected the folder of the checkpoint: "
+            f"run `odtrt convert {folder}` to go on with this one"
+        )
+    below = sorted(path.name for path in folder.glob("*/") if _looks_like_model(path))
+    advice = f"; {below[0]} in it looks like one: name that folder" if len(below) == 1 else ""
     raise InputError(
         f"{folder}: no checkpoint found; expected checkpoint/ckpt-0.index, ckpt-N.index or "
-        "saved_model/variables/variables.index in it"
+        f"saved_model/variables/variables.index in it{advice}"
     )
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
-    numbered = {path.stem: path for path in folder.glob("ckpt-*.index")}
+def _looks_like_model(folder: Path) -> bool:
+    places = (folder, folder / "checkpoint", folder / "saved_model" / "variables")
+    return any(next(place.glob("*.index"), None) is not None for place in places)
+
+
+def _chosen_checkpoint(folder: Path) -> tuple[Path, str] | None:
+    """The checkpoint to take in ``folder``, and why; None where there is none."""
+    present = sorted(path.name[: -len(".index")] for path in folder.glob("*.index"))
+    if not present:
+        return None
     state = folder / "checkpoint"
-    named = None
     if state.is_file():
-        match = re.search(r'^model_checkpoint_path:\s*"([^"]+)"', state.read_text(errors="replace"), re.M)
-        named = Path(match.group(1)).name if match else None
-    if named in numbered:
-        return folder / str(named)
-    by_number = sorted(numbered, key=lambda stem: int(re.sub(r"\D", "", stem) or -1))
-    return folder / by_number[-1] if by_number else None
+        return _followed(state, present), f"the one that {state} names"
+    numbered = sorted((int(name[5:]), name) for name in present if re.fullmatch(r"ckpt-\d+", name))
+    if len(numbered) > 1:
+        why = f"the highest number of {len(numbered)}, as {folder} has no file named checkpoint"
+        return folder / numbered[-1][1], why
+    if numbered or len(present) == 1:
+        return folder / (numbered[0][1] if numbered else present[0]), f"the only one in {folder}"
+    raise InputError(
+        f"{folder}: several checkpoints ({_listed(present)}) and no file named checkpoint that says which; "
+        f"name one: {folder / present[-1]}"
+    )
+
+
+def _followed(state: Path, present: list[str]) -> Path:
+    """The checkpoint that TensorFlow's ``checkpoint`` file names: where it says, else its namesake here.
+
+    Only below the file's own folder: a path from another machine means a file that was copied here.
+    """
+    named = _read_state(state)
+    folder = state.parent
+    inside = Path(os.path.normpath(folder / named))
+    if inside.is_relative_to(os.path.normpath(folder)) and Path(f"{inside}.index").is_file():
+        return inside
+    name = re.split(r"[\\/]", named)[-1]
+    if name in present:
+        return folder / name
+    raise InputError(
+        f"{state}: names {named or 'no checkpoint'!r}, which is not in {folder} (there: {_listed(present)}); "
+        f"copy it, or name the one to take: {folder / present[-1]}"
+    )
+
+
+def _read_state(state: Path) -> str:
+    """``model_checkpoint_path`` of a text-format ``CheckpointState`` (tensorflow/python/training)."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+
+    file = descriptor_pb2.FileDescriptorProto(name="state.proto", package="odtrt", syntax="proto2")
+    field = descriptor_pb2.FieldDescriptorProto
+    file.message_type.add(name="State").field.add(
+        name="model_checkpoint_path", number=1, type=field.TYPE_STRING, label=field.LABEL_OPTIONAL
+    )
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    message = message_factory.GetMessageClass(pool.FindMessageTypeByName("odtrt.State"))()
+    advice = "delete it to take the highest ckpt-N, or name a checkpoint itself"
+    try:
+        content = state.read_bytes()
+        if content.startswith(_LFS):
+            raise InputError(f"{state}: a Git LFS pointer; run `git lfs pull` where it was cloned")
+        text_format.Parse(content.decode("utf-8"), message, allow_unknown_field=True)
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise InputError(
+            f"{state}: not a readable CheckpointState ({one_line(error)[:200]}); {advice}"
+        ) from error
+    return str(message.model_checkpoint_path)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _named_checkpoint(source: Path) -> tuple[Path, str]:
+    checkpoint = Path(re.sub(r"\.(index|meta|data-\d+-of-\d+)$", "", str(source)))
+    if Path(f"{checkpoint}.index").is_file():
+        return checkpoint, "the one that was named"
+    expected = "expected a model's folder or a checkpoint such as model/checkpoint/ckpt-0"
+    if not source.is_file():
+        beside = sorted(path.name[: -len(".index")] for path in source.parent.glob("*.index"))
+        advice = f" (in {source.parent}: {_listed(beside)})" if beside else ""
+        raise InputError(f"{source}: not found; {expected}{advice}")
+    kind = next((kind for ending, kind in _OTHER_FILES.items() if source.name.endswith(ending)), "")
+    raise InputError(f"{source}: {kind or 'a file, but not a checkpoint'}; {expected}")
 
 
 def _checkpoint_files(checkpoint: Path) -> list[Path]:
-    shards = sorted(checkpoint.parent.glob(f"{checkpoint.name}.data-*-of-*"))
+    shards = sorted(checkpoint.parent.glob(f"{glob.escape(checkpoint.name)}.data-*-of-*"))
     return [Path(f"{checkpoint}.index"), *shards]
 
 
 def _check_checkpoint_files(checkpoint: Path) -> None:
     index, *shards = _checkpoint_files(checkpoint)
+    for path in (index, *shards):
+        with path.open("rb") as file:
+            head = file.read(64)
+        if not head:
+            raise InputError(f"{path}: empty (0 bytes); expected checkpoint data: copy the file again")
+        if head.startswith(_LFS):
+            raise InputError(
+                f"{path}: a Git LFS pointer, not the checkpoint; run `git lfs pull` where it was cloned"
+            )
+    is_tensorflow_1 = odapi.OBJECT_GRAPH.encode() not in index.read_bytes()
+    if is_tensorflow_1 and Path(f"{checkpoint}.meta").is_file():
+        raise UnsupportedError(f"{checkpoint}: {odapi.TF1_ADVICE}")
     expected = int(shards[0].name.rsplit("-of-", 1)[1]) if shards else 1
     if len(shards) != expected:
         raise InputError(
             f"{checkpoint}.data-*: {len(shards)} of {expected} files found; copy the whole checkpoint "
             "(.index and every .data-* file)"
         )
-    for path in (index, *shards):
-        with path.open("rb") as file:
-            head = file.read(64)
-        if not head:
-            raise InputError(f"{path}: empty (0 bytes); expected checkpoint data: copy the file again")
-        if head.startswith(b"version https://git-lfs"):
-            raise InputError(
-                f"{path}: a Git LFS pointer, not the checkpoint; run `git lfs pull` where it was cloned"
-            )
 
 
 def _checkpoint_sha256(checkpoint: Path) -> str:
@@ -302,18 +435,6 @@ def _network_size(settings: PipelineSettings, asked: tuple[int, int] | None) -> 
     return (int(size[0]), int(size[1]))
 
 
-def _build_model(settings: PipelineSettings) -> Any:
-    from object_detection.builders import model_builder
-
-    try:
-        return model_builder.build(settings.message.model, is_training=False)
-    except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
-        raise UnsupportedError(
-            f"{settings.path}: the OD API cannot build this model ({one_line(error)}); "
-            f"model.ssd.feature_extractor.type is {settings.feature_extractor!r}"
-        ) from error
-
-
 def _trace(model: Any, batch: int | None, size: tuple[int, int]) -> Any:
     import tensorflow as tf
 
@@ -329,38 +450,48 @@ def _trace(model: Any, batch: int | None, size: tuple[int, int]) -> Any:
 
 
 def _restore(model: Any, files: ModelFiles, settings: PipelineSettings) -> int:
-    import tensorflow as tf
-
+    """The number of variables restored, all of them finite."""
     variables = list({id(v): v for v in _variables(model)}.values())
-    with _checkpoint_errors(files, settings):
-        status = tf.train.Checkpoint(**{files.root: model}).read(str(files.checkpoint))
-        status.expect_partial()
+    status = odapi.restore(model, files.checkpoint, settings.path, settings.message, files.root)
+    status.expect_partial()
+    try:
         status.assert_existing_objects_matched()
+    except AssertionError as error:
+        names = re.findall(r"Variable '?path=([^,]+),|Variable '([^']+)'", str(error))
+        listed = ", ".join([a or b for a, b in names][:3]) or one_line(error)[:200]
+        raise InputError(
+            f"{files.checkpoint} does not fit {settings.path}: the checkpoint lacks {listed}, ...; "
+            f"{odapi.FITTING_CONFIG}"
+        ) from error
+    _require_finite(files.checkpoint, variables)
     return len(variables)
 
 
-@contextlib.contextmanager
-def _checkpoint_errors(files: ModelFiles, settings: PipelineSettings) -> Iterator[None]:
-    import tensorflow as tf
+def _require_finite(checkpoint: Path, variables: list[Any]) -> None:
+    broken = []
+    for variable in variables:
+        values = variable.numpy()
+        count = int(np.count_nonzero(~np.isfinite(values))) if values.dtype.kind == "f" else 0
+        if count:
+            broken.append(f"{variable.name} ({count} of {values.size} values)")
+    if broken:
+        raise InputError(
+            f"{checkpoint}: {len(broken)} of {len(variables)} variables hold NaN or infinity, the first is "
+            f"{broken[0]}; the training diverged: take an earlier checkpoint, or train with a lower learning "
+            "rate"
+        )
 
-    pair = f"{files.checkpoint} does not fit {settings.path}"
-    advice = "use the pipeline.config that the checkpoint was trained with"
-    try:
-        yield
-    except AssertionError as error:
-        names = re.findall(r"Variable '?path=([^,]+),|Variable '([^']+)'", str(error))
-        missing = [a or b for a, b in names]
-        listed = ", ".join(missing[:3]) or one_line(error)[:200]
-        raise InputError(f"{pair}: the checkpoint lacks {listed}, ...; {advice}") from error
-    except ValueError as error:
-        raise InputError(
-            f"{pair}: {one_line(error)}; model.ssd.num_classes is "
-            f"{settings.message.model.ssd.num_classes}: {advice}"
-        ) from error
-    except (tf.errors.OpError, IndexError, UnicodeDecodeError, RuntimeError) as error:
-        raise InputError(
-            f"{files.checkpoint}: damaged or truncated checkpoint ({one_line(error)[:200]}); copy it again"
-        ) from error
+
+def _require_finite_heads(checkpoint: Path, eager: dict[str, Any]) -> None:
+    for name in ("box_encodings", "class_predictions_with_background"):
+        values = eager[name].numpy()
+        count = int(np.count_nonzero(~np.isfinite(values)))
+        if count:
+            raise InputError(
+                f"{checkpoint}: for a smooth image TensorFlow itself computes NaN or infinity in {count} of "
+                f"{values.size} values of {name}, though every variable is finite: the weights are too "
+                "large; take an earlier checkpoint"
+            )
 
 
 def _variables(model: Any) -> list[Any]:
@@ -402,36 +533,50 @@ def _probe_image(
     return (pixels[None] * scale + offset).astype(np.float32)
 
 
-def _feature_map_shapes(ssd: Any, size: tuple[int, int]) -> list[tuple[int, int]]:
-    multiple = ssd.feature_extractor.pad_to_multiple
+def _halving_maps(ssd: Any, size: tuple[int, int]) -> list[tuple[int, int]]:
+    extractor = ssd.feature_extractor
+    multiple = max(1, extractor.pad_to_multiple)
     height, width = (-(-side // multiple) * multiple for side in size)
-    generator = ssd.anchor_generator
-    if generator.WhichOneof("anchor_generator_oneof") == "multiscale_anchor_generator":
-        pyramid = generator.multiscale_anchor_generator
-        levels = range(pyramid.min_level, pyramid.max_level + 1)
+    kind = ssd.anchor_generator.WhichOneof("anchor_generator_oneof")
+    generator = getattr(ssd.anchor_generator, kind)
+    if kind == "flexible_grid_anchor_generator":
+        strides = [(grid.height_stride, grid.width_stride) for grid in generator.anchor_grid]
+    elif kind == "multiscale_anchor_generator":
+        strides = [(2**level, 2**level) for level in range(generator.min_level, generator.max_level + 1)]
     else:
-        first = ssd.feature_extractor.fpn.min_level if ssd.feature_extractor.HasField("fpn") else 4
-        levels = range(first, first + generator.ssd_anchor_generator.num_layers)
-    return [(-(-height // 2**level), -(-width // 2**level)) for level in levels]
+        pyramid = extractor.bifpn if "bifpn" in extractor.type else extractor.fpn
+        first = pyramid.min_level if "fpn" in extractor.type else 4
+        levels = generator.num_layers if kind == "ssd_anchor_generator" else 1
+        strides = [(2**level, 2**level) for level in range(first, first + levels)]
+    return [(-(-height // rows), -(-width // columns)) for rows, columns in strides]
 
 
 def _checked_anchors(
-    settings: PipelineSettings, size: tuple[int, int], boxes: np.ndarray
-) -> tuple[np.ndarray, float]:
-    anchors = _centre_size(boxes)
-    computed = anchors_from_config(settings, size)
+    settings: PipelineSettings, size: tuple[int, int], predictions: dict[str, Any]
+) -> tuple[np.ndarray, float | str]:
+    """The model's anchors, and how far the config's are from them, or why that is not known."""
+    anchors = _centre_size(np.asarray(predictions["anchors"]))
+    maps = [(int(each.shape[1]), int(each.shape[2])) for each in predictions.get("feature_maps", ())]
+    if not maps:
+        return anchors, "not compared: the model does not tell its feature maps; its own anchors are taken"
+    try:
+        computed = anchors_from_config(settings, size, maps)
+    except (ValueError, TypeError) as error:
+        reason = one_line(error)[:200]
+        return anchors, f"not compared: the generator alone fails ({reason}); the model's anchors are taken"
     if computed.shape != anchors.shape:
         raise CheckError(
-            f"{settings.path}: model.ssd.anchor_generator makes {len(computed)} anchors for a "
-            f"{size[0]}x{size[1]} input, the model uses {len(anchors)}; the config is not the model's"
+            f"{settings.path}: model.ssd.anchor_generator makes {len(computed)} anchors for feature maps of "
+            f"{', '.join(f'{height}x{width}' for height, width in maps)}, the model uses {len(anchors)}; the "
+            "config is not the model's"
         )
-    error = float(np.abs(computed - anchors).max())
-    if not error <= _MAX_ANCHOR_ERROR:
+    difference = float(np.abs(computed - anchors).max())
+    if not difference <= _MAX_ANCHOR_ERROR:
         raise CheckError(
             f"{settings.path}: the anchors of model.ssd.anchor_generator differ from those that the model "
-            f"uses by {error:.3g} (limit {_MAX_ANCHOR_ERROR:g}); the config is not the model's"
+            f"uses by {difference:.3g} (limit {_MAX_ANCHOR_ERROR:g}); the config is not the model's"
         )
-    return anchors, error
+    return anchors, difference
 
 
 def _centre_size(boxes: np.ndarray) -> np.ndarray:
@@ -457,7 +602,31 @@ def _freeze(concrete: Any) -> Any:
             f"the frozen graph still holds {', '.join(left)}; expected convolutions and shapes only: "
             "this feature extractor cannot be exported as raw heads"
         )
+    _sort_nodes(graph)
     return graph
+
+
+def _sort_nodes(graph: Any) -> None:
+    """Inputs before their users, otherwise by name: TensorFlow's own order differs from run to run."""
+    nodes = {node.name: node for node in graph.node}
+    sources = {name: {wire.lstrip("^").split(":")[0] for wire in node.input} for name, node in nodes.items()}
+    users: dict[str, list[str]] = {name: [] for name in nodes}
+    for name, inputs in sources.items():
+        for each in inputs:
+            users[each].append(name)
+    waiting = {name: len(inputs) for name, inputs in sources.items()}
+    ready = [name for name, count in waiting.items() if count == 0]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        name = heapq.heappop(ready)
+        order.append(type(nodes[name]).FromString(nodes[name].SerializeToString()))
+        for user in users[name]:
+            waiting[user] -= 1
+            if waiting[user] == 0:
+                heapq.heappush(ready, user)
+    del graph.node[:]
+    graph.node.extend(order)
 
 
 def _compare_with_eager(graph: Any, image: np.ndarray, eager: dict[str, Any]) -> float:

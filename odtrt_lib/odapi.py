@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import glob
 import importlib
 import importlib.metadata
 import importlib.util
@@ -24,6 +25,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +33,28 @@ from typing import Any
 
 import numpy as np
 
-from odtrt_lib.errors import MissingDependencyError
+from odtrt_lib.errors import InputError, MissingDependencyError, UnsupportedError, one_line
 from odtrt_lib.spec import parse_pipeline
 
+OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+"""The key that a TensorFlow 2 checkpoint has and one of TensorFlow 1 lacks."""
+
+TF1_ADVICE = (
+    "a TensorFlow 1 checkpoint, which names its variables in another way; odtrt reads those of TensorFlow 2: "
+    "take the model's TensorFlow 2 version, or train it again with model_main_tf2.py"
+)
+
+FITTING_CONFIG = "use the pipeline.config that the checkpoint was trained with"
+
+_CALL_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+)
 _INSTALL = "run `make install`"
 _ENDS_A_RESIDUAL_BLOCK = re.compile(r"conv\d_block\d+_3_bn")  # a layer of the OD API's ResNets
 
@@ -103,13 +124,11 @@ def load_model(pipeline: str | Path, checkpoint: str | Path) -> Any:
     """The OD API's own model, restored: what everything that odtrt makes is compared with.
 
     pipeline: a pipeline.config. checkpoint: a prefix such as ``model/checkpoint/ckpt-0``. Does none of
-    the checks of :func:`odtrt_lib.export.export`.
+    the checks of :func:`odtrt_lib.export.export`. Raises InputError or UnsupportedError where the OD API
+    cannot read, build, call or restore the model.
     """
-    model, images = _build(Path(pipeline), is_training=False)
-    model.predict(images, None)
-    import tensorflow as tf
-
-    tf.train.Checkpoint(model=model).read(str(checkpoint)).expect_partial()
+    model, _ = _build_and_call(Path(pipeline), is_training=False)
+    restore(model, Path(checkpoint), Path(pipeline), _read_config(Path(pipeline))).expect_partial()
     return model
 
 
@@ -180,8 +199,7 @@ def write_random_checkpoint(pipeline: str | Path, folder: str | Path, *, seed: i
     learning_phase = tf.keras.backend.learning_phase()
     tf.keras.backend.set_learning_phase(True)
     try:
-        model, images = _build(Path(pipeline), is_training=True)
-        model.predict(images, None)
+        model, images = _build_and_call(Path(pipeline), is_training=True)
         for part in (model.feature_extractor, model._box_predictor):
             for layer in tf.Module.submodules.fget(part):
                 if "BatchNorm" in type(layer).__name__:
@@ -199,21 +217,180 @@ def write_random_checkpoint(pipeline: str | Path, folder: str | Path, *, seed: i
     return Path(manager.save(checkpoint_number=0))
 
 
-def _build(pipeline: Path, is_training: bool) -> tuple[Any, Any]:
-    """The model of a config, and four network inputs, float32: noise, a smooth one, patches, black."""
-    prepare()
-    import tensorflow as tf
+def build_model(pipeline: Path, message: Any, *, is_training: bool = False) -> Any:
+    """The OD API's model of a parsed ``TrainEvalPipelineConfig`` that was read from ``pipeline``.
+
+    Layer names count from one again, so that a process gives its second model the names of its first.
+    Raises UnsupportedError where the OD API cannot build it.
+    """
+    tf = tensorflow()
     from object_detection.builders import model_builder
 
+    tf.keras.backend.reset_uids()
+    try:
+        return model_builder.build(message.model, is_training=is_training)
+    except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
+        raise UnsupportedError(
+            f"{pipeline}: the OD API cannot build this model ({one_line(error)}); "
+            f"model.ssd.feature_extractor.type is {message.model.ssd.feature_extractor.type!r}"
+        ) from error
+
+
+@contextlib.contextmanager
+def call_errors(pipeline: Path, message: Any, size: tuple[int, int]) -> Iterator[None]:
+    """What the OD API refuses only when its model is called becomes one line within this block.
+
+    size: ``(height, width)`` of the network input. Raises InputError: where the network cannot take that
+    size it names the nearest that were tried and work; where the anchors are made for another number of
+    feature maps it names both numbers; else it quotes the cause.
+    """
+    tf = tensorflow()
+    try:
+        yield
+    except (*_CALL_ERRORS, tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
+        raise InputError(f"{pipeline}: {_refusal(pipeline, message, size, error)}") from error
+
+
+def restore(model: Any, checkpoint: Path, pipeline: Path, message: Any, root: str = "model") -> Any:
+    """Reads a checkpoint into a model of ``pipeline`` that was called; TensorFlow's load status.
+
+    checkpoint: a prefix; any name, also with ``[``, which TensorFlow takes for a pattern. root: the model's
+    name inside the checkpoint. Raises InputError where the checkpoint is absent, damaged, or has values of
+    other shapes, UnsupportedError where it is TensorFlow 1's.
+    """
+    tf = tensorflow()
+    try:
+        with _without_patterns(checkpoint) as plain:
+            if not tf.train.load_checkpoint(str(plain)).has_tensor(OBJECT_GRAPH):
+                raise UnsupportedError(f"{checkpoint}: {TF1_ADVICE}")
+            return tf.train.Checkpoint(**{root: model}).read(str(plain))
+    except ValueError as error:
+        raise InputError(
+            f"{checkpoint} does not fit {pipeline}: {one_line(error)}; model.ssd.num_classes is "
+            f"{message.model.ssd.num_classes}: {FITTING_CONFIG}"
+        ) from error
+    except (tf.errors.OpError, IndexError, UnicodeDecodeError, RuntimeError) as error:
+        raise InputError(
+            f"{checkpoint}: damaged or truncated checkpoint ({one_line(error)[:200]}); copy it again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_patterns(checkpoint: Path) -> Iterator[Path]:
+    """A path of the checkpoint that TensorFlow does not take for a pattern: links, where its own has one."""
+    if glob.escape(str(checkpoint)) == str(checkpoint) and "\\" not in str(checkpoint):
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory(prefix="odtrt-checkpoint-") as folder:
+        for file in checkpoint.parent.glob(f"{glob.escape(checkpoint.name)}.*"):
+            (Path(folder) / f"checkpoint{file.name[len(checkpoint.name) :]}").symlink_to(file.resolve())
+        yield Path(folder) / "checkpoint"
+
+
+def _refusal(pipeline: Path, message: Any, size: tuple[int, int], error: BaseException) -> str:
+    from object_detection.builders import anchor_generator_builder
+
+    ssd = message.model.ssd
+    asked = f"{size[0]}x{size[1]} (height x width)"
+    maps = _feature_map_sizes(pipeline, message, size)
+    if maps is None:
+        return (
+            f"the network cannot take an input of {asked}: {_advice_on_size(pipeline, message, size, error)}"
+        )
+    levels = len(anchor_generator_builder.build(ssd.anchor_generator).num_anchors_per_location())
+    if levels != len(maps):
+        kind = ssd.anchor_generator.WhichOneof("anchor_generator_oneof")
+        return (
+            f"model.ssd.anchor_generator.{kind} makes anchors for {levels} feature maps, the feature "
+            f"extractor has {len(maps)}; give both the levels that the checkpoint was trained with"
+        )
+    return f"the OD API cannot run this model on an input of {asked} ({_cause(error)}); {FITTING_CONFIG}"
+
+
+def _advice_on_size(pipeline: Path, message: Any, size: tuple[int, int], error: BaseException) -> str:
+    multiple = _multiple(message.model.ssd.feature_extractor)
+    found = re.search(r"image size must be >= (\d+)", str(error))
+    smallest = int(found.group(1)) if found else 1
+    least = -(-smallest // multiple)
+    smaller = [max(side // multiple, least) * multiple for side in size]
+    larger = [max(-(-side // multiple), least) * multiple for side in size]
+    fitting = [
+        f"{height}x{width}"
+        for height, width in sorted({(smaller[0], smaller[1]), (larger[0], larger[1])} - {size})
+        if _feature_map_sizes(pipeline, message, (height, width)) is not None
+    ]
+    if not fitting:
+        return f"{_cause(error)}; use the size that the checkpoint was trained with"
+    needs = [f"at least {smallest}"] if found else []
+    if multiple > 1:
+        needs.append(f"a multiple of {multiple}, for the levels of its feature pyramid")
+    return (
+        f"each side must be {' and '.join(needs)}; the nearest sizes that work: {' and '.join(fitting)}; "
+        "change model.ssd.image_resizer (or --input-size)"
+    )
+
+
+def _multiple(extractor: Any) -> int:
+    """What the sides of the network input are a multiple of where a pyramid adds level to level.
+
+    The pyramids of the SSD FPN models end at level 5; convolutions, which take any size, make the rest.
+    """
+    if "bifpn" in extractor.type:
+        return 2**extractor.bifpn.max_level
+    return 2 ** min(extractor.fpn.max_level, 5) if "fpn" in extractor.type else 1
+
+
+def _feature_map_sizes(pipeline: Path, message: Any, size: tuple[int, int]) -> list[tuple[int, int]] | None:
+    """The sizes of the feature maps for a network input of ``size``; None where the network refuses it."""
+    tf = tensorflow()
+    extractor = build_model(pipeline, message).feature_extractor
+    image = tf.TensorSpec([1, *size, 3], tf.float32)
+    try:
+        maps = tf.function(extractor).get_concrete_function(image).structured_outputs
+    except (*_CALL_ERRORS, tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
+        return None
+    return [(each.shape[1], each.shape[2]) for each in maps]
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost sentence of an error that TensorFlow and Keras wrapped in call stacks."""
+    text = str(error).split("Call arguments received")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = re.sub(r"^(\w+Error: )|\{\{.*?\}\} *", "", lines[-1]) if lines else type(error).__name__
+    return last[:200]
+
+
+def _build_and_call(pipeline: Path, is_training: bool) -> tuple[Any, Any]:
+    """The model of a config, called once so that it has variables, and what it was called with."""
+    message = _read_config(pipeline)
+    model, images = _build(pipeline, message, is_training)
+    with call_errors(pipeline, message, tuple(images.shape[1:3])):
+        model.predict(images, None)
+    return model, images
+
+
+def _read_config(pipeline: Path) -> Any:
+    prepare()
     message = parse_pipeline(pipeline)
+    architecture = message.model.WhichOneof("model")
+    if architecture != "ssd":
+        raise UnsupportedError(f"{pipeline}: model.{architecture or '(empty)'}: expected model.ssd")
+    return message
+
+
+def _build(pipeline: Path, message: Any, is_training: bool) -> tuple[Any, Any]:
+    """The model, and four network inputs, float32: noise, a smooth one, patches, black."""
+    tf = tensorflow()
     resizer = message.model.ssd.image_resizer
     fixed, side = resizer.fixed_shape_resizer, resizer.keep_aspect_ratio_resizer.max_dimension
     is_fixed = resizer.HasField("fixed_shape_resizer")
     size = (fixed.height, fixed.width) if is_fixed else (side, side)
+    if min(size) < 1:
+        raise InputError(f"{pipeline}: model.ssd.image_resizer gives no size; expected at least 1x1")
     noise = tf.random.stateless_uniform([1, *size, 3], [0, 0], 0.0, 255.0)
     smooth = tf.image.resize(noise[:, :8, :8], size)
     board = tf.image.resize(noise[:, :16, :16], size, "nearest")
-    model = model_builder.build(message.model, is_training=is_training)
+    model = build_model(pipeline, message, is_training=is_training)
     inputs, _ = model.preprocess(tf.concat([noise, smooth, board, tf.zeros_like(noise)], 0))
     return model, inputs
 

@@ -111,18 +111,166 @@ def test_anchors_are_those_of_the_model_and_of_the_config(tiny_model, tiny_folde
     np.testing.assert_allclose(np.hstack([centre - size / 2, centre + size / 2]), corners, atol=1e-6)
 
 
-def test_anchors_of_another_generator_are_caught(tiny_model, tmp_path):
+def predictions_with(corners: np.ndarray, maps=((12, 16), (6, 8), (3, 4), (2, 2))) -> dict:
+    return {"anchors": corners, "feature_maps": [np.zeros((1, *each, 1), np.float32) for each in maps]}
+
+
+def corners_of(anchors: np.ndarray) -> np.ndarray:
+    centre, half = anchors[:, :2].astype(np.float64), anchors[:, 2:].astype(np.float64) / 2
+    return np.hstack([centre - half, centre + half])
+
+
+def test_anchors_of_another_generator_are_caught(tiny_model):
     settings = read_pipeline(tiny_model / "pipeline.config")
-    corners = np.array([[0.0, 0.0, 0.5, 0.5]] * 10, np.float32)
+    few = predictions_with(np.array([[0.0, 0.0, 0.5, 0.5]] * 10, np.float32))
     assert_one_line_error(
-        lambda: export_room._checked_anchors(settings, (96, 128), corners), CheckError, "anchor_generator"
+        lambda: export_room._checked_anchors(settings, (96, 128), few), CheckError, "anchor_generator"
     )
-    own = export_room.anchors_from_config(settings, (96, 128)).astype(np.float64)
-    moved = np.hstack([own[:, :2] - own[:, 2:] / 2, own[:, :2] + own[:, 2:] / 2])
+    moved = corners_of(export_room.anchors_from_config(settings, (96, 128)))
     moved[5] += 1e-4
     assert_one_line_error(
-        lambda: export_room._checked_anchors(settings, (96, 128), moved), CheckError, "differ"
+        lambda: export_room._checked_anchors(settings, (96, 128), predictions_with(moved)),
+        CheckError,
+        "differ",
     )
+
+
+def grid(stride: int) -> str:
+    sizes = ", ".join(str(4 * stride + i) for i in range(6))
+    return (
+        f"anchor_grid {{ base_sizes: [{sizes}] aspect_ratios: [1, 2, 0.5, 1, 2, 0.5] "
+        f"height_stride: {stride} width_stride: {stride} }}"
+    )
+
+
+GRIDS = " ".join(map(grid, (8, 16, 32, 64)))
+GENERATORS = {
+    "flexible_grid": f"flexible_grid_anchor_generator {{ normalize_coordinates: true {GRIDS} }}",
+    "ssd": "ssd_anchor_generator { num_layers: 4 min_scale: 0.1 max_scale: 0.9 "
+    "reduce_boxes_in_lowest_layer: false aspect_ratios: [1, 2, 0.5, 3, 0.3333] }",
+    "multiscale in pixels": "multiscale_anchor_generator { min_level: 3 max_level: 6 anchor_scale: 4 "
+    "aspect_ratios: [1, 2, 0.5] scales_per_octave: 2 normalize_coordinates: false }",
+}
+
+
+def with_generator(generator: str) -> str:
+    start, end = TINY_CONFIG.index("  anchor_generator {"), TINY_CONFIG.index("  post_processing {")
+    return f"{TINY_CONFIG[:start]}  anchor_generator {{ {generator} }}\n{TINY_CONFIG[end:]}"
+
+
+@pytest.mark.parametrize("generator", GENERATORS.values(), ids=GENERATORS)
+def test_anchors_of_every_generator_are_checked_on_any_feature_maps(tmp_path, generator):
+    """Sizes that no rule gives: only the model knows them."""
+    odapi.prepare()
+    from object_detection.builders import anchor_generator_builder
+
+    (tmp_path / "pipeline.config").write_text(with_generator(generator))
+    settings = read_pipeline(tmp_path / "pipeline.config")
+    maps = [(13, 17), (7, 9), (5, 4), (1, 3)]
+    builder = anchor_generator_builder.build(settings.message.model.ssd.anchor_generator)
+    corners = np.concatenate(
+        [each.get().numpy() for each in builder.generate(maps, im_height=96, im_width=128)]
+    )
+    anchors, error = export_room._checked_anchors(settings, (96, 128), predictions_with(corners, maps))
+    assert error == 0 and len(anchors) == 6 * sum(height * width for height, width in maps)
+    unknown = {"anchors": corners}
+    taken, why = export_room._checked_anchors(settings, (96, 128), unknown)
+    np.testing.assert_array_equal(taken, anchors)
+    assert "not compared" in why
+
+
+def test_flexible_grid_exports_with_the_anchors_of_the_model(tiny_model, tmp_path):
+    model = damaged_copy(tiny_model, tmp_path / "model")
+    (model / "pipeline.config").write_text(with_generator(GENERATORS["flexible_grid"]))
+    record = export(model, tmp_path / "out").record
+    assert record["checks"]["anchors_from_config_max_abs_err"] == 0
+    expected = []
+    for stride, (rows, columns) in zip((8, 16, 32, 64), ((12, 16), (6, 8), (3, 4), (2, 2)), strict=True):
+        for row, column, i in np.ndindex(rows, columns, 6):
+            size, ratio = 4 * stride + i, (1, 2, 0.5)[i % 3]
+            height, width = size / ratio**0.5, size * ratio**0.5
+            expected.append((row * stride / 96, column * stride / 128, height / 96, width / 128))
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "anchors.npy"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "height: 96 width: 128",
+            "height: 300 width: 300",
+            ("300x300", "multiple of 32", "288x288 and 320x320"),
+        ),
+        ("height: 96 width: 128", "height: 20 width: 128", ("20x128", "at least 33", "64x128")),
+        (
+            "max_level: 6 anchor",
+            "max_level: 7 anchor",
+            ("for 5 feature maps", "has 4"),
+        ),
+        (
+            "multiscale_anchor_generator {",
+            "grid_anchor_generator { scales: 1 aspect_ratios: 1 } #",
+            ("1 ", "4"),
+        ),
+    ],
+)
+def test_what_the_odapi_refuses_when_called_is_one_line(tiny_model, tmp_path, old, new, words):
+    assert old in TINY_CONFIG
+    text = TINY_CONFIG.replace(old, new)
+    if "grid_anchor_generator { scales" in new:
+        text = with_generator(new.rstrip("#"))
+    model = damaged_copy(tiny_model, tmp_path / "model")
+    (model / "pipeline.config").write_text(text)
+    assert_one_line_error(lambda: export(model, tmp_path / "out"), InputError, "pipeline.config", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_diverged_checkpoint_is_named_with_its_first_bad_variable(tiny_model, tmp_path):
+    import tensorflow as tf
+
+    model = odapi.load_model(tiny_model / "pipeline.config", tiny_model / "checkpoint" / "ckpt-0")
+    variable = next(v for v in model._box_predictor.variables if "ClassPredictor/bias" in v.name)
+    variable.assign(tf.tensor_scatter_nd_update(variable, [[2], [3]], [np.nan, np.inf]))
+    tf.train.Checkpoint(model=model).write(str(tmp_path / "ckpt-0"))
+    shutil.copy(tiny_model / "pipeline.config", tmp_path)
+    assert_one_line_error(
+        lambda: export(tmp_path, tmp_path / "out"),
+        InputError,
+        "ckpt-0",
+        "1 of 326 variables",
+        "ClassPredictor/bias",
+        f"2 of {variable.shape[0]} values",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_overflow_are_not_called_a_fault_of_freezing(tmp_path):
+    import tensorflow as tf
+
+    heads = {"box_encodings": tf.zeros([1, 5, 4]), "class_predictions_with_background": tf.zeros([1, 5, 3])}
+    export_room._require_finite_heads(tmp_path / "ckpt-0", heads)
+    heads["class_predictions_with_background"] += [0.0, np.inf, np.nan]
+    assert_one_line_error(
+        lambda: export_room._require_finite_heads(tmp_path / "ckpt-0", heads), InputError, "10 of 15 values"
+    )
+
+
+def test_the_frozen_graph_is_the_same_bytes_whatever_order_tensorflow_gives(
+    tiny_model, tiny_folder, tmp_path
+):
+    graph = read_graph(tiny_folder)
+    content = graph.SerializeToString(deterministic=True)
+    nodes = [type(node).FromString(node.SerializeToString()) for node in graph.node]
+    np.random.default_rng(0).shuffle(nodes)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    assert graph.SerializeToString(deterministic=True) != content
+    export_room._sort_nodes(graph)
+    assert graph.SerializeToString(deterministic=True) == content
+    known = set()
+    for node in graph.node:
+        assert {name.lstrip("^").split(":")[0] for name in node.input} <= known
+        known.add(node.name)
 
 
 def test_spec_holds_every_setting_and_survives_the_round_trip(tiny_folder):
@@ -147,6 +295,9 @@ def test_log_records_hashes_versions_and_checks(tiny_folder):
     assert set(record["outputs"]) == {"frozen.pb", "anchors.npy", "spec.json"}
     assert record["checks"]["frozen_vs_eager_max_abs_err"] < 1e-3
     assert record["checks"]["variables_restored"] > 100
+    assert record["checks"]["spec_vs_odapi_box_max_err"] < 1e-5
+    assert record["checks"]["spec_vs_odapi_detections"] > 30
+    assert record["settings"]["checkpoint"] == "ckpt-0"
     assert record["versions"]["tensorflow"].startswith("2.")
 
 
@@ -157,6 +308,7 @@ def test_second_export_is_up_to_date_and_a_changed_output_is_not(tiny_model, tin
     (folder / "anchors.npy").write_bytes(b"damaged")
     assert not export(tiny_model, folder).is_up_to_date
     assert np.load(folder / "anchors.npy").shape[1] == 4
+    assert (folder / "frozen.pb").read_bytes() == (tiny_folder / "frozen.pb").read_bytes()
     assert len(read_log(folder)) == 2
 
 
@@ -208,6 +360,148 @@ def test_exported_folder_with_saved_model_only(tiny_model, tiny_folder, tmp_path
     found = run_frozen(read_graph(tmp_path / "out"), image)
     np.testing.assert_array_equal(found["class_logits"], expected["class_logits"])
     np.testing.assert_array_equal(found["box_encodings"], expected["box_encodings"])
+
+
+def checkpoints(folder: Path, *names: str, state: str | None = None) -> Path:
+    """Files that have the names of checkpoints, for those who only look for them."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.index").write_bytes(b"0123")
+        (folder / f"{name}.data-00000-of-00001").write_bytes(b"0123")
+    (folder / "pipeline.config").write_text("")
+    if state is not None:
+        (folder / "checkpoint").write_text(state)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "named",
+    ["ckpt-3", "/data/train/ckpt-3", "C:\\train\\ckpt-3", "train\\ckpt-3", "../elsewhere/ckpt-3", "./ckpt-3"],
+)
+def test_the_checkpoint_that_the_state_names_is_taken_from_where_it_is_now(tmp_path, named):
+    import tensorflow as tf
+    from google.protobuf import text_format
+    from tensorflow.python.training import checkpoint_state_pb2
+
+    message = checkpoint_state_pb2.CheckpointState(model_checkpoint_path=named)
+    message.all_model_checkpoint_paths.extend([named, "ckpt-5"])
+    message.all_model_checkpoint_timestamps.append(1.5)
+    folder = checkpoints(tmp_path, "ckpt-3", "ckpt-5", state=text_format.MessageToString(message))
+    files = find_model(folder)
+    assert files.checkpoint == folder / "ckpt-3" and str(folder / "checkpoint") in files.choice
+    theirs = tf.train.latest_checkpoint(str(folder))
+    assert theirs is None or Path(theirs).name == "ckpt-3"
+
+
+def test_a_state_with_a_path_below_its_folder_is_followed(tmp_path):
+    folder = checkpoints(tmp_path, "ckpt-3", "best/ckpt-3", state='model_checkpoint_path: "best/ckpt-3"')
+    assert find_model(folder).checkpoint == folder / "best" / "ckpt-3"
+
+
+@pytest.mark.parametrize(
+    ("state", "word"),
+    [
+        ('model_checkpoint_path: "C:\\\\train\\\\ckpt-4"', "ckpt-4"),
+        ('model_checkpoint_path: "/data/ckpt-30"', "ckpt-30"),
+        ("", "no checkpoint"),
+        ("model_checkpoint_path: ckpt-3", "CheckpointState"),
+        ("<html></html>", "CheckpointState"),
+        ("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+)
+def test_a_state_that_cannot_be_followed_is_refused(tmp_path, state, word):
+    folder = checkpoints(tmp_path, "ckpt-3", "ckpt-5", state=state)
+    assert_one_line_error(lambda: find_model(folder), InputError, str(folder / "checkpoint"), word)
+
+
+def test_without_a_state_the_highest_number_is_taken_and_said(tmp_path):
+    folder = checkpoints(tmp_path, "ckpt-9", "ckpt-10", "ckpt-2", "other-99")
+    files = find_model(folder)
+    assert files.checkpoint.name == "ckpt-10" and "highest number of 3" in files.choice
+    best = checkpoints(tmp_path / "named", "best")
+    assert find_model(best).checkpoint.name == "best"
+    two = checkpoints(tmp_path / "two", "best", "last")
+    assert_one_line_error(lambda: find_model(two), InputError, "best, last", "name one")
+
+
+SAVED = "saved_model/variables/variables"
+
+
+@pytest.mark.parametrize(
+    ("names", "pointed", "taken"),
+    [
+        ([SAVED], ".", SAVED),
+        ([SAVED], "saved_model", SAVED),
+        ([SAVED], "saved_model/variables", SAVED),
+        ([SAVED], SAVED, SAVED),
+        ([SAVED], "saved_model/saved_model.pb", SAVED),
+        (["checkpoint/ckpt-0", SAVED], ".", "checkpoint/ckpt-0"),
+        (["checkpoint/ckpt-0"], "checkpoint", "checkpoint/ckpt-0"),
+        (["checkpoint/ckpt-0"], "pipeline.config", "checkpoint/ckpt-0"),
+        (["ckpt-0 [best]"], "ckpt-0 [best]", "ckpt-0 [best]"),
+        (["ckpt-0 [best]"], "ckpt-0 [best].data-00000-of-00001", "ckpt-0 [best]"),
+        (["a [1]/ckpt-1"], "a [1]", "a [1]/ckpt-1"),
+    ],
+)
+def test_what_users_point_at_is_understood(tmp_path, names, pointed, taken):
+    folder = checkpoints(tmp_path, *names)
+    if names == [SAVED]:
+        (folder / "saved_model" / "saved_model.pb").write_bytes(b"graph")
+    files = find_model(folder / pointed)
+    assert files.checkpoint == folder / taken and files.pipeline == folder / "pipeline.config"
+    assert files.root == ("_model" if taken == SAVED else "model")
+
+
+@pytest.mark.parametrize(
+    ("extra", "pointed", "kind", "words"),
+    [
+        (["model.ckpt.meta", "frozen_inference_graph.pb"], ".", UnsupportedError, ("TensorFlow 1",)),
+        (["model.ckpt.meta"], "model.ckpt", UnsupportedError, ("TensorFlow 1",)),
+        (["model.ckpt.meta"], "model.ckpt.meta", UnsupportedError, ("TensorFlow 1",)),
+        (["x/frozen_inference_graph.pb"], "x", UnsupportedError, ("TensorFlow 1", "frozen_inference_graph")),
+        (["x/frozen.pb", "x/spec.json"], "x", InputError, ("odtrt convert",)),
+        (["m.tar.gz"], "m.tar.gz", InputError, ("archive", "unpack")),
+        (["m.tflite"], "m.tflite", InputError, ("TensorFlow Lite", "expected")),
+        (["m.pb"], "m.pb", InputError, ("frozen graph", "expected")),
+        ([], "model.ckpt-7", InputError, ("not found", "model.ckpt")),
+        (["up/down/ckpt-0.index"], "up", InputError, ("down",)),
+    ],
+)
+def test_what_cannot_be_taken_is_named_for_what_it_is(tmp_path, extra, pointed, kind, words):
+    folder = checkpoints(tmp_path, "model.ckpt")
+    for name in extra:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"something")
+    assert_one_line_error(lambda: find_model(folder / pointed), kind, *words)
+
+
+def test_names_that_tensorflow_takes_for_patterns_are_read(tmp_path):
+    import tensorflow as tf
+
+    folder = tmp_path / "runs [3]" / "a*b?"
+    folder.mkdir(parents=True)
+    saved = tf.train.Checkpoint(v=tf.Variable([1.0, 2.0]))
+    tf.train.Checkpoint(model=saved).write(str(tmp_path / "plain"))
+    for file in tmp_path.glob("plain.*"):
+        shutil.copy(file, folder / file.name.replace("plain", "ckpt-0 [best]"))
+    model = tf.train.Checkpoint(v=tf.Variable([0.0, 0.0]))
+    status = odapi.restore(model, folder / "ckpt-0 [best]", folder / "pipeline.config", None)
+    status.assert_existing_objects_matched()
+    np.testing.assert_array_equal(model.v.numpy(), [1, 2])
+
+
+def test_a_tensorflow_1_checkpoint_without_its_meta_file_is_named(tmp_path):
+    import tensorflow as tf
+
+    prefix = tmp_path / "model.ckpt"
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix), tensor_names=["a/weights"], shape_and_slices=[""], tensors=[tf.zeros([3])]
+    )
+    assert_one_line_error(
+        lambda: odapi.restore(tf.train.Checkpoint(), prefix, tmp_path / "pipeline.config", None),
+        UnsupportedError,
+        "TensorFlow 1",
+    )
 
 
 def damaged_copy(tiny_model: Path, folder: Path) -> Path:

@@ -86,7 +86,7 @@ def test_a_random_resnet_is_calm(tmp_path):
     config = tmp_path / "pipeline.config"
     config.write_text(text)
     model = odapi.load_model(config, odapi.write_random_checkpoint(config, tmp_path / "checkpoint"))
-    _, images = odapi._build(config, is_training=False)
+    _, images = odapi._build_and_call(config, is_training=False)
     smooth_and_patches = images[1:3]
     exact = model.predict(smooth_and_patches, None)
     for variable in (*model.feature_extractor.variables, *model._box_predictor.variables):
