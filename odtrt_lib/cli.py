@@ -55,7 +55,13 @@ _TENSORFLOW_LOG = (
 # The figures of a stage that the terminal shows; report.html and log.jsonl have them all.
 _SHOWN_CHECKS = {
     "export": ("variables restored", "anchors from config", "frozen vs eager", "spec vs odapi box"),
-    "convert": ("resizes agree", "ONNX checker", "max relative error"),
+    "convert": (
+        "resizes agree",
+        "ONNX checker",
+        "largest relative error",
+        "encodings: times noise",
+        "logits: times noise",
+    ),
     "engine": ("inputs and outputs", "layers", "half precision"),
     "fuse": ("ONNX checker", "nodes"),
 }
@@ -1042,7 +1048,7 @@ def _bytes_progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _print_stages(folder: Path, results: Dict[str, StageResult]) -> None:
-    from odtrt_lib.report import figures
+    from odtrt_lib.report import figures, undecided
 
     table = Table("stage", "came out", "checked", "time", title=escape(str(folder)), title_justify="left")
     for name, result in results.items():
@@ -1058,6 +1064,10 @@ def _print_stages(folder: Path, results: Dict[str, StageResult]) -> None:
         table.add_row(name, escape(outputs), escape(checks), duration)
         table.add_section()
     _out().print(table)
+    for name, result in results.items():
+        unseen = undecided(result.record["checks"])
+        if unseen:
+            _out().print(f"{name}: {unseen[1]}", style="yellow", markup=False, highlight=False)
 
 
 def _size(path: Path) -> str:

@@ -24,7 +24,7 @@ from odtrt_lib.spec import DetectorSpec, load_spec
 REPORT = "report.html"
 
 # What a stage fails over gets a tick in the report; its other figures are only told.
-_GATE = re.compile("err|worst|restored|control_flow|agree|match|checker")
+_GATE = re.compile("err|worst|restored|control_flow|agree|match|checker|(?<!max_)times_noise")
 
 # A picture's longer side in the report, in pixels; larger ones are scaled down.
 LARGEST_SIDE = 1280
@@ -101,6 +101,27 @@ def figures(checks: Mapping[str, Any]) -> List[Tuple[str, str]]:
     return [(_words(name), _figure(value)) for name, value in _flat(checks)]
 
 
+def undecided(checks: Mapping[str, Any]) -> Optional[Tuple[str, str]]:
+    """Which checks of a record could not see enough (their names' common start), and that in a sentence.
+
+    None where all could. What they could have seen is recorded as ``sees_kernel_change``, the smallest
+    relative change of a kernel; see :mod:`odtrt_lib.noise`.
+    """
+    flat = dict(_flat(checks))
+    for name, value in flat.items():
+        if name.endswith("is_decisive") and value is False:
+            start = name[: -len("is_decisive")]
+            seen = flat.get(f"{start}sees_kernel_change", 1.0)
+            hidden = (
+                "a wrong kernel" if seen >= 1 else f"a kernel wrong by less than {seen:.2g} of its values"
+            )
+            return start, (
+                f"{_words(start).strip(' :')} is not decisive: these weights magnify rounding so much that "
+                f"{hidden} would not be seen; use trained weights"
+            )
+    return None
+
+
 def _current_records(log: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """The newest record for each set of files that a stage wrote; a folder can hold several plans."""
     newest: Dict[Tuple[str, Tuple[str, ...]], Dict[str, Any]] = {}
@@ -115,7 +136,10 @@ def _header(
     title: str, spec: Optional[DetectorSpec], records: List[Dict[str, Any]], skipped: Mapping[str, str]
 ) -> str:
     seconds = sum(record["seconds"] for record in records)
-    done = f"{len(records)} stage{'s' * (len(records) != 1)} finished, every check held"
+    open_ones = [_name(record["stage"]) for record in records if undecided(record["checks"])]
+    verdict = f"not decisive: {', '.join(open_ones)}" if open_ones else "every check held"
+    done = f"{len(records)} stage{'s' * (len(records) != 1)} finished, {verdict}"
+    colour, tick = ("muted", "") if open_ones else ("good", _TICK)
     missing = "".join(f'<span class="badge muted">{_text(_name(stage))} skipped</span>' for stage in skipped)
     facts = [("Time", _seconds(seconds))]
     if spec:
@@ -129,7 +153,7 @@ def _header(
     cells = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts)
     return (
         f'<header><p class="brand">odtrt</p><h1>{_text(title)}</h1>'
-        f'<p class="badges"><span class="badge good">{_TICK}{done}</span>{missing}</p>'
+        f'<p class="badges"><span class="badge {colour}">{tick}{_text(done)}</span>{missing}</p>'
         f'<dl class="facts">{cells}</dl></header>'
     )
 
@@ -161,6 +185,9 @@ def _stage(folder: Path, record: Dict[str, Any], number: str) -> str:
         if outdated
         else ""
     )
+    unseen = undecided(record["checks"])
+    if unseen:
+        warning += f'<p class="warning">{_text(unseen[1][:1].upper() + unseen[1][1:])}.</p>'
     inputs = "".join(
         f'<tr><th scope="row">{_text(name)}</th><td>{_hash(digest)}</td></tr>'
         for name, digest in record["inputs"].items()
@@ -171,8 +198,10 @@ def _stage(folder: Path, record: Dict[str, Any], number: str) -> str:
         for name, digest in record["outputs"].items()
     )
     flat = sorted(_flat(record["checks"]), key=lambda check: not _is_gate(*check))
+    unseen_start = unseen[0] if unseen else None
     checks = "".join(
-        f"<li>{_mark(name, value)}<span>{_text(_words(name))}</span><b>{_text(_figure(value))}</b></li>"
+        f"<li>{_mark(name, value, unseen_start)}<span>{_text(_words(name))}</span>"
+        f"<b>{_text(_figure(value))}</b></li>"
         for name, value in flat
     )
     settings = "".join(
@@ -209,8 +238,8 @@ def _is_gate(name: str, value: Any) -> bool:
     return value is not None and _GATE.search(name) is not None
 
 
-def _mark(name: str, value: Any) -> str:
-    if _is_gate(name, value):
+def _mark(name: str, value: Any, undecided_start: Optional[str]) -> str:
+    if _is_gate(name, value) and not (undecided_start and name.startswith(undecided_start)):
         return _TICK
     return _DOT.format("–" if value is None else "·")
 

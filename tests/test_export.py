@@ -100,6 +100,24 @@ def test_a_frozen_graph_that_differs_from_the_model_is_caught(tiny_model, tmp_pa
     assert_one_line_error(lambda: export(tiny_model, tmp_path / "out"), CheckError, "eager")
 
 
+def test_a_kernel_that_freezing_changes_by_a_thousandth_is_caught(tiny_model, tmp_path, monkeypatch):
+    import tensorflow as tf
+
+    freeze = export_room._freeze
+
+    def freeze_badly(concrete):
+        graph = freeze(concrete)
+        kernels = [n.attr["value"].tensor for n in graph.node if n.op == "Const"]
+        kernel = next(tensor for tensor in kernels if len(tensor.tensor_shape.dim) == 4)
+        kernel.CopyFrom(tf.make_tensor_proto(tf.make_ndarray(kernel) * np.float32(1.001)))
+        return graph
+
+    monkeypatch.setattr(export_room, "_freeze", freeze_badly)
+    with pytest.raises(CheckError, match=r"times the noise of float32 .* the freezing changed the network"):
+        export(tiny_model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_anchors_are_those_of_the_model_and_of_the_config(tiny_model, tiny_folder):
     import tensorflow as tf
 
@@ -294,6 +312,8 @@ def test_log_records_hashes_versions_and_checks(tiny_folder):
     assert record is not None
     assert set(record["outputs"]) == {"frozen.pb", "anchors.npy", "spec.json"}
     assert record["checks"]["frozen_vs_eager_max_abs_err"] < 1e-3
+    assert record["checks"]["frozen_vs_eager_is_decisive"] is True
+    assert record["checks"]["frozen_vs_eager_times_noise"] < 3
     assert record["checks"]["variables_restored"] > 100
     assert record["checks"]["spec_vs_odapi_box_max_err"] < 1e-5
     assert record["checks"]["spec_vs_odapi_detections"] > 30

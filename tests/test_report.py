@@ -120,6 +120,16 @@ def test_a_stage_has_the_number_of_its_chapter(folder):
     assert numbers == ["1", "2", "3", "3", "4", "•"]
 
 
+def test_a_gate_that_could_see_nothing_is_not_said_to_have_held(folder):
+    assert "every check held" in page_of(folder).text
+    for seen, words in ((1.0, "a wrong kernel would not be seen"), (0.031, "by less than 0.031")):
+        parity = {"class_logits": {"times_noise": 0.7}, "is_decisive": False, "sees_kernel_change": seen}
+        record(folder, "convert", ["heads.onnx"], checks={"resizes_agree": True, "parity": parity})
+        text = " ".join(page_of(folder).text.split())
+        assert "not decisive: Convert" in text and "every check held" not in text
+        assert "Parity is not decisive: " in text and words in text
+
+
 def test_nothing_is_loaded_from_anywhere(folder):
     picture = np.zeros((20, 30, 3), np.uint8)
     page = page_of(folder, [("a picture", picture)])
