@@ -1470,7 +1470,9 @@ def parts_folder(parts, tmp_path_factory):
     return path
 
 
-def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(parts_folder, native_library, tmp_path):
+def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
+    parts_folder, native_library, offline, tmp_path
+):
     """Elsewhere: another environment without TensorFlow and odtrt, another folder, only the one file."""
     from PIL import Image
 
@@ -1485,7 +1487,7 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(parts_folder, nati
     expected = Detector.open(parts_folder).detect(image)
 
     python = device_environment(tmp_path / "environment")
-    quiet = {"PATH": os.environ["PATH"], "HOME": str(device), "LANG": "C.UTF-8"}
+    quiet = {**offline.environment, "PYTHONPATH": "", "LANG": "C.UTF-8"}
 
     def on_device(*command, **how):
         return subprocess.run(
@@ -1545,3 +1547,5 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(parts_folder, nati
         [python, "-c", program], cwd=device / "moved", env=quiet, capture_output=True, text=True, check=False
     )
     assert done.stdout == "onnxruntime\n", done.stderr
+    assert offline.network == []
+    assert not [path for path in offline.home if "onnxruntime" in path]
