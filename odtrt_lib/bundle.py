@@ -80,6 +80,7 @@ DEVICE_ROOMS = (
     "native",
     "nms",
     "passport",
+    "plots",
     "portability",
     "preprocess",
     "report",
@@ -94,7 +95,6 @@ _MOST_MANIFEST_BYTES = 1 << 22
 _BLOCK = 1 << 20
 _LOCAL_HEADER_BYTES = 30
 _INSTALL_NUMPY = "`sudo apt install python3-numpy`, or `python3 -m pip install numpy`"
-_WRITE_HALF_PRECISION = ("onnx", "onnxconverter_common")
 _PLUGIN_SOURCES = ("CMakeLists.txt", "kernels/*", "tensorrt/*.cpp", "tensorrt/*.map")
 
 
@@ -365,8 +365,10 @@ def missing_modules(precision: str) -> Dict[str, str]:
     """The Python modules that ``build_here`` lacks here, each with what installs it.
 
     Polygraphy gives a plan its device memory, ONNX Runtime takes the GPU's place where there is none, and
-    onnx writes half precision into the model for a TensorRT with typed networks (9 and newer).
+    onnx writes half precision into the model for a TensorRT with typed networks (9 and newer). Which part
+    needs what is :mod:`odtrt_lib.doctor`'s table; of detection only --image needs Pillow.
     """
+    from odtrt_lib import doctor
     from odtrt_lib.passport import this_machine
 
     missing = {}
@@ -378,13 +380,16 @@ def missing_modules(precision: str) -> Dict[str, str]:
             "on a Jetson `sudo apt install nvidia-jetpack`, and make virtual environments with "
             "--system-site-packages; on a PC `python3 -m pip install tensorrt`"
         )
+    needs = dict.fromkeys(doctor.modules(doctor.BUILD), "to build a plan")
     if this_machine().gpu is not None:
-        needs = {"polygraphy": "to run a plan"}
+        needs.update(dict.fromkeys(doctor.modules(doctor.RUN_A_PLAN), "to run a plan"))
     else:
-        needs = {"onnxruntime": "to detect without a GPU"}
-    can_write_half_precision = all(map(_can_find, _WRITE_HALF_PRECISION))
-    if precision == "fp16" and not can_write_half_precision and not _has_half_precision_flag(flavour):
-        needs.update(dict.fromkeys(_WRITE_HALF_PRECISION, "for fp16"))
+        needs.update(dict.fromkeys(doctor.modules(doctor.DETECT), "to detect without a GPU"))
+        del needs["PIL"]
+    half = doctor.modules(doctor.HALF_PRECISION)
+    if precision == "fp16" and not all(map(_can_find, half)) and not _has_half_precision_flag(flavour):
+        needs.update(dict.fromkeys(half, "for fp16"))
+    del needs["numpy"]  # is first, with an installation of its own
     for module, purpose in needs.items():
         if not _can_find(module):
             package = module.replace("_", "-")

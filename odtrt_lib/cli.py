@@ -319,7 +319,7 @@ def run(
 
     **Example:** `odtrt run models/parts`, or `odtrt run my_model --image street.jpg --precision fp16`
     """
-    _require_python_of_tensorflow()
+    _require_workstation()
     from odtrt_lib import convert as convert_stage
     from odtrt_lib import demonstration, engine
     from odtrt_lib import export as export_stage
@@ -383,7 +383,7 @@ def export(
 
     **Example:** `odtrt export my_model -o out/my_model --label-map labels.pbtxt`
     """
-    _require_python_of_tensorflow()
+    _require_workstation()
     from odtrt_lib import export as export_stage
 
     folder = output or _OUT / _model_name(model)
@@ -417,7 +417,7 @@ def convert(
 
     **Example:** `odtrt convert out/my_model`
     """
-    _require_python_of_tensorflow()
+    _require_workstation()
     from odtrt_lib import convert as convert_stage
 
     result = _work_on("convert", lambda: convert_stage.convert(folder, opset=opset, force=force))
@@ -813,7 +813,12 @@ def _write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _require_python_of_tensorflow() -> None:
+def _require_workstation() -> None:
+    if not Path(__file__).with_name("export.py").is_file():
+        raise MissingDependencyError(
+            f"{Path(__file__).parent}: the device side of odtrt, without export and convert: run them on a "
+            "workstation, from a checkout of odtrt; build, detect and eval work here"
+        )
     if sys.version_info < _PYTHON_OF_TENSORFLOW:
         raise MissingDependencyError(
             f"this is Python {sys.version_info[0]}.{sys.version_info[1]}, export and convert need "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import dataclasses
 import errno
@@ -183,6 +184,123 @@ def test_the_device_rooms_are_those_of_pyproject():
     text = (ROOT / "pyproject.toml").read_text()
     names = re.search(r'"odtrt_lib/\{(.+)\}\.py" = "py38"', text).group(1).split(",")
     assert sorted(bundle.DEVICE_ROOMS) == sorted(names)
+
+
+NOT_ON_A_DEVICE = {"export", "convert", "datasets"}
+
+
+def test_a_device_room_imports_device_rooms_only():
+    """Inside of functions too; what a device lacks is imported after a check that says so."""
+    package = Path(bundle.__file__).parent
+    for room in bundle.DEVICE_ROOMS:
+        found = set()
+        for node in ast.walk(ast.parse((package / f"{room}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "odtrt_lib":
+                found |= {name.name for name in node.names if (package / f"{name.name}.py").exists()}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("odtrt_lib."):
+                found.add(node.module.split(".")[1])
+            elif isinstance(node, ast.Import):
+                found |= {
+                    name.name.split(".")[1] for name in node.names if name.name.startswith("odtrt_lib.")
+                }
+        allowed = {"cli": NOT_ON_A_DEVICE, "demonstration": {"datasets"}, "evaluate": {"datasets"}}
+        assert found - set(bundle.DEVICE_ROOMS) <= allowed.get(room, set()), room
+
+
+COMMANDS_ON_A_DEVICE = """
+import contextlib, importlib, io, json, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+absent = set(sys.argv[1].split(","))
+checkout = [finder for finder in sys.meta_path if "editable" in repr(finder).lower()]
+sys.meta_path[:] = [Absent(), *(finder for finder in sys.meta_path if finder not in checkout)]
+import odtrt_lib
+from odtrt_lib import bundle, cli
+
+for room in bundle.DEVICE_ROOMS:
+    importlib.import_module(f"odtrt_lib.{room}")
+results = [odtrt_lib.__file__]
+for command in json.loads(sys.argv[2]):
+    if command[0] == "with":
+        absent -= set(command[1:])
+        continue
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            status = cli.main(command) or 0
+        except SystemExit as end:
+            status = end.code or 0
+    results.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+
+
+def test_every_command_of_an_unpacked_bundle(tmp_path):
+    """With what a device has: numpy, Pillow, ONNX Runtime, typer and rich. Each works, or says why not."""
+    from PIL import Image
+
+    from odtrt_lib import cli
+
+    device, archive = tmp_path / "device", tmp_path / "a.odtrt.zip"
+    detector = dataclasses.replace(SPEC, labels=(spec.Label(1, "a nut"), spec.Label(2, "bolt")))
+    bundle.pack(model_folder(tmp_path / "model", detector, fused=False), archive)
+    bundle.unpack(archive, device)
+    Image.fromarray(bundle._pattern(SPEC)).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 7, "file_name": "a.png", "height": 16, "width": 24}],
+        "categories": [{"id": label.id, "name": label.name} for label in detector.labels],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 8, 9], "area": 72, "iscrowd": 0}
+        ],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    picture, annotations = str(tmp_path / "a.png"), str(tmp_path / "instances.json")
+    evaluation = ["eval", "model", "--annotations", annotations]
+    expected = [
+        (["run", "x", "--image", picture], 1, "device side"),
+        (["export", "x"], 1, "device side"),
+        (["convert", "model"], 1, "device side"),
+        (["fuse", "model"], 1, "onnx"),
+        (["build", "model"], 1, "TensorRT"),
+        (["plans", "model"], 1, "no plan there"),
+        (["pack", "model", "-o", str(tmp_path / "again.zip")], 0, "SHA-256"),
+        (["unpack", str(archive), "-o", str(tmp_path / "out")], 0, "all as the manifest says"),
+        (["detect", "model", picture, "-o", str(tmp_path / "drawn")], 0, "a.png"),
+        (["doctor"], 0, "ONNX Runtime"),
+        (["zoo", "list"], 0, "efficientdet_d0"),
+        (evaluation, 1, "pycocotools"),
+        (["with", "pycocotools", "matplotlib"], None, ""),
+        (evaluation, 0, "mAP"),
+    ]
+    known = {one.name or one.callback.__name__ for one in cli.app.registered_commands} | {"zoo", "with"}
+    assert {command[0] for command, _, _ in expected} == known
+    if "coco" not in bundle.DEVICE_ROOMS:  # eval's reader of annotations
+        del expected[-3:]
+    absent = (
+        "cv2,tensorflow,tf_keras,keras,onnx,onnx_graphsurgeon,onnxconverter_common,tf2onnx,matplotlib,"
+        "pycocotools,object_detection,polygraphy,tensorrt,tensorrt_rtx,scipy"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        COMMANDS_ON_A_DEVICE,
+        absent,
+        json.dumps([one for one, _, _ in expected]),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=device, env=environment)
+    assert done.returncode == 0, done.stderr
+    where, *results = json.loads(done.stdout.splitlines()[-1])
+    assert Path(where).parent == device / "odtrt_lib"
+    expected = [one for one in expected if one[1] is not None]
+    for (arguments, status, said), (found, out, err) in zip(expected, results, strict=True):
+        assert found == status, (arguments, out, err)
+        assert said in (err if status else out), (arguments, out, err)
+        assert err.count("\n") == (1 if status else 0), (arguments, err)
+    assert (tmp_path / "drawn" / "a.jpg").is_file()
 
 
 def test_a_detector_without_its_fused_form_travels_too(tmp_path):
