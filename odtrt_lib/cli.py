@@ -217,6 +217,12 @@ BundleArgument = typer.Argument(
 UnpackOption = typer.Option(
     None, "-o", "--output", metavar="FOLDER", help="Where to. Default: the bundle's name in this folder."
 )
+Sha256Option = typer.Option(
+    None,
+    "--sha256",
+    metavar="HASH",
+    help="The bundle's SHA-256, as `odtrt pack` printed it; others are refused.",
+)
 ForceOption = typer.Option(False, "--force", help="Do it again even if nothing changed.")
 OverwriteOption = typer.Option(
     False, "--force", help="Over a bundle that was unpacked there before; your own files there stay."
@@ -562,11 +568,16 @@ def pack(
 
 @app.command()
 def unpack(
-    bundle: Path = BundleArgument, output: Optional[Path] = UnpackOption, force: bool = OverwriteOption
+    bundle: Path = BundleArgument,
+    output: Optional[Path] = UnpackOption,
+    sha256: Optional[str] = Sha256Option,
+    force: bool = OverwriteOption,
 ) -> None:
     """Chapter 5: a bundle back into a folder, every file checked against its hash.
 
-    **Reads** the bundle. **Writes** the folder, whole or not at all.
+    **Reads** the bundle. **Writes** the folder, whole or not at all. Nothing of the bundle is run; to run its
+    build_here.py afterwards is to trust whoever packed it. With `--sha256` only the bundle that `odtrt pack`
+    told this hash of is taken.
 
     **Example:** `odtrt unpack my_model.zip -o my_model`
     """
@@ -576,7 +587,7 @@ def unpack(
     suffix = bundle_stage.SUFFIX
     target = output or Path(bundle.name[: -len(suffix)] if bundle.name.endswith(suffix) else bundle.stem)
     with _progress("unpack"):
-        manifest = bundle_stage.unpack(bundle, target, force=force)
+        manifest = bundle_stage.unpack(bundle, target, force=force, expected_sha256=sha256)
     _out().print(
         f"{target}: {len(manifest.members)} files, all as the manifest says",
         soft_wrap=True,

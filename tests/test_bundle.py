@@ -516,6 +516,98 @@ def test_a_folder_with_other_things_is_not_written_over(archive, tmp_path):
     assert contents(tmp_path / "home") == {"thesis.tex": b"mine"}
 
 
+def other_bundle(folder, tmp_path):
+    """Of the same model, with other int8 scales and without the files for Triton and DeepStream."""
+    copy = shutil.copytree(folder, tmp_path / "other")
+    (copy / "int8" / "calibration.json").write_text("changed")
+    bundle.pack(copy, tmp_path / "other.zip")
+    return tmp_path / "other.zip"
+
+
+def linked_folder(out, outside):
+    (out / "model").rename(outside / "model")
+    (out / "model").symlink_to(outside / "model")
+
+
+def linked_far_below(out, outside):
+    (out / "plugins" / "kernels").rename(outside / "kernels")
+    (out / "plugins" / "kernels").symlink_to(outside / "kernels")
+
+
+def file_for_folder(out, outside):
+    shutil.rmtree(out / "odtrt_lib")
+    (out / "odtrt_lib").write_text("in the way")
+
+
+def folder_for_file(out, outside):
+    (out / "odtrt_lib" / "zoo.py").unlink()
+    (out / "odtrt_lib" / "zoo.py").mkdir()
+
+
+def forged_list_of_old_files(out, outside):
+    """As if an earlier bundle had brought a file that lies, through a link, outside."""
+    (outside / "precious").write_text("not yours")
+    (out / "old").symlink_to(outside)
+    manifest = json.loads((out / "manifest.json").read_text())
+    digest = hashlib.sha256(b"not yours").hexdigest()
+    manifest["members"].append({"path": "old/precious", "size": 9, "sha256": digest})
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "named"),
+    [
+        (linked_folder, "model: a link, expected a folder"),
+        (linked_far_below, "kernels: a link, expected a folder"),
+        (file_for_folder, "odtrt_lib: a file, expected a folder"),
+        (folder_for_file, "zoo.py: a folder, expected a file"),
+        (forged_list_of_old_files, "old: a link, expected a folder"),
+    ],
+)
+def test_what_is_in_the_way_is_found_before_anything_changes(folder, archive, tmp_path, obstacle, named):
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    outside.mkdir()
+    bundle.unpack(archive, out)
+    obstacle(out, outside)
+    other = other_bundle(folder, tmp_path)
+    before = contents(tmp_path)
+    message = one_line_error(lambda: bundle.unpack(other, out, force=True))
+    assert f"{named}; nothing was changed" in message
+    assert contents(tmp_path) == before
+
+
+def test_an_old_file_that_somebody_changed_stays(folder, archive, tmp_path):
+    out = tmp_path / "out"
+    bundle.unpack(archive, out)
+    labels = out / "deepstream" / "labels.txt"
+    labels.write_text("mine")
+    bundle.unpack(other_bundle(folder, tmp_path), out, force=True)
+    assert labels.read_text() == "mine"
+    assert not (out / "deepstream" / "nvinfer.txt").exists()
+
+
+def test_only_the_expected_archive_is_unpacked(archive, tmp_path):
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    wrong = "0" * 64
+    refuse = lambda sha: lambda: bundle.unpack(archive, tmp_path / "out", expected_sha256=sha)  # noqa: E731
+    assert f"SHA-256 {digest}, expected {wrong}" in one_line_error(refuse(wrong), CheckError)
+    assert "expected 64 hexadecimal digits" in one_line_error(refuse("abc"))
+    assert list(tmp_path.iterdir()) == []
+    bundle.unpack(archive, tmp_path / "out", expected_sha256=digest.upper())
+    assert bundle.verify(tmp_path / "out")
+
+
+def test_weights_outside_of_the_model_are_not_left_behind(folder, tmp_path):
+    """onnx's own way to save them apart; no log.jsonl tells of the model."""
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    for name in ("log.jsonl", "detector.onnx"):
+        (copy / name).unlink(missing_ok=True)
+    model = onnx.load(copy / "heads.onnx")
+    onnx.save(model, copy / "heads.onnx", save_as_external_data=True, size_threshold=0, location="weights")
+    message = one_line_error(lambda: bundle.pack(copy, tmp_path / "a.zip"))
+    assert "heads.onnx: its weights lie in other files" in message and not (tmp_path / "a.zip").exists()
+
+
 def test_an_empty_folder_may_be_there(archive, unpacked, tmp_path):
     (tmp_path / "empty").mkdir()
     bundle.unpack(archive, tmp_path / "empty")
@@ -632,6 +724,9 @@ FORGERIES = {
     "dot": (traversal("model/./evil"), "is not a plain relative path"),
     "double slash": (traversal("model//evil"), "is not a plain relative path"),
     "line break": (traversal("model/e\nvil"), "is not a plain relative path"),
+    "terminal escape": (traversal("model/e\x9b2Jvil"), "is not a plain relative path"),
+    "right to left": (traversal("model/e\u202egnp.vil"), "is not a plain relative path"),
+    "half a character": (lambda f: f.manifest.update(name="\ud800"), "has half a character"),
     "folder": (traversal("model/evil/"), "is not a plain relative path"),
     "symlink": (
         lambda f: f.add("model/plans", b"/etc", mode=stat.S_IFLNK | 0o777),
@@ -947,6 +1042,15 @@ def test_triton_reads_the_inputs_and_outputs_of_the_model(tmp_path, batch):
     assert served.read_bytes() == (tmp_path / "tiny" / "heads.onnx").read_bytes()
 
 
+def test_a_tensor_cannot_write_into_tritons_configuration():
+    from google.protobuf import text_format
+
+    evil = 'a"\\ } parameters { key: "x\n# \0é'
+    detector = dataclasses.replace(SPEC, input=dataclasses.replace(SPEC.input, name=evil))
+    config = text_format.Parse(bundle.triton_config(detector, "tiny", "tensorrt_plan"), triton_message())
+    assert [tensor.name for tensor in config.input] == [evil]
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -1168,6 +1272,40 @@ def test_an_archive_unpacks_itself_with_python_38_and_nothing_else(archive, unpa
     )
     for name in ("numpy (`sudo apt install python3-numpy`", "TensorRT's Python module (on a Jetson"):
         assert sum(line.startswith(f"missing: {name}") for line in done.stdout.splitlines()) == 1
+
+
+def test_no_file_in_the_folder_stands_in_for_one_of_pythons_modules(archive, tmp_path):
+    """build_here.py used to import a planted argparse.py before it compared anything."""
+    out = tmp_path / "out"
+    bundle.unpack(archive, out)
+    for name in ("argparse.py", "typing.py", "numpy.py", "zipfile/__init__.py"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\nraise SystemExit(9)\n"
+        )
+    (out / "odtrt_lib" / "mine.py").write_text("")
+    done = subprocess.run([sys.executable, out / "build_here.py"], capture_output=True, text=True)
+    assert not (tmp_path / "ran").exists()
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "argparse.py: not from this bundle, and Python would take it" in done.stderr
+    assert "not from this bundle: 'argparse.py', 'numpy.py', 'odtrt_lib/mine.py', 'typing.py'" in done.stdout
+
+
+def test_a_folder_that_was_used_has_no_strangers_but_the_users(archive, tmp_path):
+    bundle.unpack(archive, tmp_path / "out")
+    for name in (
+        "built.json",
+        "plugins/build/libodtrt.so",
+        "odtrt_lib/__pycache__/a.pyc",
+        "model/plans/a.plan",
+    ):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("")
+    manifest = bundle.verify(tmp_path / "out")
+    assert bundle._strangers(tmp_path / "out", manifest) == []
+    (tmp_path / "out" / "camera_app.py").write_text("")
+    assert bundle._strangers(tmp_path / "out", manifest) == ["camera_app.py"]
+    bundle._refuse_impostors(tmp_path / "out", ["camera_app.py"])
 
 
 def test_a_python_that_is_too_old_is_told_so(archive, unpacked):
