@@ -6,13 +6,14 @@ Each process runs where no network can be reached and the home folder is empty, 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import Offline
+from conftest import ROOT, Offline
 
 from odtrt_lib.datasets import TEST_SEEDS, render_scene
 from odtrt_lib.detector import Detector
@@ -21,6 +22,7 @@ from odtrt_lib.export import find_model
 from odtrt_lib.folder import read_log
 from odtrt_lib.spec import load_spec
 
+SOURCES = ("benchmarks", "scripts", "plugins/bench", "odtrt_lib")
 CORPUS_MODELS = (
     "coco_ssd_mnv1",
     "ft_fpnlite320_tfjs1",
@@ -216,6 +218,22 @@ def test_telemetry_that_is_switched_on_is_seen(no_network, tmp_path):
         environment = {**seen.environment, **choice}
         subprocess.run([sys.executable, "-c", "import odtrt_lib, onnxruntime"], env=environment, check=True)
         assert any("onnxruntime" in path for path in seen.home) == is_on
+
+
+def test_odtrt_is_imported_before_onnx_runtime():
+    """Else telemetry is on already when odtrt turns it off. Tests import conftest.py first."""
+    sources = {path: path.read_text() for place in SOURCES for path in (ROOT / place).rglob("*.py")}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        sources[path] = "\n".join("".join(cell["source"]) for cell in cells)
+    users = 0
+    for path, text in sources.items():
+        first = re.search(r"^\s*(?:import|from) onnxruntime", text, re.MULTILINE)
+        if first and path.parent.name != "odtrt_lib":
+            users += 1
+            before = re.search(r"^\s*(?:import|from) odtrt_lib", text[: first.start()], re.MULTILINE)
+            assert before, f"{path}: imports onnxruntime before odtrt_lib"
+    assert users >= 3
 
 
 @pytest.mark.corpus
