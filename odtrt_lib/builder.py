@@ -663,9 +663,10 @@ def weights_by_type(path: Union[str, Path]) -> Dict[str, int]:
     """How many weights an ONNX file has of each type, e.g. ``{"FLOAT": 749960, "INT64": 12}``.
 
     Reads the file's outline only (protobuf: ModelProto.graph is field 7, GraphProto.initializer 5,
-    TensorProto.dims 1 and .data_type 2), so it needs neither onnx nor the memory for the weights.
+    TensorProto.dims 1, .data_type 2 and .data_location 14), so it needs neither onnx nor the memory for the
+    weights.
 
-    Raises InputError where the file is not an ONNX model.
+    Raises InputError where the file is not an ONNX model, or where weights lie outside of it.
     """
     path = Path(path)
     refusal = InputError(f"{path}: not an ONNX model; run `odtrt convert` again")
@@ -688,6 +689,11 @@ def weights_by_type(path: Union[str, Path]) -> Dict[str, int]:
                             size *= dim
                     elif number == 2 and isinstance(value, int):
                         kind = value
+                    elif number == 14 and value == 1:
+                        raise InputError(
+                            f"{path}: its weights lie in other files (external data), expected all of them "
+                            "in it; run `odtrt convert` again, or save it with onnx as one file"
+                        )
                 name = _ONNX_TYPES.get(kind, "OTHER")
                 counts[name] = counts.get(name, 0) + size
     except (IndexError, ValueError) as error:

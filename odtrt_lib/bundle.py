@@ -30,6 +30,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -42,7 +43,20 @@ import sys
 import zipfile
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import (
+    IO,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 from odtrt_lib import __version__
 from odtrt_lib.errors import (
@@ -94,6 +108,7 @@ DEVICE_ROOMS = (
     "native",
     "nms",
     "passport",
+    "plots",
     "portability",
     "preprocess",
     "report",
@@ -107,9 +122,9 @@ DEVICE_ROOMS = (
 _FORCE_UNPACK = "over a bundle that was unpacked there before; your own files there stay"
 _MOST_MANIFEST_BYTES = 1 << 22
 _BLOCK = 1 << 20
+_UNPRINTABLE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LOCAL_HEADER_BYTES = 30
 _INSTALL_NUMPY = "`sudo apt install python3-numpy`, or `python3 -m pip install numpy`"
-_WRITE_HALF_PRECISION = ("onnx", "onnxconverter_common")
 _PLUGIN_SOURCES = ("CMakeLists.txt", "kernels/*", "tensorrt/*.cpp", "tensorrt/*.map")
 
 
@@ -188,6 +203,9 @@ def pack(
     if deepstream:
         sources.update(_deepstream_files(folder, spec))
     sources["README.txt"] = _readme(spec, sources).encode()
+    for path in sources:
+        if not _is_plain(path):
+            raise InputError(f"{folder}: {path!r} cannot travel; expected a name without control characters")
     members = tuple(_described(path, sources[path]) for path in sorted(sources))
     packed = {member.path: member.sha256 for member in members}
     for name, digest in {**hashes, "spec.json": hashlib.sha256(content).hexdigest()}.items():
@@ -203,16 +221,28 @@ def pack(
     return Packed(archive, digest, archive.stat().st_size, manifest, is_up_to_date, has_postprocessing)
 
 
-def unpack(archive: Union[str, Path], folder: Union[str, Path], *, force: bool = False) -> Manifest:
+def unpack(
+    archive: Union[str, Path],
+    folder: Union[str, Path],
+    *,
+    force: bool = False,
+    expected_sha256: Optional[str] = None,
+) -> Manifest:
     """Unpacks a bundle into ``folder``, which appears whole or not at all.
 
     Every member is checked against the manifest before the first one appears. force: unpack over an earlier
-    bundle; what was built in it (plans, compiled libraries) stays, files that the new bundle lacks go, and
-    each file is replaced whole. Only a folder that a bundle was unpacked into is written over.
+    bundle; what was built in it (plans, compiled libraries) stays, files that the new bundle lacks go unless
+    somebody changed them, and each file is replaced whole. Only a folder that a bundle was unpacked into is
+    written over, and nothing outside of it: no link in it is followed. expected_sha256: of the archive, as
+    ``pack`` told it; 64 hexadecimal digits.
 
     Raises InputError, naming the member, where the archive is damaged or is not what its manifest says, and
-    where ``folder`` is in the way or cannot be written.
+    where ``folder`` is in the way or cannot be written; CheckError where the archive is not the expected one.
     """
+    if expected_sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", expected_sha256):
+        raise InputError(
+            f"SHA-256 {expected_sha256!r}: expected 64 hexadecimal digits, as `odtrt pack` prints"
+        )
     archive, folder = Path(archive), Path(folder).resolve()
     is_occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     earlier: Tuple[Member, ...] = ()
@@ -223,7 +253,10 @@ def unpack(archive: Union[str, Path], folder: Union[str, Path], *, force: bool =
             earlier = _read_manifest(folder / MANIFEST).members
         if not force:
             raise InputError(f"{folder}: a bundle was unpacked here; choose another folder, or use --force")
-    with _opened(archive) as (zipped, manifest, entries):
+    with _opened(archive, expected_sha256) as (zipped, manifest, entries):
+        if is_occupied:
+            earlier = _unchanged(folder, earlier, manifest)
+            _refuse_obstacles(folder, [member.path for member in (*manifest.members, *earlier)])
         with _staged(folder) as content:
             for member in manifest.members:
                 _extract(archive, zipped, entries[member.path], member, content / member.path)
@@ -291,6 +324,11 @@ def build_here(
     folder = Path(folder)
     manifest = verify(folder)
     say(f"{manifest.name}: {len(manifest.members)} files as packed by odtrt {manifest.odtrt}")
+    strangers = _strangers(folder, manifest)
+    if strangers:
+        more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+        say(f"not from this bundle: {', '.join(map(repr, strangers[:5]))}{more}")
+    _refuse_impostors(folder, strangers)
     model = folder / MODEL
     if not recorded(model):  # another program unpacked it
         _seal_model(model, manifest)
@@ -391,8 +429,10 @@ def missing_modules(precision: str) -> Dict[str, str]:
     """The Python modules that ``build_here`` lacks here, each with what installs it.
 
     Polygraphy gives a plan its device memory, ONNX Runtime takes the GPU's place where there is none, and
-    onnx writes half precision into the model for a TensorRT with typed networks (9 and newer).
+    onnx writes half precision into the model for a TensorRT with typed networks (9 and newer). Which part
+    needs what is :mod:`odtrt_lib.doctor`'s table; of detection only --image needs Pillow.
     """
+    from odtrt_lib import doctor
     from odtrt_lib.passport import this_machine
 
     missing = {}
@@ -404,13 +444,16 @@ def missing_modules(precision: str) -> Dict[str, str]:
             "on a Jetson `sudo apt install nvidia-jetpack`, and make virtual environments with "
             "--system-site-packages; on a PC `python3 -m pip install tensorrt`"
         )
+    needs = dict.fromkeys(doctor.modules(doctor.BUILD), "to build a plan")
     if this_machine().gpu is not None:
-        needs = {"polygraphy": "to run a plan"}
+        needs.update(dict.fromkeys(doctor.modules(doctor.RUN_A_PLAN), "to run a plan"))
     else:
-        needs = {"onnxruntime": "to detect without a GPU"}
-    can_write_half_precision = all(map(_can_find, _WRITE_HALF_PRECISION))
-    if precision == "fp16" and not can_write_half_precision and not _has_half_precision_flag(flavour):
-        needs.update(dict.fromkeys(_WRITE_HALF_PRECISION, "for fp16"))
+        needs.update(dict.fromkeys(doctor.modules(doctor.DETECT), "to detect without a GPU"))
+        del needs["PIL"]
+    half = doctor.modules(doctor.HALF_PRECISION)
+    if precision == "fp16" and not all(map(_can_find, half)) and not _has_half_precision_flag(flavour):
+        needs.update(dict.fromkeys(half, "for fp16"))
+    del needs["numpy"]  # is first, with an installation of its own
     for module, purpose in needs.items():
         if not _can_find(module):
             package = module.replace("_", "-")
@@ -512,8 +555,8 @@ def triton_config(spec: DetectorSpec, name: str, platform: str) -> str:
     )
     lines = [
         f"# {_comment(spec.name)}: written by odtrt {__version__} from spec.json.",
-        f"# `{network.name}` is what odtrt_lib.preprocess.preprocess makes of an image; the outputs are raw",
-        "# heads, and odtrt_lib.nms.postprocess makes detections of them.",
+        f"# `{_comment(network.name)}` is what odtrt_lib.preprocess.preprocess makes of an image;",
+        "# the outputs are raw heads, and odtrt_lib.nms.postprocess makes detections of them.",
     ]
     if platform == "tensorrt_plan":
         lines.append("# build_here.py puts the plan at 1/model.plan; until then Triton refuses this model.")
@@ -525,7 +568,7 @@ def triton_config(spec: DetectorSpec, name: str, platform: str) -> str:
     for kind, tensor, shape in tensors:
         dims = shape if network.batch is None else (network.batch, *shape)
         text = ", ".join(map(str, dims))
-        lines.append(f'{kind} {{\n  name: "{tensor}"\n  data_type: TYPE_FP32\n  dims: [ {text} ]\n}}')
+        lines.append(f"{kind} {{\n  name: {_quoted(tensor)}\n  data_type: TYPE_FP32\n  dims: [ {text} ]\n}}")
     return "\n".join(lines) + "\n"
 
 
@@ -619,7 +662,9 @@ built.json, which build_here.py writes at its end, says what it made: the plans 
 what made the check's detections, these detections, and the line that opens the detector.
 
 What is here: model/ is the detector, odtrt_lib/ and plugins/ are odtrt's source, under LICENSE.{serving}
-manifest.json lists every file with its SHA-256; build_here.py compares them before it does anything.
+manifest.json lists every file with its SHA-256; build_here.py compares them before it builds anything, and
+names files among the source that are not from the bundle. That finds damage, not malice: whoever may write in
+this folder can change build_here.py too.
 
 When you carry the bundle on, compare its SHA-256 (`sha256sum FILE`) with the one that `odtrt pack` printed. A
 file that was cut off on the way cannot explain itself: python3 on it ends in a SyntaxError.
@@ -635,22 +680,42 @@ The plan is that of model/heads.onnx; the post-processing follows it, in the ker
 the very line that works on this machine."""
 
 # Python 2 and 3.6 (JetPack 4) must be able to read these two.
-_START = """\
-{docstring}
+_MAIN = '''\
+"""Unpacks the archive that this file is in."""
 import sys
 
 if sys.version_info < (3, 8):
     sys.exit("error: Python %d.%d is too old, expected 3.8 or newer" % sys.version_info[:2])
 
-from odtrt_lib.bundle import {function}
+from odtrt_lib.bundle import run_archive
 
-sys.exit({function}(sys.argv))
-"""
-_MAIN = _START.format(docstring='"""Unpacks the archive that this file is in."""', function="run_archive")
-_BUILD_HERE = _START.format(
-    docstring='"""Compiles, builds the plan for this machine and detects once. --help says more."""',
-    function="run_build_here",
+sys.exit(run_archive(sys.argv))
+'''
+_BUILD_HERE = '''\
+"""Compiles, builds the plan for this machine and detects once. --help says more."""
+import sys
+
+if sys.version_info < (3, 8):
+    sys.exit("error: Python %d.%d is too old, expected 3.8 or newer" % sys.version_info[:2])
+
+# Only odtrt_lib comes from this folder: no other file in it stands in for a module of Python's.
+if not sys.flags.isolated and not getattr(sys.flags, "safe_path", False):
+    del sys.path[0]
+
+import importlib.util
+import os
+
+folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "odtrt_lib")
+spec = importlib.util.spec_from_file_location(
+    "odtrt_lib", os.path.join(folder, "__init__.py"), submodule_search_locations=[folder]
 )
+sys.modules["odtrt_lib"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["odtrt_lib"])
+
+from odtrt_lib.bundle import run_build_here
+
+sys.exit(run_build_here(sys.argv))
+'''
 
 _NVINFER_PARSER = """\
 // Hands the detections of odtrt's TensorRT plugin to DeepStream's nvinfer; nvinfer.txt says how to compile.
@@ -868,6 +933,12 @@ def _comment(text: str) -> str:
     return one_line(text) if text.strip() else "a detector"
 
 
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format."""
+    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\000"}
+    return '"' + "".join(escapes.get(letter, letter) for letter in text) + '"'
+
+
 def _number(value: float) -> str:
     return repr(float(value) + 0.0)
 
@@ -910,17 +981,24 @@ def _is_bundle(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _opened(
-    archive: Path,
+    archive: Path, expected_sha256: Optional[str] = None
 ) -> Iterator[Tuple[zipfile.ZipFile, Manifest, Dict[str, zipfile.ZipInfo]]]:
     """An archive whose directory agrees with its manifest: no member too many or too few, none unsafe."""
-    try:
-        size = archive.stat().st_size
-        zipped = zipfile.ZipFile(archive)
-    except OSError as error:
-        raise InputError(f"{archive}: cannot be read ({error.strerror}); expected a bundle") from error
-    except Exception as error:  # zipfile raises whatever the damage leads to
-        raise InputError(f"{archive}: damaged, or no bundle ({one_line(error)}); copy it again") from error
-    with zipped:
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(archive.open("rb"))
+            size = os.fstat(file.fileno()).st_size
+            if expected_sha256 is not None:
+                _compare_archive(archive, file, expected_sha256.lower())
+            zipped = stack.enter_context(zipfile.ZipFile(file))
+        except OSError as error:
+            raise InputError(f"{archive}: cannot be read ({error.strerror}); expected a bundle") from error
+        except OdtrtError:
+            raise
+        except Exception as error:  # zipfile raises whatever the damage leads to
+            raise InputError(
+                f"{archive}: damaged, or no bundle ({one_line(error)}); copy it again"
+            ) from error
         entries = zipped.infolist()
         by_name = {entry.filename: entry for entry in entries}
         if MANIFEST not in by_name:
@@ -941,6 +1019,73 @@ def _opened(
                     f"{member.size}; copy or pack it again"
                 )
         yield zipped, manifest, by_name
+
+
+def _compare_archive(archive: Path, file: IO[bytes], expected: str) -> None:
+    digest = hashlib.sha256()
+    for block in iter(lambda: file.read(_BLOCK), b""):
+        digest.update(block)
+    file.seek(0)
+    if digest.hexdigest() != expected:
+        raise CheckError(
+            f"{archive}: SHA-256 {digest.hexdigest()}, expected {expected}; nothing was unpacked: this is "
+            "another bundle, or it was changed on its way"
+        )
+
+
+def _unchanged(folder: Path, earlier: Sequence[Member], manifest: Manifest) -> Tuple[Member, ...]:
+    """The members of an earlier bundle that the new one lacks, as they were packed: they may go."""
+    kept = {member.path for member in manifest.members}
+    return tuple(
+        member
+        for member in earlier
+        if member.path not in kept
+        and (folder / member.path).is_file()
+        and (folder / member.path).stat().st_size == member.size
+        and sha256(folder / member.path) == member.sha256
+    )
+
+
+def _refuse_obstacles(folder: Path, paths: Iterable[str]) -> None:
+    """What is in the way of these files, links to other folders included: found before anything changes."""
+    for path in paths:
+        target = folder / path
+        for parent in (folder / one for one in PurePosixPath(path).parents if str(one) != "."):
+            if parent.is_symlink() or (parent.exists() and not parent.is_dir()):
+                found = "a link" if parent.is_symlink() else "a file"
+                raise InputError(f"{parent}: {found}, expected a folder; nothing was changed: move it away")
+        if target.is_dir() and not target.is_symlink():
+            raise InputError(f"{target}: a folder, expected a file; nothing was changed: move it away")
+
+
+def _strangers(folder: Path, manifest: Manifest) -> List[str]:
+    """Files where the bundle's source is that are not from it: something could take them for source."""
+    known = {member.path for member in manifest.members} | {MANIFEST, "built.json"}
+    code = [path for place in ("odtrt_lib", "plugins") for path in (folder / place).rglob("*")]
+    found = []
+    for path in sorted([*folder.iterdir(), *code]):
+        name = path.relative_to(folder).as_posix()
+        is_made = "__pycache__" in path.parts or name.startswith("plugins/build/")
+        is_folder = path.is_dir() and not (path / "__init__.py").exists()
+        if name not in known and not is_made and not is_folder:
+            found.append(name)
+    return [name for name in found if name != "odtrt_lib"]
+
+
+def _refuse_impostors(folder: Path, names: Iterable[str]) -> None:
+    """The processes that build import from this folder first."""
+    elsewhere = [path for path in sys.path if Path(path or ".").resolve() != folder.resolve()]
+    for name in names:
+        module, _, suffix = name.partition(".")
+        is_module = "/" not in name and (not suffix or suffix.rpartition(".")[2] in ("py", "pyc", "so"))
+        if is_module and (
+            module in sys.builtin_module_names
+            or importlib.machinery.PathFinder.find_spec(module, elsewhere) is not None
+        ):
+            raise InputError(
+                f"{folder / name}: not from this bundle, and Python would take it for its own module "
+                f"{module}; nothing was built: move it away or rename it"
+            )
 
 
 def _check_entries(archive: Path, entries: Sequence[zipfile.ZipInfo], archive_size: int) -> None:
@@ -969,9 +1114,14 @@ def _check_entries(archive: Path, entries: Sequence[zipfile.ZipInfo], archive_si
 
 
 def _check_path(what: str, path: str) -> None:
-    parts = path.split("/")
-    if any(part in ("", ".", "..") or re.search(r"[\\:\x00-\x1f\x7f]", part) for part in parts):
+    if not _is_plain(path):
         raise InputError(f"{what} is not a plain relative path; nothing was unpacked: do not trust this file")
+
+
+def _is_plain(path: str) -> bool:
+    """Whether a relative path stays in its folder and shows what it is: no control or direction marks."""
+    parts = path.split("/")
+    return not any(part in ("", ".", "..") or ":" in part or _UNPRINTABLE.search(part) for part in parts)
 
 
 def _parse_manifest(where: str, text: bytes) -> Manifest:
@@ -987,6 +1137,8 @@ def _parse_manifest(where: str, text: bytes) -> Manifest:
     listed = data.get("members")
     if not all(isinstance(value, str) for value in texts) or not isinstance(listed, list):
         raise InputError(f"{where}: odtrt, name, spec_sha256 or members is missing; {again}")
+    if any("\ud800" <= letter <= "\udfff" for letter in texts[0] + texts[1]):
+        raise InputError(f"{where}: odtrt or name is no text, it has half a character; {again}")
     members = []
     for item in listed:
         is_member = (
@@ -1011,9 +1163,12 @@ def _parse_manifest(where: str, text: bytes) -> Manifest:
 
 def _read_manifest(path: Path) -> Manifest:
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            text = file.read(_MOST_MANIFEST_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected an unpacked bundle") from error
+    if len(text) > _MOST_MANIFEST_BYTES:
+        raise InputError(f"{path}: too large to be a bundle's; unpack the bundle again")
     return _parse_manifest(str(path), text)
 
 

@@ -227,6 +227,12 @@ BundleArgument = typer.Argument(
 UnpackOption = typer.Option(
     None, "-o", "--output", metavar="FOLDER", help="Where to. Default: the bundle's name in this folder."
 )
+Sha256Option = typer.Option(
+    None,
+    "--sha256",
+    metavar="HASH",
+    help="The bundle's SHA-256, as `odtrt pack` printed it; others are refused.",
+)
 ForceOption = typer.Option(False, "--force", help="Do it again even if nothing changed.")
 OverwriteOption = typer.Option(
     False, "--force", help="Over a bundle that was unpacked there before; your own files there stay."
@@ -329,7 +335,7 @@ def run(
 
     **Example:** `odtrt run models/parts`, or `odtrt run my_model --image street.jpg --precision fp16`
     """
-    _require_python_of_tensorflow()
+    _require_workstation()
     from odtrt_lib import convert as convert_stage
     from odtrt_lib import demonstration, engine
     from odtrt_lib import export as export_stage
@@ -394,7 +400,7 @@ def export(
 
     **Example:** `odtrt export my_model -o out/my_model --label-map labels.pbtxt`
     """
-    _require_python_of_tensorflow()
+    _require_workstation()
     from odtrt_lib import export as export_stage
 
     folder = output or _OUT / _model_name(model)
@@ -429,7 +435,7 @@ def convert(
 
     **Example:** `odtrt convert out/my_model`
     """
-    _require_python_of_tensorflow()
+    _require_workstation()
     from odtrt_lib import convert as convert_stage
 
     result = _work_on("convert", lambda: convert_stage.convert(folder, opset=opset, force=force))
@@ -574,11 +580,16 @@ def pack(
 
 @app.command()
 def unpack(
-    bundle: Path = BundleArgument, output: Optional[Path] = UnpackOption, force: bool = OverwriteOption
+    bundle: Path = BundleArgument,
+    output: Optional[Path] = UnpackOption,
+    sha256: Optional[str] = Sha256Option,
+    force: bool = OverwriteOption,
 ) -> None:
     """Chapter 5: a bundle back into a folder, every file checked against its hash.
 
-    **Reads** the bundle. **Writes** the folder, whole or not at all.
+    **Reads** the bundle. **Writes** the folder, whole or not at all. Nothing of the bundle is run; to run its
+    build_here.py afterwards is to trust whoever packed it. With `--sha256` only the bundle that `odtrt pack`
+    told this hash of is taken.
 
     **Example:** `odtrt unpack my_model.zip -o my_model`
     """
@@ -588,7 +599,7 @@ def unpack(
     suffix = bundle_stage.SUFFIX
     target = output or Path(bundle.name[: -len(suffix)] if bundle.name.endswith(suffix) else bundle.stem)
     with _progress("unpack"):
-        manifest = bundle_stage.unpack(bundle, target, force=force)
+        manifest = bundle_stage.unpack(bundle, target, force=force, expected_sha256=sha256)
     _out().print(
         f"{target}: {len(manifest.members)} files, all as the manifest says",
         soft_wrap=True,
@@ -825,7 +836,12 @@ def _write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _require_python_of_tensorflow() -> None:
+def _require_workstation() -> None:
+    if not Path(__file__).with_name("export.py").is_file():
+        raise MissingDependencyError(
+            f"{Path(__file__).parent}: the device side of odtrt, without export and convert: run them on a "
+            "workstation, from a checkout of odtrt; build, detect and eval work here"
+        )
     if sys.version_info < _PYTHON_OF_TENSORFLOW:
         raise MissingDependencyError(
             f"this is Python {sys.version_info[0]}.{sys.version_info[1]}, export and convert need "

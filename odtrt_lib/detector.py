@@ -9,19 +9,24 @@ same for all of them, and runs in the native library where that was built, else 
 * ``auto``, unless another is asked for: the newest plan of the TensorRT that is installed, where there is an
   NVIDIA GPU, else ONNX Runtime. Where that plan is stale, an older one or ONNX Runtime serves while another
   process rebuilds it; the new plan is loaded behind the running detector and takes over between two calls.
+
+A detector belongs to the process that opened it: after ``fork`` the child has neither its threads nor its
+GPU, and its calls raise InputError there. Open after the fork, or let multiprocessing "spawn" its processes.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import dataclasses
 import functools
+import os
 import threading
 import warnings
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, MutableSet, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -41,7 +46,7 @@ Heads = Tuple[np.ndarray, np.ndarray]
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt_rtx")
 MOST_WAITING = 16
-"""Calls of :meth:`Detector.submit` that may be unfinished; the next one waits."""
+"""Calls of :meth:`Detector.submit` that may be unfinished; the next one waits. From callbacks: twice that."""
 
 _POLL_SECONDS = 0.5
 _HEADS, _FUSED = "heads.onnx", "detector.onnx"
@@ -104,13 +109,21 @@ class Status:
 
 @dataclasses.dataclass(eq=False)
 class _Serving:
-    """What changes while a detector runs. ``lock`` guards the exchange of the backend, not its use."""
+    """What changes while a detector runs. ``lock`` guards the exchange of the backend, not its use.
 
+    process: the one that opened the detector. free_places: for calls of submit that wait for one;
+    extra_places: for those in the worker thread, which would wait for itself.
+    """
+
+    process: int = dataclasses.field(default_factory=os.getpid)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)
     watcher: Optional[threading.Thread] = None
     worker: Optional[ThreadPoolExecutor] = None
     free_places: threading.Semaphore = dataclasses.field(
+        default_factory=lambda: threading.Semaphore(MOST_WAITING)
+    )
+    extra_places: threading.Semaphore = dataclasses.field(
         default_factory=lambda: threading.Semaphore(MOST_WAITING)
     )
     reasons: Tuple[str, ...] = ()
@@ -131,6 +144,9 @@ class Detector:
     anchors: np.ndarray
     backend: Backend
     _serving: _Serving = dataclasses.field(default_factory=_Serving, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _detectors.add(self)
 
     @classmethod
     def open(
@@ -246,6 +262,10 @@ class Detector:
         One call after the other, in the order of submission. Do not write into the image before its result
         is there: it is not copied. While :data:`MOST_WAITING` results are unfinished this waits, so a
         camera that is faster than the detector does not fill the memory.
+
+        A callback (``Future.add_done_callback``) runs in the thread that works, which must not wait for
+        itself. There this never waits: as many calls again may be unfinished, then it raises InputError. A
+        callback must not wait for another result either.
         """
         return self._in_background(self.detect, image)
 
@@ -254,7 +274,15 @@ class Detector:
         return self._in_background(self.detect_batch, images)
 
     def close(self) -> None:
-        """Finishes what was submitted, and gives the network's memory back. A rebuild goes on by itself."""
+        """Finishes what was submitted, and gives the network's memory back. A rebuild goes on by itself.
+
+        Raises InputError in a callback, see :meth:`submit`: what was submitted could not finish meanwhile.
+        """
+        if _in_worker():
+            raise InputError(
+                "close() was called in a callback of submit(), which would wait for itself; "
+                "close the detector in another thread"
+            )
         serving = self._serving
         serving.stop.set()
         with serving.lock:
@@ -273,18 +301,18 @@ class Detector:
 
     def _in_background(self, function: Callable[[Any], Any], argument: Any) -> Future[Any]:
         serving = self._serving
-        serving.free_places.acquire()
+        places = _take_place(serving)
         try:
             with serving.lock:
                 if serving.stop.is_set():
                     raise _closed_error()
                 if serving.worker is None:
-                    serving.worker = ThreadPoolExecutor(1, thread_name_prefix="odtrt-detect")
+                    serving.worker = ThreadPoolExecutor(1, "odtrt-detect", initializer=_mark_worker)
                 future = serving.worker.submit(function, argument)
         except BaseException:
-            serving.free_places.release()
+            places.release()
             raise
-        future.add_done_callback(lambda _: serving.free_places.release())
+        future.add_done_callback(lambda _: places.release())
         return future
 
     def _detect_at_once(self, backend: Backend, images: Sequence[np.ndarray]) -> List[Detections]:
@@ -408,6 +436,59 @@ def _refuse_when_closed(images: np.ndarray) -> Heads:
 
 
 _CLOSED = Backend("closed", _refuse_when_closed)
+
+
+# ---- The worker thread, and other processes ---------------------------------------------------------------
+
+_this_thread = threading.local()
+_detectors: MutableSet[Detector] = weakref.WeakSet()
+
+
+def _mark_worker() -> None:
+    _this_thread.is_worker = True
+
+
+def _in_worker() -> bool:
+    """Whether this thread works for a detector: this one, or another one that may wait for this one."""
+    return getattr(_this_thread, "is_worker", False)
+
+
+def _take_place(serving: _Serving) -> threading.Semaphore:
+    """Takes a place among the unfinished calls, waits for one only outside of workers; returns its kind."""
+    if not _in_worker():
+        serving.free_places.acquire()
+        return serving.free_places
+    for places in (serving.free_places, serving.extra_places):
+        if places.acquire(blocking=False):
+            return places
+    raise InputError(
+        f"{2 * MOST_WAITING} results are unfinished, and submit() cannot wait for them in a callback; "
+        "submit fewer there"
+    )
+
+
+def _part_from_parent() -> None:
+    """In a child after ``fork``: no detector of the parent's works, is released, or waits for a lost thread.
+
+    ONNX Runtime waits for its threads when it is released, and CUDA does not survive a fork. So the child
+    keeps what the parent opened for ever: its count of references never falls to zero.
+    """
+    _this_thread.is_worker = False
+    for detector in list(_detectors):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(detector.backend))
+        owner = detector._serving.process
+        detector.backend = Backend("of another process", functools.partial(_refuse_after_fork, owner))
+        detector._serving = _Serving(owner)
+
+
+def _refuse_after_fork(owner: int, images: np.ndarray) -> Heads:
+    raise InputError(
+        f"this detector was opened by another process ({owner}) and does not work after a fork: open it in "
+        'this one, or let multiprocessing "spawn" its processes'
+    )
+
+
+os.register_at_fork(after_in_child=_part_from_parent)
 
 
 # ---- Plans ------------------------------------------------------------------------------------------------
@@ -564,6 +645,8 @@ def _watch_rebuild(detector: Detector, wanted: _Wanted, stale: Passport, is_star
 
 
 def _stop_watching(serving: _Serving) -> None:
+    if serving.process != os.getpid():
+        return
     serving.stop.set()
     if serving.watcher is not None:
         serving.watcher.join()

@@ -100,17 +100,26 @@ PACKAGES = (
 # Importing tf2onnx imports TensorFlow a second time; that it is there must do.
 _FOUND_NOT_IMPORTED = ("tf2onnx",)
 
-_RUN_A_PLAN = "3 engine (run a plan)"
-# TensorRT itself is handled apart: chapter 3 needs either flavour.
+BUILD, HALF_PRECISION, RUN_A_PLAN = "3 engine (build)", "3 engine (fp16)", "3 engine (run a plan)"
+DETECT = "detect"
+# The one table of what needs which package; a bundle's build_here.py asks it too. TensorRT itself is handled
+# apart: chapter 3 needs either flavour.
 _NEEDS = {
     "1 export": ("NumPy", "TensorFlow", "OD API", "OD API protobuf modules"),
     "2 convert": ("NumPy", "TensorFlow", "onnx", "tf2onnx", "onnx-graphsurgeon", "ONNX Runtime"),
-    "3 engine (build)": ("NumPy", "onnx", "Polygraphy"),
-    "3 engine (fp16)": ("NumPy", "onnx", "Polygraphy", "onnxconverter-common"),
-    _RUN_A_PLAN: ("NumPy",),
-    "detect": ("NumPy", "Pillow", "ONNX Runtime"),
+    BUILD: ("NumPy",),
+    HALF_PRECISION: ("NumPy", "onnx", "onnxconverter-common"),
+    RUN_A_PLAN: ("NumPy", "Polygraphy"),
+    "4 fuse": ("NumPy", "onnx", "onnx-graphsurgeon"),
+    DETECT: ("NumPy", "ONNX Runtime", "Pillow"),
     "eval": ("NumPy", "Pillow", "ONNX Runtime", "pycocotools"),
 }
+
+
+def modules(part: str) -> Tuple[str, ...]:
+    """The Python modules that a part of odtrt needs besides TensorRT's, e.g. :data:`BUILD`."""
+    of = {package.name: package.module.split(".")[0] for package in PACKAGES}
+    return tuple(of[name] for name in _NEEDS[part])
 
 
 def packages() -> List[Finding]:
@@ -132,7 +141,7 @@ def chapters(findings: List[Finding]) -> List[Chapter]:
             missing.append("TensorRT-RTX")
         commands = tuple(dict.fromkeys(install[name] for name in missing))
         note = ""
-        if title == _RUN_A_PLAN and not has_gpu:
+        if title == RUN_A_PLAN and not has_gpu:
             missing.append("an NVIDIA GPU with its driver")
             note = "building a plan needs no GPU with TensorRT-RTX"
         result.append(Chapter(title, tuple(missing), commands, note))

@@ -354,12 +354,11 @@ def sync(path: Union[str, Path]) -> None:
 def cannot_write(path: Path, error: OSError) -> OdtrtError:
     """The one-line error for a failed write to ``path``."""
     if error.errno == errno.ENOSPC:
-        return InputError(f"{path}: the disk is full; nothing was written: free some space and run again")
+        return InputError(f"{path}: the disk is full; free some space and run again")
     if isinstance(error, FileNotFoundError) and error.filename and not Path(error.filename).exists():
         return InputError(f"{error.filename}: not found; expected a file that this stage reads or writes")
     return InputError(
-        f"{path}: cannot be written ({error.strerror or error}); nothing was written: "
-        "choose a folder that you can write to"
+        f"{path}: cannot be written ({error.strerror or error}); choose a folder that you can write to"
     )
 
 

@@ -6,7 +6,9 @@ import importlib
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
+from typing import Dict, List
 
 import pytest
 
@@ -88,6 +90,52 @@ def compiler() -> str:
     if found is None:
         pytest.skip("no C++ compiler (c++, g++ or clang++) on this machine")
     return found
+
+
+class Offline:
+    """Processes with ``environment`` reach no network and have a home folder of their own.
+
+    network: what they tried, e.g. ``getaddrinfo example.org``. home: the files that they left there.
+    """
+
+    def __init__(self, library: Path, folder: Path) -> None:
+        self._attempts, self._home = folder / "attempts", folder / "home"
+        self._home.mkdir(parents=True)
+        self.environment: Dict[str, str] = {
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if name != "ORT_DISABLE_TELEMETRY" and not name.startswith("XDG_")
+            },
+            "LD_PRELOAD": str(library),
+            "ODTRT_ATTEMPTS": str(self._attempts),
+            "HOME": str(self._home),
+            "PYTHONPATH": str(ROOT),
+        }
+
+    @property
+    def network(self) -> List[str]:
+        return self._attempts.read_text().splitlines() if self._attempts.exists() else []
+
+    @property
+    def home(self) -> List[str]:
+        return sorted(str(path.relative_to(self._home)) for path in self._home.rglob("*"))
+
+
+@pytest.fixture(scope="session")
+def no_network(compiler, tmp_path_factory) -> Path:
+    """The library that keeps a process from the network, see its source."""
+    library = tmp_path_factory.mktemp("no_network") / "no_network.so"
+    source = ROOT / "tests" / "no_network.c"
+    subprocess.run(
+        [compiler, "-x", "c", "-O1", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True
+    )
+    return library
+
+
+@pytest.fixture(scope="module")
+def offline(no_network, tmp_path_factory) -> Offline:
+    return Offline(no_network, tmp_path_factory.mktemp("offline"))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import dataclasses
 import errno
@@ -185,6 +186,123 @@ def test_the_device_rooms_are_those_of_pyproject():
     text = (ROOT / "pyproject.toml").read_text()
     names = re.search(r'"odtrt_lib/\{(.+)\}\.py" = "py38"', text).group(1).split(",")
     assert sorted(bundle.DEVICE_ROOMS) == sorted(names)
+
+
+NOT_ON_A_DEVICE = {"export", "convert", "datasets"}
+
+
+def test_a_device_room_imports_device_rooms_only():
+    """Inside of functions too; what a device lacks is imported after a check that says so."""
+    package = Path(bundle.__file__).parent
+    for room in bundle.DEVICE_ROOMS:
+        found = set()
+        for node in ast.walk(ast.parse((package / f"{room}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "odtrt_lib":
+                found |= {name.name for name in node.names if (package / f"{name.name}.py").exists()}
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("odtrt_lib."):
+                found.add(node.module.split(".")[1])
+            elif isinstance(node, ast.Import):
+                found |= {
+                    name.name.split(".")[1] for name in node.names if name.name.startswith("odtrt_lib.")
+                }
+        allowed = {"cli": NOT_ON_A_DEVICE, "demonstration": {"datasets"}, "evaluate": {"datasets"}}
+        assert found - set(bundle.DEVICE_ROOMS) <= allowed.get(room, set()), room
+
+
+COMMANDS_ON_A_DEVICE = """
+import contextlib, importlib, io, json, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+absent = set(sys.argv[1].split(","))
+checkout = [finder for finder in sys.meta_path if "editable" in repr(finder).lower()]
+sys.meta_path[:] = [Absent(), *(finder for finder in sys.meta_path if finder not in checkout)]
+import odtrt_lib
+from odtrt_lib import bundle, cli
+
+for room in bundle.DEVICE_ROOMS:
+    importlib.import_module(f"odtrt_lib.{room}")
+results = [odtrt_lib.__file__]
+for command in json.loads(sys.argv[2]):
+    if command[0] == "with":
+        absent -= set(command[1:])
+        continue
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            status = cli.main(command) or 0
+        except SystemExit as end:
+            status = end.code or 0
+    results.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+
+
+def test_every_command_of_an_unpacked_bundle(tmp_path):
+    """With what a device has: numpy, Pillow, ONNX Runtime, typer and rich. Each works, or says why not."""
+    from PIL import Image
+
+    from odtrt_lib import cli
+
+    device, archive = tmp_path / "device", tmp_path / "a.odtrt.zip"
+    detector = dataclasses.replace(SPEC, labels=(spec.Label(1, "a nut"), spec.Label(2, "bolt")))
+    bundle.pack(model_folder(tmp_path / "model", detector, fused=False), archive)
+    bundle.unpack(archive, device)
+    Image.fromarray(bundle._pattern(SPEC)).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 7, "file_name": "a.png", "height": 16, "width": 24}],
+        "categories": [{"id": label.id, "name": label.name} for label in detector.labels],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 8, 9], "area": 72, "iscrowd": 0}
+        ],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    picture, annotations = str(tmp_path / "a.png"), str(tmp_path / "instances.json")
+    evaluation = ["eval", "model", "--annotations", annotations]
+    expected = [
+        (["run", "x", "--image", picture], 1, "device side"),
+        (["export", "x"], 1, "device side"),
+        (["convert", "model"], 1, "device side"),
+        (["fuse", "model"], 1, "onnx"),
+        (["build", "model"], 1, "TensorRT"),
+        (["plans", "model"], 1, "no plan there"),
+        (["pack", "model", "-o", str(tmp_path / "again.zip")], 0, "SHA-256"),
+        (["unpack", str(archive), "-o", str(tmp_path / "out")], 0, "all as the manifest says"),
+        (["detect", "model", picture, "-o", str(tmp_path / "drawn")], 0, "a.png"),
+        (["doctor"], 0, "ONNX Runtime"),
+        (["zoo", "list"], 0, "efficientdet_d0"),
+        (evaluation, 1, "pycocotools"),
+        (["with", "pycocotools", "matplotlib"], None, ""),
+        (evaluation, 0, "mAP"),
+    ]
+    known = {one.name or one.callback.__name__ for one in cli.app.registered_commands} | {"zoo", "with"}
+    assert {command[0] for command, _, _ in expected} == known
+    if "coco" not in bundle.DEVICE_ROOMS:  # eval's reader of annotations
+        del expected[-3:]
+    absent = (
+        "cv2,tensorflow,tf_keras,keras,onnx,onnx_graphsurgeon,onnxconverter_common,tf2onnx,matplotlib,"
+        "pycocotools,object_detection,polygraphy,tensorrt,tensorrt_rtx,scipy"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        COMMANDS_ON_A_DEVICE,
+        absent,
+        json.dumps([one for one, _, _ in expected]),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=device, env=environment)
+    assert done.returncode == 0, done.stderr
+    where, *results = json.loads(done.stdout.splitlines()[-1])
+    assert Path(where).parent == device / "odtrt_lib"
+    expected = [one for one in expected if one[1] is not None]
+    for (arguments, status, said), (found, out, err) in zip(expected, results, strict=True):
+        assert found == status, (arguments, out, err)
+        assert said in (err if status else out), (arguments, out, err)
+        assert err.count("\n") == (1 if status else 0), (arguments, err)
+    assert (tmp_path / "drawn" / "a.jpg").is_file()
 
 
 def test_a_detector_without_its_fused_form_travels_too(tmp_path):
@@ -438,6 +556,98 @@ def test_a_folder_with_other_things_is_not_written_over(archive, tmp_path):
     assert contents(tmp_path / "home") == {"thesis.tex": b"mine"}
 
 
+def other_bundle(folder, tmp_path):
+    """Of the same model, with other int8 scales and without the files for Triton and DeepStream."""
+    copy = shutil.copytree(folder, tmp_path / "other")
+    (copy / "int8" / "calibration.json").write_text("changed")
+    bundle.pack(copy, tmp_path / "other.zip")
+    return tmp_path / "other.zip"
+
+
+def linked_folder(out, outside):
+    (out / "model").rename(outside / "model")
+    (out / "model").symlink_to(outside / "model")
+
+
+def linked_far_below(out, outside):
+    (out / "plugins" / "kernels").rename(outside / "kernels")
+    (out / "plugins" / "kernels").symlink_to(outside / "kernels")
+
+
+def file_for_folder(out, outside):
+    shutil.rmtree(out / "odtrt_lib")
+    (out / "odtrt_lib").write_text("in the way")
+
+
+def folder_for_file(out, outside):
+    (out / "odtrt_lib" / "zoo.py").unlink()
+    (out / "odtrt_lib" / "zoo.py").mkdir()
+
+
+def forged_list_of_old_files(out, outside):
+    """As if an earlier bundle had brought a file that lies, through a link, outside."""
+    (outside / "precious").write_text("not yours")
+    (out / "old").symlink_to(outside)
+    manifest = json.loads((out / "manifest.json").read_text())
+    digest = hashlib.sha256(b"not yours").hexdigest()
+    manifest["members"].append({"path": "old/precious", "size": 9, "sha256": digest})
+    (out / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "named"),
+    [
+        (linked_folder, "model: a link, expected a folder"),
+        (linked_far_below, "kernels: a link, expected a folder"),
+        (file_for_folder, "odtrt_lib: a file, expected a folder"),
+        (folder_for_file, "zoo.py: a folder, expected a file"),
+        (forged_list_of_old_files, "old: a link, expected a folder"),
+    ],
+)
+def test_what_is_in_the_way_is_found_before_anything_changes(folder, archive, tmp_path, obstacle, named):
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    outside.mkdir()
+    bundle.unpack(archive, out)
+    obstacle(out, outside)
+    other = other_bundle(folder, tmp_path)
+    before = contents(tmp_path)
+    message = one_line_error(lambda: bundle.unpack(other, out, force=True))
+    assert f"{named}; nothing was changed" in message
+    assert contents(tmp_path) == before
+
+
+def test_an_old_file_that_somebody_changed_stays(folder, archive, tmp_path):
+    out = tmp_path / "out"
+    bundle.unpack(archive, out)
+    labels = out / "deepstream" / "labels.txt"
+    labels.write_text("mine")
+    bundle.unpack(other_bundle(folder, tmp_path), out, force=True)
+    assert labels.read_text() == "mine"
+    assert not (out / "deepstream" / "nvinfer.txt").exists()
+
+
+def test_only_the_expected_archive_is_unpacked(archive, tmp_path):
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    wrong = "0" * 64
+    refuse = lambda sha: lambda: bundle.unpack(archive, tmp_path / "out", expected_sha256=sha)  # noqa: E731
+    assert f"SHA-256 {digest}, expected {wrong}" in one_line_error(refuse(wrong), CheckError)
+    assert "expected 64 hexadecimal digits" in one_line_error(refuse("abc"))
+    assert list(tmp_path.iterdir()) == []
+    bundle.unpack(archive, tmp_path / "out", expected_sha256=digest.upper())
+    assert bundle.verify(tmp_path / "out")
+
+
+def test_weights_outside_of_the_model_are_not_left_behind(folder, tmp_path):
+    """onnx's own way to save them apart; no log.jsonl tells of the model."""
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    for name in ("log.jsonl", "detector.onnx"):
+        (copy / name).unlink(missing_ok=True)
+    model = onnx.load(copy / "heads.onnx")
+    onnx.save(model, copy / "heads.onnx", save_as_external_data=True, size_threshold=0, location="weights")
+    message = one_line_error(lambda: bundle.pack(copy, tmp_path / "a.zip"))
+    assert "heads.onnx: its weights lie in other files" in message and not (tmp_path / "a.zip").exists()
+
+
 def test_an_empty_folder_may_be_there(archive, unpacked, tmp_path):
     (tmp_path / "empty").mkdir()
     bundle.unpack(archive, tmp_path / "empty")
@@ -554,6 +764,9 @@ FORGERIES = {
     "dot": (traversal("model/./evil"), "is not a plain relative path"),
     "double slash": (traversal("model//evil"), "is not a plain relative path"),
     "line break": (traversal("model/e\nvil"), "is not a plain relative path"),
+    "terminal escape": (traversal("model/e\x9b2Jvil"), "is not a plain relative path"),
+    "right to left": (traversal("model/e\u202egnp.vil"), "is not a plain relative path"),
+    "half a character": (lambda f: f.manifest.update(name="\ud800"), "has half a character"),
     "folder": (traversal("model/evil/"), "is not a plain relative path"),
     "symlink": (
         lambda f: f.add("model/plans", b"/etc", mode=stat.S_IFLNK | 0o777),
@@ -869,6 +1082,15 @@ def test_triton_reads_the_inputs_and_outputs_of_the_model(tmp_path, batch):
     assert served.read_bytes() == (tmp_path / "tiny" / "heads.onnx").read_bytes()
 
 
+def test_a_tensor_cannot_write_into_tritons_configuration():
+    from google.protobuf import text_format
+
+    evil = 'a"\\ } parameters { key: "x\n# \0é'
+    detector = dataclasses.replace(SPEC, input=dataclasses.replace(SPEC.input, name=evil))
+    config = text_format.Parse(bundle.triton_config(detector, "tiny", "tensorrt_plan"), triton_message())
+    assert [tensor.name for tensor in config.input] == [evil]
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -1090,6 +1312,40 @@ def test_an_archive_unpacks_itself_with_python_38_and_nothing_else(archive, unpa
     )
     for name in ("numpy (`sudo apt install python3-numpy`", "TensorRT's Python module (on a Jetson"):
         assert sum(line.startswith(f"missing: {name}") for line in done.stdout.splitlines()) == 1
+
+
+def test_no_file_in_the_folder_stands_in_for_one_of_pythons_modules(archive, tmp_path):
+    """build_here.py used to import a planted argparse.py before it compared anything."""
+    out = tmp_path / "out"
+    bundle.unpack(archive, out)
+    for name in ("argparse.py", "typing.py", "numpy.py", "zipfile/__init__.py"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\nraise SystemExit(9)\n"
+        )
+    (out / "odtrt_lib" / "mine.py").write_text("")
+    done = subprocess.run([sys.executable, out / "build_here.py"], capture_output=True, text=True)
+    assert not (tmp_path / "ran").exists()
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "argparse.py: not from this bundle, and Python would take it" in done.stderr
+    assert "not from this bundle: 'argparse.py', 'numpy.py', 'odtrt_lib/mine.py', 'typing.py'" in done.stdout
+
+
+def test_a_folder_that_was_used_has_no_strangers_but_the_users(archive, tmp_path):
+    bundle.unpack(archive, tmp_path / "out")
+    for name in (
+        "built.json",
+        "plugins/build/libodtrt.so",
+        "odtrt_lib/__pycache__/a.pyc",
+        "model/plans/a.plan",
+    ):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("")
+    manifest = bundle.verify(tmp_path / "out")
+    assert bundle._strangers(tmp_path / "out", manifest) == []
+    (tmp_path / "out" / "camera_app.py").write_text("")
+    assert bundle._strangers(tmp_path / "out", manifest) == ["camera_app.py"]
+    bundle._refuse_impostors(tmp_path / "out", ["camera_app.py"])
 
 
 def test_a_python_that_is_too_old_is_told_so(archive, unpacked):
@@ -1510,7 +1766,9 @@ def parts_folder(parts, tmp_path_factory):
     return path
 
 
-def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(parts_folder, native_library, tmp_path):
+def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
+    parts_folder, native_library, offline, tmp_path
+):
     """Elsewhere: another environment without TensorFlow and odtrt, another folder, only the one file."""
     from PIL import Image
 
@@ -1525,7 +1783,7 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(parts_folder, nati
     expected = Detector.open(parts_folder).detect(image)
 
     python = device_environment(tmp_path / "environment")
-    quiet = {"PATH": os.environ["PATH"], "HOME": str(device), "LANG": "C.UTF-8"}
+    quiet = {**offline.environment, "PYTHONPATH": "", "LANG": "C.UTF-8"}
 
     def on_device(*command, **how):
         return subprocess.run(
@@ -1585,3 +1843,5 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(parts_folder, nati
         [python, "-c", program], cwd=device / "moved", env=quiet, capture_output=True, text=True, check=False
     )
     assert done.stdout == "onnxruntime\n", done.stderr
+    assert offline.network == []
+    assert not [path for path in offline.home if "onnxruntime" in path]

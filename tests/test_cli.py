@@ -715,6 +715,22 @@ class TestDoctor:
         assert chapters["3 engine (build)"].install == ("pip install -e '.[engine]'",)
         assert chapters["detect"].missing == ()
 
+    @pytest.mark.parametrize(
+        ("absent", "lame"),
+        [
+            ("Polygraphy", {"3 engine (run a plan)"}),
+            ("onnx", {"2 convert", "3 engine (fp16)", "4 fuse"}),
+            ("onnxconverter-common", {"3 engine (fp16)"}),
+            ("ONNX Runtime", {"2 convert", "detect", "eval"}),
+            ("Pillow", {"detect", "eval"}),
+        ],
+    )
+    def test_which_part_needs_what(self, monkeypatch, absent, lame):
+        """To build needs no Polygraphy, which gives a plan its memory when it runs."""
+        monkeypatch.setattr(doctor, "device_info", lambda: {"gpu": "one"})
+        findings = [doctor.Finding(p, None if p.name == absent else "1.0") for p in doctor.PACKAGES]
+        assert {one.title for one in doctor.chapters(findings) if one.missing} == lame
+
     def test_every_machine_has_something_to_say(self, monkeypatch):
         monkeypatch.setattr(
             doctor, "device_info", lambda: {"machine": "aarch64", "cpu": "", "cores": 12, "l4t": "R36"}

@@ -285,6 +285,108 @@ def test_submit_waits_while_too_many_are_unfinished(tiny):
     detector.close()
 
 
+def test_a_callback_submits_while_other_threads_fill_every_place(tiny):
+    """The place that a result frees goes to a thread that waits, before the callback asks for it."""
+    image, in_callback, heads = pictures(1)[0], [], []
+    enough = threading.Event()
+
+    def infer(images: np.ndarray, run):
+        if not heads:
+            heads.append(run(images))
+        return heads[0]
+
+    def submit_again(done) -> None:
+        if len(in_callback) < 60:
+            in_callback.append(detector.submit(image))
+            in_callback[-1].add_done_callback(submit_again)
+        else:
+            enough.set()
+
+    def camera() -> None:
+        while not enough.is_set():
+            detector.submit(image)
+
+    detector = background_detector(tiny, infer)
+    cameras = [threading.Thread(target=camera, daemon=True) for _ in range(2)]
+    for thread in cameras:
+        thread.start()
+    detector.submit(image).add_done_callback(submit_again)
+    assert enough.wait(60), f"stopped after {len(in_callback)} calls"
+    for thread in cameras:
+        thread.join(60)
+        assert not thread.is_alive()
+    detector.close()
+    assert all(future.done() for future in in_callback)
+
+
+def test_what_callbacks_submit_is_bounded_and_they_cannot_close(tiny):
+    image, most, raised = pictures(1)[0], detector_room.MOST_WAITING, []
+    all_in, places = threading.Event(), []
+
+    def flood(done) -> None:
+        with pytest.raises(InputError, match=r"cannot wait for them in a callback") as caught:
+            for _ in range(3 * most):
+                places.append(detector.submit(image))
+        raised.append(caught.value)
+        with pytest.raises(InputError, match=r"close\(\) was called in a callback"):
+            detector.close()
+        all_in.set()
+
+    detector = Detector.open(tiny)
+    detector.submit(image).add_done_callback(flood)
+    assert all_in.wait(60)
+    assert len(places) == 2 * most and "\n" not in str(raised[0])
+    assert all(len(future.result().scores) > 3 for future in places), "close() in the callback did nothing"
+    later = [detector.submit(image) for _ in range(2 * most)]
+    detector.close()
+    assert all(future.done() for future in later), "every place came back"
+
+
+AFTER_A_FORK = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from odtrt_lib.detector import Detector
+from odtrt_lib.errors import InputError
+
+folder, work = sys.argv[1:]
+image = np.zeros((60, 80, 3), np.uint8)
+detector = Detector.open(folder)
+found = detector.submit(image).result()
+threads = [task / "stat" for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
+while any(thread.read_text().rpartition(") ")[2][0] != "S" for thread in threads):
+    pass  # ONNX Runtime's spin for a while before they sleep
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    for use in (detector.detect, detector.submit):
+        try:
+            future = use(image)
+            future.result()
+            sys.exit("no error")
+        except InputError as error:
+            assert str(os.getppid()) in str(error) and "fork" in str(error) and "\\n" not in str(error)
+    if work == "close":
+        detector.close()
+    if work == "open again":
+        with Detector.open(folder) as own:
+            assert own.detect(image).scores.tobytes() == found.scores.tobytes()
+    sys.exit(7)
+status = os.waitpid(child, 0)[1]
+assert detector.detect(image).scores.tobytes() == found.scores.tobytes()
+detector.close()
+sys.exit(0 if status == 7 << 8 else f"the child ended with {status}")
+"""
+
+
+@pytest.mark.parametrize("work", ["nothing", "close", "open again"])
+def test_after_a_fork_the_child_is_told_and_ends(tiny, work):
+    """It used to hang at its end, as ONNX Runtime waits for threads that a fork leaves behind."""
+    command = [sys.executable, "-c", AFTER_A_FORK, tiny, work]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_closing_finishes_what_was_submitted_and_closes_the_backend(tiny):
     closed = []
     image = pictures(1)[0]

@@ -1,10 +1,16 @@
 """Downloads from a server on this machine: whole, broken off, altered, malicious."""
 
+import contextlib
 import hashlib
 import io
+import itertools
 import json
+import os
+import stat
 import tarfile
 import threading
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -16,17 +22,17 @@ NAME = "ssd_tiny"
 MODEL = zoo.ZooModel(NAME, 1.0)
 
 
-def archive(*members, damage=None):
+def archive(*members, name=NAME, mode=0o644):
     """A .tar.gz of (name, content, type) members after a sound model's files."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        for name, content, kind in (
-            (f"{NAME}/pipeline.config", b"model {}", tarfile.REGTYPE),
-            (f"{NAME}/checkpoint/ckpt-0.index", b"index" * 50_000, tarfile.REGTYPE),
+        for path, content, kind in (
+            (f"{name}/pipeline.config", b"model {}", tarfile.REGTYPE),
+            (f"{name}/checkpoint/ckpt-0.index", b"index" * 50_000, tarfile.REGTYPE),
             *members,
         ):
-            entry = tarfile.TarInfo(name)
-            entry.type = kind
+            entry = tarfile.TarInfo(path)
+            entry.type, entry.mode = kind, mode
             entry.size = len(content) if kind == tarfile.REGTYPE else 0
             entry.linkname = "" if kind in (tarfile.REGTYPE, tarfile.DIRTYPE) else content.decode()
             tar.addfile(entry, io.BytesIO(content) if kind == tarfile.REGTYPE else None)
@@ -34,26 +40,41 @@ def archive(*members, damage=None):
 
 
 class Server:
-    """Serves ``body`` at every path of the zoo; ``sent`` bytes of it if that is set. Counts requests."""
+    """Serves ``body`` at every path of the zoo; ``sent`` bytes of it if that is set. Counts requests.
+
+    headers: instead of Content-Length. hold: is called before the answer begins. first_alone: an event that
+    the body waits for after its first byte.
+    """
 
     def __init__(self):
         self.body, self.sent, self.status, self.paths = archive(), None, 200, []
+        self.headers, self.hold, self.first_alone = None, lambda: None, None
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 outer.paths.append(self.path)
+                outer.hold()
                 self.send_response(outer.status)
-                self.send_header("Content-Length", str(len(outer.body)))
+                headers = {"Content-Length": len(outer.body)} if outer.headers is None else outer.headers
+                for name, value in headers.items():
+                    self.send_header(name, str(value))
                 self.end_headers()
-                if outer.status == 200:
-                    self.wfile.write(outer.body[: outer.sent])
+                body = outer.body
+                if outer.status in (200, 203, 206):
+                    if outer.first_alone:
+                        self.wfile.write(body[:1])
+                        assert outer.first_alone.wait(30)
+                        body = body[1:]
+                    with contextlib.suppress(ConnectionError):
+                        self.wfile.write(body[: outer.sent])
 
             def log_message(self, *_):
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/tf2"
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/tf2"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self):
@@ -212,12 +233,182 @@ def test_ctrl_c_leaves_nothing(server, tmp_path):
     assert not (tmp_path / "zoo").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[1, 2]", '"text"'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[1, 2]",
+        '"text"',
+        "null",
+        "[" * 100_000,
+        f'{{"{NAME}": "text"}}',
+        f'{{"{NAME}": {{"url": "x"}}}}',
+        f'{{"{NAME}": {{"url": 1, "sha256": "{"0" * 64}"}}}}',
+        f'{{"{NAME}": {{"url": "x", "sha256": "{"g" * 64}"}}}}',
+        f'{{"other": {{"url": "x", "sha256": null}}, "{NAME}": null}}',
+        " " * (1 << 20) + "{}",
+    ],
+)
 def test_damaged_checksums(server, tmp_path, content):
     (tmp_path / "zoo.json").write_text(content)
     with pytest.raises(InputError, match=r"zoo\.json: cannot be read"):
         zoo.get(MODEL, tmp_path, base_url=server.url)
     assert server.paths == []
+
+
+def test_checksums_that_are_no_file_are_not_waited_for(server, tmp_path):
+    os.mkfifo(tmp_path / "zoo.json")
+    with pytest.raises(InputError, match=r"zoo\.json: cannot be read"):
+        zoo.get(MODEL, tmp_path, base_url=server.url)
+
+
+def test_downloads_at_once_lose_no_checksum(tmp_path, monkeypatch):
+    """All of them read zoo.json before the first one writes it."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    models = [zoo.ZooModel(f"{NAME}_{i}", 1.0) for i in range(6)]
+    bodies = {model.name: archive(name=model.name) for model in models}
+    meet = threading.Barrier(len(models))
+    servers = {}
+    for model in models:
+        servers[model.name] = Server()
+        servers[model.name].body, servers[model.name].hold = bodies[model.name], meet.wait
+    with ThreadPoolExecutor(len(models)) as pool:
+        jobs = [pool.submit(zoo.get, m, tmp_path, base_url=servers[m.name].url) for m in models]
+        found = {job.result().path.name: job.result().sha256 for job in jobs}
+    for one in servers.values():
+        one.close()
+    assert found == {name: hashlib.sha256(body).hexdigest() for name, body in bodies.items()}
+    recorded = json.loads((tmp_path / "zoo.json").read_text())
+    assert {name: entry["sha256"] for name, entry in recorded.items()} == found
+
+
+def test_one_model_twice_at_once(server, tmp_path):
+    """The second one to end finds it there; with other bytes, it is refused."""
+    server.hold = threading.Barrier(2).wait
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(zoo.get, MODEL, tmp_path, base_url=server.url) for _ in range(2)]
+        assert sorted(job.result().is_up_to_date for job in jobs) == [False, True]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [NAME, "zoo.json"]
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "1e3", "9" * 30, str(1 << 40)])
+def test_a_length_that_is_none_or_too_much(server, tmp_path, length):
+    server.headers = {"Content-Length": length}
+    with pytest.raises(InputError, match=r"Content-Length is|more than 1024 MiB") as caught:
+        zoo.get(MODEL, tmp_path / "zoo", base_url=server.url)
+    assert "\n" not in str(caught.value) and not (tmp_path / "zoo").exists()
+
+
+def test_a_body_without_an_end(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "_MAX_ARCHIVE_BYTES", 1 << 20)
+    server.headers, server.body = {}, bytes(20 << 20)
+    with pytest.raises(InputError, match="sends more than 1 MiB"):
+        zoo.get(MODEL, tmp_path / "zoo", base_url=server.url)
+    assert not (tmp_path / "zoo").exists()
+
+
+@pytest.mark.parametrize(("seconds", "is_refused"), [(59, False), (61, True), (20_000, True)])
+def test_a_server_that_is_too_slow(server, tmp_path, monkeypatch, seconds, is_refused):
+    """The clock is set: one second at its start, ``seconds`` later when the first bytes are there."""
+    times = itertools.chain([1.0], itertools.repeat(1.0 + seconds))
+    monkeypatch.setattr(zoo.time, "monotonic", lambda: next(times))
+    if is_refused:
+        with pytest.raises(InputError, match=rf"too slow, \d+ bytes in {seconds} seconds"):
+            zoo.get(MODEL, tmp_path / "zoo", base_url=server.url)
+        assert not (tmp_path / "zoo").exists()
+    else:
+        zoo.get(MODEL, tmp_path / "zoo", base_url=server.url)
+
+
+def test_single_bytes_are_looked_at_as_they_come(server, tmp_path, monkeypatch):
+    """A read that waits for its whole block would wait for days, however short the timeout."""
+    received, server.first_alone = [], threading.Event()
+
+    def look(url, count, *_):
+        received.append(count)
+        server.first_alone.set()
+
+    monkeypatch.setattr(zoo, "_refuse_when_slow", look)
+    zoo.get(MODEL, tmp_path / "zoo", base_url=server.url)
+    assert received[0] == 1 and received[-1] == len(server.body)
+
+
+def test_an_answer_that_never_begins(server, tmp_path, monkeypatch):
+    stop = threading.Event()
+    monkeypatch.setattr(zoo, "_SECONDS_TO_ANSWER", 0.2)
+    server.hold = lambda: stop.wait(60)
+    with pytest.raises(InputError, match=r"the download broke off|cannot be downloaded"):
+        zoo.get(MODEL, tmp_path / "zoo", base_url=server.url)
+    stop.set()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://localhost:{port}/x",
+        "http://example.org/x",
+        "https://example.org/x",
+        "https://download.tensorflow.org.example.org/x",
+        "ftp://127.0.0.1/x",
+        "file:///etc/passwd",
+        "http://[/x",
+        "https://download.tensorflow.org@example.org/x",
+    ],
+)
+def test_a_redirect_to_another_host_is_not_followed(server, tmp_path, target):
+    server.status, server.headers = 302, {"Location": target.format(port=server.port)}
+    with pytest.raises(InputError, match=r"leads to|broke off|answers 302|cannot be downloaded") as caught:
+        zoo.get(MODEL, tmp_path / "zoo", base_url=server.url)
+    assert "\n" not in str(caught.value) and len(server.paths) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "is_followed"),
+    [
+        ("https://download.tensorflow.org/a", "https://storage.googleapis.com/b", True),
+        ("https://download.tensorflow.org/a", "https://download.tensorflow.org/b", True),
+        ("https://download.tensorflow.org/a", "http://download.tensorflow.org/b", False),
+        ("https://download.tensorflow.org/a", "http://storage.googleapis.com/b", False),
+        ("http://127.0.0.1/a", "http://127.0.0.1/b", True),
+        ("http://127.0.0.1/a", "https://storage.googleapis.com/b", True),
+    ],
+)
+def test_which_redirects_are_followed(old, new, is_followed):
+    request = urllib.request.Request(old)
+    arguments = (request, None, 302, "Found", {}, new)
+    if is_followed:
+        assert zoo._SameHosts().redirect_request(*arguments).full_url == new
+    else:
+        with pytest.raises(InputError, match="expected https on"):
+            zoo._SameHosts().redirect_request(*arguments)
+
+
+@pytest.mark.parametrize("status", [203, 206])
+def test_another_status_is_no_whole_file(server, tmp_path, status):
+    server.status = status
+    with pytest.raises(InputError, match=f"the server answers {status}, expected 200"):
+        zoo.get(MODEL, tmp_path / "zoo", base_url=server.url)
+
+
+def test_a_small_archive_that_unpacks_to_much(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "_MAX_UNPACKED_BYTES", 10 << 20)
+    server.body = archive((f"{NAME}/zeros", bytes(11 << 20), tarfile.REGTYPE))
+    with pytest.raises(CheckError, match="holds more than 10 MiB"):
+        zoo.get(MODEL, tmp_path / "zoo", base_url=server.url)
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_an_archive_of_too_many_files(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "_MAX_MEMBERS", 20)
+    server.body = archive(*((f"{NAME}/{i}", b"", tarfile.REGTYPE) for i in range(20)))
+    with pytest.raises(CheckError, match="holds more than 20 files"):
+        zoo.get(MODEL, tmp_path / "zoo", base_url=server.url)
+
+
+def test_no_file_gets_special_rights(server, tmp_path):
+    server.body = archive((f"{NAME}/run", b"x", tarfile.REGTYPE), mode=0o6777)
+    path = zoo.get(MODEL, tmp_path, base_url=server.url).path
+    assert stat.S_IMODE((path / "run").stat().st_mode) == 0o644
 
 
 def test_names():
