@@ -68,6 +68,7 @@ DEVICE_ROOMS = (
     "builder",
     "bundle",
     "cli",
+    "coco",
     "complaints",
     "demonstration",
     "detector",
