@@ -53,8 +53,11 @@ from odtrt_lib.errors import (
     OdtrtError,
     UnsupportedError,
     one_line,
+    printable,
+    shell_word,
 )
 from odtrt_lib.folder import atomic_write, cannot_write, last_record, require, sha256, sync
+from odtrt_lib.outputs import require_no_input
 from odtrt_lib.spec import DetectorSpec, load_spec
 
 SCHEMA_VERSION = 1
@@ -77,9 +80,11 @@ DEVICE_ROOMS = (
     "errors",
     "evaluate",
     "folder",
+    "fonts",
     "fuse",
     "native",
     "nms",
+    "outputs",
     "passport",
     "portability",
     "preprocess",
@@ -87,6 +92,7 @@ DEVICE_ROOMS = (
     "results",
     "runtime",
     "spec",
+    "terminal",
     "zoo",
 )
 
@@ -175,6 +181,7 @@ def pack(
     members = tuple(_described(path, sources[path]) for path in sorted(sources))
     manifest = Manifest(__version__, spec.name, sha256(folder / "spec.json"), members)
     sources[MANIFEST] = manifest.to_json().encode()
+    require_no_input(archive, [source for source in sources.values() if isinstance(source, Path)])
     with atomic_write(archive) as temporary:
         _write_zip(temporary, sources, manifest)
         digest = sha256(temporary)
@@ -404,8 +411,8 @@ def run_archive(arguments: Sequence[str]) -> int:
 
     def work() -> None:
         manifest = unpack(archive, options.folder, force=options.force)
-        print(f"{options.folder}: {manifest.name}, {len(manifest.members)} files, all as packed")
-        print(f"next: cd {options.folder} && python3 build_here.py")
+        print(printable(f"{options.folder}: {manifest.name}, {len(manifest.members)} files, all as packed"))
+        print(f"next: cd {shell_word(options.folder)} && python3 build_here.py")
 
     return _exit_status(work, Path(options.folder))
 
@@ -444,7 +451,7 @@ def run_build_here(arguments: Sequence[str]) -> int:
     folder = Path(arguments[0]).resolve().parent
 
     def say(line: str) -> None:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
     def work() -> Optional[int]:
         if options.needs:
@@ -1353,12 +1360,16 @@ def _inside(path: Path, folder: Path) -> str:
 
 def _exit_status(work: Callable[[], Optional[int]], place: Path) -> int:
     """place: what an error of the operating system that names no file is about."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names that the terminal's encoding lacks become escapes
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work() or 0
     except OdtrtError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {cannot_write(Path(error.filename or place), error)}", file=sys.stderr)
+        shown = printable(cannot_write(Path(error.filename or place), error))
+        print(f"error: {shown}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left", file=sys.stderr)
         return 130

@@ -1,5 +1,6 @@
 """The errors a user can meet. Each message says what was found, where, what was expected, what to do."""
 
+import shlex
 import unicodedata
 
 # Letters of many scripts are joined or kept apart by these two.
@@ -42,6 +43,14 @@ def printable(text: object, keep: str = "") -> str:
     writing, line separators, and bytes of a file name that are no text. keep: characters that stay.
     """
     return "".join(one if one in keep or _shows(one) else _escape(one) for one in str(text))
+
+
+def shell_word(text: object) -> str:
+    """A file name as one word of a command to copy: quoted where a shell needs it, escaped where it acts."""
+    plain = str(text)
+    if printable(plain) == plain:
+        return shlex.quote(plain)
+    return "$'" + printable(plain.replace("\\", "\\\\").replace("'", "\\'")) + "'"
 
 
 def _shows(character: str) -> bool:

@@ -69,6 +69,15 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def flush() -> None:
+    """Sends what is left to the streams; where one takes nothing more, that is no news and no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _abandon(stream)
+
+
 class Interruption:
     """Whether Ctrl-C was pressed; see :func:`heeding_ctrl_c`."""
 
