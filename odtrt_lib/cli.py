@@ -583,8 +583,8 @@ def pack(
     )
     if not packed.has_postprocessing:
         _out().print(
-            f"[yellow]–[/] no detector.onnx in it: run `odtrt fuse {escape(shell_word(folder))}` first for the "
-            "post-processing inside the plan",
+            f"[yellow]–[/] no detector.onnx in it: run `odtrt fuse {escape(shell_word(folder))}` first for "
+            "the post-processing inside the plan",
             soft_wrap=True,
             highlight=False,
         )

@@ -266,7 +266,7 @@ def _check_detections(detections: Sequence[Dict[str, Any]], where: str) -> None:
     for i, detection in enumerate(detections):
         try:
             numbers = [detection["score"], *detection["bbox"]]
-            is_right = len(numbers) == 5 and np.isfinite(numbers).all()
+            is_right = len(numbers) == 5 and bool(np.isfinite(numbers).all())
             identity(detection["image_id"])
             is_right = is_right and isinstance(identity(detection["category_id"]), int)
         except (KeyError, TypeError, ValueError, OverflowError):

@@ -32,7 +32,7 @@ def font(path: Optional[Path], size: int) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def spelling(text: str) -> Spelling:
-    """How ``text`` can be drawn here: as it is, else without its accents, else with escapes such as \\u87ba."""
+    """How ``text`` can be drawn here: as it is, else without accents, else with escapes such as \\u87ba."""
     text = printable(text)
     letters = frozenset(text)
     if _has(ImageFont.load_default(_TRIAL_SIZE), letters) and not _needs_shaping(text):

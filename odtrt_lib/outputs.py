@@ -9,12 +9,13 @@ import json
 import os
 import unicodedata
 from pathlib import Path
-from typing import Any, Iterable, List, Sequence, Set, Tuple, Union
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Iterable, List, Sequence, Set, Tuple, Union
 
 from odtrt_lib.errors import InputError
 from odtrt_lib.folder import LOG, atomic_write, read_log
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _JPEG_QUALITY = 92
 # In a comment of every JPEG file that is written here: such a file may be replaced by a newer one.

@@ -1,7 +1,7 @@
 """What goes to the terminal: one console for all output, and streams and Ctrl-C as they really are.
 
-Text from outside (labels, file names, names in manifests and annotations) passes :func:`printable` here, once,
-so that no command has to think of it.
+Text from outside (labels, file names, names in manifests and annotations) passes :func:`printable` here,
+once, so that no command has to think of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Iterator, Optional, TextIO
+from typing import IO, Any, Iterator, Optional
 
 from rich.console import Console
 from rich.text import Text
@@ -26,7 +26,7 @@ _WIDTH_OF_A_FILE = 110
 class SafeConsole(Console):
     """A console that shows control characters instead of sending them."""
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """Every text becomes visible through this method of rich's, in a table's cell as on a line."""
         return super().render_str(printable(text, keep="\n"), **options)
 
@@ -120,7 +120,7 @@ def heeding_ctrl_c() -> Iterator[Interruption]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _abandon(stream: Optional[TextIO]) -> None:
+def _abandon(stream: Optional[IO[str]]) -> None:
     """Points the stream's descriptor at nothing, so that Python's own last flush does not fail again."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         assert stream is not None
