@@ -535,7 +535,7 @@ def plans(folder: Path = FolderArgument, plugin: Optional[Path] = PlanPluginOpti
             f"{one.model}, {one.precision}",
             f"{passports.FLAVOURS[one.flavour]} {one.version}",
             f"[{_VERDICT_COLOURS[verdict.word]}]{verdict.word}[/]",
-            escape("\n".join(verdict.reasons)),
+            terminal.lines(verdict.reasons),
         )
         table.add_section()
     for name, reason in damaged.items():
@@ -1129,15 +1129,15 @@ def _print_stages(folder: Path, results: Dict[str, StageResult]) -> None:
     table = Table("stage", "came out", "checked", "time", title=escape(str(folder)), title_justify="left")
     for name, result in results.items():
         record = result.record
-        outputs = "\n".join(f"{output} {_size(folder / output)}" for output in record["outputs"])
+        outputs = terminal.lines(f"{output} {_size(folder / output)}" for output in record["outputs"])
         shown = _SHOWN_CHECKS.get(name, ("",))
-        checks = "\n".join(
+        checks = terminal.lines(
             f"{check}: {figure}"
             for check, figure in figures(record["checks"])
             if any(words in check for words in shown)
         )
         duration = "up to date" if result.is_up_to_date else f"{record['seconds']:.1f} s"
-        table.add_row(name, escape(outputs), escape(checks), duration)
+        table.add_row(name, outputs, checks, duration)
         table.add_section()
     _out().print(table)
 

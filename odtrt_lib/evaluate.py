@@ -238,7 +238,7 @@ def _pairs(
     """Pairs (index, index, IoU) of the same class, best IoU first, none used twice."""
     if not ones or not others:
         return []
-    overlaps = _iou_matrix([d["bbox"] for d in ones], [d["bbox"] for d in others])
+    overlaps = iou_matrix([d["bbox"] for d in ones], [d["bbox"] for d in others])
     classes = [np.array([d["category_id"] for d in side]) for side in (ones, others)]
     overlaps[classes[0][:, np.newaxis] != classes[1]] = -1.0
     rows, columns = np.nonzero(overlaps >= iou)
@@ -253,7 +253,8 @@ def _pairs(
     return pairs
 
 
-def _iou_matrix(boxes: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> np.ndarray:
+def iou_matrix(boxes: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> np.ndarray:
+    """float64 [len(boxes), len(others)]: intersection over union of boxes ``[x, y, width, height]``."""
     one, other = np.array(boxes, np.float64)[:, np.newaxis], np.array(others, np.float64)
     upper = np.minimum(one[..., :2] + one[..., 2:], other[..., :2] + other[..., 2:])
     sides = np.maximum(upper - np.maximum(one[..., :2], other[..., :2]), 0.0)

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import IO, Any, Iterator, Optional
+from typing import IO, Any, Iterable, Iterator, Optional
 
 from rich.console import Console
 from rich.text import Text
@@ -28,7 +28,7 @@ class SafeConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Every text becomes visible through this method of rich's, in a table's cell as on a line."""
-        return super().render_str(printable(text, keep="\n"), **options)
+        return super().render_str(printable(text), **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Raises InputError where the stream cannot be written, such as on a full disk."""
@@ -46,6 +46,11 @@ def out() -> SafeConsole:
     """The console of standard output."""
     is_wide_enough = sys.stdout.isatty() or "COLUMNS" in os.environ
     return SafeConsole(width=None if is_wide_enough else _WIDTH_OF_A_FILE)
+
+
+def lines(texts: Iterable[str]) -> Text:
+    """Several lines for one cell of a table; a line break within one of them is shown."""
+    return Text("\n".join(map(printable, texts)))
 
 
 def say_error(message: str) -> None:

@@ -57,7 +57,7 @@ def test_a_word_of_a_command_is_read_back_by_a_shell(name):
     assert back.stdout == os.fsencode(name)
 
 
-def odtrt(code: str, *, **options) -> subprocess.CompletedProcess:
+def odtrt(code: str, **options) -> subprocess.CompletedProcess:
     """Runs a stand-in for `odtrt export`, whose work is ``code``, in a process of its own."""
     script = (
         "import os, sys, types\nimport odtrt_lib\nfrom odtrt_lib import cli\n"
