@@ -67,6 +67,7 @@ MODEL = "model"
 # The modules of odtrt that run on a device: Python 3.8, numpy and the device's own TensorRT.
 DEVICE_ROOMS = (
     "__init__",
+    "__main__",
     "boards",
     "builder",
     "bundle",

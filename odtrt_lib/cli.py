@@ -37,6 +37,7 @@ from odtrt_lib.errors import (
     InputError,
     MissingDependencyError,
     OdtrtError,
+    is_utf8,
     printable,
     shell_word,
 )
@@ -353,6 +354,7 @@ def run(
     from odtrt_lib.plots import draw_detections
     from odtrt_lib.report import write_report
 
+    _require_utf8(model, output, pipeline, label_map)
     named = demonstration.read_pictures(image)  # one that cannot be read is said now, not after the stages
     folder = output or _OUT / _model_name(model)
     size = _parse_size(input_size)
@@ -415,6 +417,7 @@ def export(
     _require_python_of_tensorflow()
     from odtrt_lib import export as export_stage
 
+    _require_utf8(model, output, pipeline, label_map)
     folder = output or _OUT / _model_name(model)
     size, batch_size = _parse_size(input_size), _parse_batch(batch)
     result = _work_on(
@@ -449,6 +452,7 @@ def convert(
     _require_python_of_tensorflow()
     from odtrt_lib import convert as convert_stage
 
+    _require_utf8(folder)
     result = _work_on("convert", lambda: convert_stage.convert(folder, opset=opset, force=force))
     _print_stages(folder, {"convert": result})
     _say_next(f"odtrt build {shell_word(folder)}")
@@ -937,6 +941,15 @@ def _parse_batches(text: Optional[str]) -> Optional[Tuple[int, ...]]:
 def _require_file(path: Path, expected: str) -> None:
     if not path.is_file():
         raise InputError(f"{path}: {'a folder' if path.is_dir() else 'not found'}; expected {expected}")
+
+
+def _require_utf8(*paths: Optional[Path]) -> None:
+    for path in paths:
+        if path is not None and not is_utf8(path):
+            raise InputError(
+                f"{path}: its name has bytes that are not UTF-8, and TensorFlow opens no such path; "
+                "rename the folder"
+            )
 
 
 def _model_name(model: Path) -> str:

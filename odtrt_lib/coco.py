@@ -7,6 +7,7 @@ ids that repeat, start at 0 or are absent: nobody needs those); what could chang
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -235,16 +236,18 @@ def _locate_images(instances: Instances, root: Path) -> Tuple[Path, ...]:
             raise InputError(f"{instances.source}: image {_shown(image_id)} has no 'file_name'")
     names = {image_id: _parts(name or "") for image_id, name in instances.files.items()}
     found = {image_id: _below(root, parts) for image_id, parts in names.items()}
+    by_name: Dict[str, List[Path]] = {}
     if not all(found.values()):
         by_name = _files_by_name(root)
         for image_id, parts in names.items():
             if found[image_id] is None:
                 found[image_id] = _agreeing(instances, image_id, parts, root, by_name)
-    missing = [instances.files[image_id] for image_id, path in found.items() if path is None]
+    missing = [image_id for image_id, path in found.items() if path is None]
     if missing:
         raise InputError(
             f"{instances.source}: {len(missing)} of its {len(names)} images are not below {root}, the first "
-            f"is {missing[0]}: name the folder that holds them"
+            f"is {instances.files[missing[0]]}: name with --images the folder that the file names start from"
+            f"{_advice(names[missing[0]], by_name)}"
         )
     first: Dict[Path, Identity] = {}
     for image_id, path in found.items():
@@ -255,6 +258,20 @@ def _locate_images(instances: Instances, root: Path) -> Tuple[Path, ...]:
                 "expected one file for each image"
             )
     return tuple(path for path in found.values() if path is not None)
+
+
+def _advice(parts: Tuple[str, ...], by_name: Dict[str, List[Path]]) -> str:
+    """The root with which the most alike file would be found."""
+
+    def agreement(path: Path) -> int:
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(path.parts[::-1], parts[::-1]))
+        return sum(1 for _ in same)
+
+    alike = by_name.get(parts[-1], []) if parts else []
+    if not alike:
+        return ""
+    nearest = max(alike, key=agreement)
+    return f", such as {nearest.parents[agreement(nearest) - 1]}"
 
 
 def _parts(name: str) -> Tuple[str, ...]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence,
 
 import numpy as np
 
-from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one_line
+from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, is_utf8, one_line
 from odtrt_lib.folder import require
 from odtrt_lib.nms import Postprocessed, postprocess
 from odtrt_lib.passport import PLANS, PRECISIONS
@@ -344,7 +344,8 @@ def _open_onnxruntime(folder: Path, spec: DetectorSpec) -> Backend:
     # One level more, its blocked NCHWc kernels make rounding errors 20 times TensorFlow's on EfficientDet.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        model = str(path) if is_utf8(path) else Path(path).read_bytes()
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base but Exception
         raise InputError(
             f"{path}: ONNX Runtime cannot read it ({_first_line(error)}); run `odtrt convert` again"

@@ -45,6 +45,15 @@ def printable(text: object, keep: str = "") -> str:
     return "".join(one if one in keep or _shows(one) else _escape(one) for one in str(text))
 
 
+def is_utf8(path: object) -> bool:
+    """Whether a path's bytes are UTF-8; TensorFlow and ONNX Runtime open no other."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shell_word(text: object) -> str:
     """A file name as one word of a command to copy: quoted where a shell needs it, escaped where it acts."""
     plain = str(text)

@@ -333,6 +333,12 @@ class TestSingleStages:
         assert (status, stages.calls) == (1, {})
         assert "export and convert need 9.0 or newer: run them on another machine" in err
 
+    @pytest.mark.parametrize("command", [("export",), ("run",), ("convert",), ("export", "model", "-o")])
+    def test_a_path_that_tensorflow_cannot_open_is_called_that(self, capsys, stages, command):
+        status, _, err = odtrt(capsys, *command, os.fsdecode(b"mod\xe8le"))
+        assert (status, stages.calls) == (1, {})
+        assert err.startswith(r"error: mod\xe8le: its name has bytes that are not UTF-8")
+
 
 class TestPlansAndBundles:
     def test_no_plan(self, capsys, tmp_path):

@@ -149,6 +149,16 @@ def test_a_file_that_may_be_another_image_is_refused(tmp_path, cameras, names, s
     assert says in str(caught.value)
 
 
+def test_the_root_to_name_is_named(tmp_path, cameras):
+    names = ("/content/cam1/0001.png", "/content/cam2/0001.png")
+    with pytest.raises(InputError) as caught:
+        load_coco(written(tmp_path, *names), tmp_path)
+    advised = str(caught.value).split("such as ")[1]
+    assert load_coco(written(tmp_path, *names), advised).paths == tuple(
+        cameras / camera / "0001.png" for camera in ("cam1", "cam2")
+    )
+
+
 def test_an_absolute_name_counts_only_below_the_root(tmp_path, cameras):
     outside = tmp_path / "secret.png"
     outside.touch()

@@ -126,15 +126,33 @@ TURNED_INTO_ANOTHER = f"""
 """
 
 
+def heed_ctrl_c() -> None:
+    """A shell starts its background jobs with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize(
     "code",
     [INTERRUPT, IN_A_WEAK_REFERENCE, IN_A_DESTRUCTOR, TURNED_INTO_ANOTHER],
     ids=["in the open", "weak reference", "destructor", "turned into another"],
 )
 def test_ctrl_c_ends_the_command_wherever_it_falls(code):
-    heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    done = odtrt(code.strip(), stdout=subprocess.PIPE, preexec_fn=heed)
+    done = odtrt(code.strip(), stdout=subprocess.PIPE, preexec_fn=heed_ctrl_c)
     assert (done.returncode, done.stderr) == (130, "interrupted; nothing half-written is left\n")
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
+    (tmp_path / "typer.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(cli.__file__).parents[1]}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "odtrt_lib", "--version"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=heed_ctrl_c,
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; nothing half-written is left\n"
 
 
 def test_the_handler_of_others_is_left_alone():
