@@ -67,6 +67,8 @@ from odtrt_lib.errors import (
     OdtrtError,
     UnsupportedError,
     one_line,
+    printable,
+    shell_word,
 )
 from odtrt_lib.folder import (
     SEALED,
@@ -83,6 +85,7 @@ from odtrt_lib.folder import (
     undisturbed,
     workplace,
 )
+from odtrt_lib.outputs import require_no_input
 from odtrt_lib.spec import DetectorSpec, load_spec
 
 SCHEMA_VERSION = 1
@@ -92,10 +95,12 @@ MODEL = "model"
 # The modules of odtrt that run on a device: Python 3.8, numpy and the device's own TensorRT.
 DEVICE_ROOMS = (
     "__init__",
+    "__main__",
     "boards",
     "builder",
     "bundle",
     "cli",
+    "coco",
     "complaints",
     "demonstration",
     "detector",
@@ -104,9 +109,11 @@ DEVICE_ROOMS = (
     "errors",
     "evaluate",
     "folder",
+    "fonts",
     "fuse",
     "native",
     "nms",
+    "outputs",
     "passport",
     "plots",
     "portability",
@@ -116,6 +123,7 @@ DEVICE_ROOMS = (
     "runtime",
     "spec",
     "tensors",
+    "terminal",
     "zoo",
 )
 
@@ -213,6 +221,7 @@ def pack(
             raise InputError(f"{folder / name}: changed while it was packed; pack again")
     manifest = Manifest(__version__, spec.name, hashes["spec.json"], members)
     sources[MANIFEST] = manifest.to_json().encode()
+    require_no_input(archive, [source for source in sources.values() if isinstance(source, Path)])
     with atomic_write(archive) as temporary:
         _write_zip(temporary, sources, manifest)
         digest = sha256(temporary)
@@ -472,8 +481,8 @@ def run_archive(arguments: Sequence[str]) -> int:
 
     def work() -> None:
         manifest = unpack(archive, options.folder, force=options.force)
-        print(f"{options.folder}: {manifest.name}, {len(manifest.members)} files, all as packed")
-        print(f"next: cd {options.folder} && python3 build_here.py")
+        print(printable(f"{options.folder}: {manifest.name}, {len(manifest.members)} files, all as packed"))
+        print(f"next: cd {shell_word(options.folder)} && python3 build_here.py")
 
     return _exit_status(work, Path(options.folder))
 
@@ -512,7 +521,7 @@ def run_build_here(arguments: Sequence[str]) -> int:
     folder = Path(arguments[0]).resolve().parent
 
     def say(line: str) -> None:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
     def work() -> Optional[int]:
         if options.needs:
@@ -1507,12 +1516,16 @@ def _inside(path: Path, folder: Path) -> str:
 
 def _exit_status(work: Callable[[], Optional[int]], place: Path) -> int:
     """place: what an error of the operating system that names no file is about."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names that the terminal's encoding lacks become escapes
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work() or 0
     except OdtrtError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {cannot_write(Path(error.filename or place), error)}", file=sys.stderr)
+        shown = printable(cannot_write(Path(error.filename or place), error))
+        print(f"error: {shown}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written is left", file=sys.stderr)
         return 130

@@ -1,28 +1,25 @@
 """The command line: ``odtrt run``, its stages one by one, and what surrounds them.
 
-Exit status: 0 all well, 1 an error that odtrt explains, 2 a check that failed or a wrong command line,
-130 interrupted, 70 a defect in odtrt.
+Exit status: 0 all well, 1 an error that odtrt explains (one unreadable picture among many is one), 2 a check
+that failed or a wrong command line, 130 interrupted, 70 a defect in odtrt.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import traceback
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import typer
 import typer.core
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -34,9 +31,19 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from odtrt_lib import __version__
-from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, OdtrtError
+from odtrt_lib import __version__, terminal
+from odtrt_lib.errors import (
+    CheckError,
+    InputError,
+    MissingDependencyError,
+    OdtrtError,
+    is_utf8,
+    printable,
+    shell_word,
+)
 from odtrt_lib.folder import require_folder
+from odtrt_lib.terminal import out as _out
+from odtrt_lib.terminal import say_error as _say_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +54,8 @@ if TYPE_CHECKING:
 
 _OUT = Path("out")
 _MIN_SCORE = 0.3
-_JPEG_QUALITY = 92
+_MAX_UNREADABLE_NAMED = 10
+_INTERRUPTED = ("interrupted; nothing half-written is left", 130)
 _PYTHON_OF_TENSORFLOW = (3, 10)
 _TENSORFLOW_LOG = (
     r"^(WARNING: All log messages before absl::InitializeLog|[IW][0-9]{4} [0-9:. ]+[0-9]+ [a-z_]+\.cc:)"
@@ -106,14 +114,19 @@ class Form(str, Enum):
 
 
 class _Commands(typer.core.TyperGroup):
-    """Typer's own answer to Ctrl-C says nothing about files."""
+    """Typer's own answer to Ctrl-C says nothing about files, and its errors show arguments as they are."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _printable_usage_errors():
+            return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _printable_usage_errors():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
-            _say_error("interrupted; nothing half-written is left")
-            raise typer.Exit(130) from None
+            _say_error(_INTERRUPTED[0])
+            raise typer.Exit(_INTERRUPTED[1]) from None
 
 
 app = typer.Typer(
@@ -252,7 +265,9 @@ BatchOption = typer.Option(
     "1", "--batch", metavar="N|dynamic", help="The batch size: a number, or `dynamic` for any."
 )
 OpsetOption = typer.Option(17, "--opset", help="The ONNX opset to write.")
-ImagesArgument = typer.Argument(..., metavar="IMAGE...", help="JPEG, PNG or BMP files.", show_default=False)
+ImagesArgument = typer.Argument(
+    ..., metavar="IMAGE...", help="JPEG, PNG, GIF, BMP or WebP files.", show_default=False
+)
 PicturesOption = typer.Option(
     None, "-o", "--output", metavar="DIR", help="Where the pictures go. Default: `FOLDER/detections`."
 )
@@ -264,7 +279,7 @@ ImagesRootOption = typer.Option(
     None,
     "--images",
     metavar="DIR",
-    help="Where its images lie, in any subfolder: they are found by name. Default: beside the JSON file.",
+    help="The folder that its file names start from, or one above it. Default: the JSON file's.",
 )
 LimitOption = typer.Option(
     None, "--limit", min=1, metavar="N", help="Only the first N images, for a quick look."
@@ -280,24 +295,37 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
 
     With ``ODTRT_TRACEBACK=1`` in the environment the Python traceback is printed as well.
     """
-    try:
-        app(args=None if arguments is None else list(arguments), prog_name="odtrt")
-    except OdtrtError as error:
-        _print_traceback_if_asked()
-        _say_error(f"error: {error}")
-        sys.exit(2 if isinstance(error, CheckError) else 1)
-    except Exception as error:
-        _print_traceback_if_asked()
-        _say_error(
-            f"error: unexpected {type(error).__name__}: {error or 'no message'}: this is a defect in odtrt; "
-            "set ODTRT_TRACEBACK=1 and run again to see where"
-        )
-        sys.exit(70)
+    terminal.prepare_streams()
+    with terminal.heeding_ctrl_c() as interruption:
+        try:
+            app(args=None if arguments is None else list(arguments), prog_name="odtrt")
+        except Exception as error:
+            _print_traceback_if_asked()
+            message, status = _INTERRUPTED if interruption.was_asked else _told(error)
+            _say_error(message)
+            sys.exit(status)
+        finally:
+            terminal.flush()
+
+
+def _told(error: Exception) -> Tuple[str, int]:
+    """What an error is said to be, and the exit status."""
+    if isinstance(error, OdtrtError):
+        return f"error: {error}", 2 if isinstance(error, CheckError) else 1
+    if isinstance(error, MemoryError):
+        return "error: the memory does not suffice: close other programs, or give it less to do", 1
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}the operating system says: {error.strerror}", 1
+    return (
+        f"error: unexpected {type(error).__name__}: {error or 'no message'}: this is a defect in odtrt; "
+        "set ODTRT_TRACEBACK=1 and run again to see where"
+    ), 70
 
 
 def _version(is_asked: bool) -> None:
     if is_asked:
-        print(f"odtrt {__version__}")
+        _out().print(f"odtrt {__version__}", markup=False, highlight=False)
         raise typer.Exit
 
 
@@ -342,6 +370,7 @@ def run(
     from odtrt_lib.plots import draw_detections
     from odtrt_lib.report import write_report
 
+    _require_utf8(model, output, pipeline, label_map)
     named = demonstration.read_pictures(image)  # one that cannot be read is said now, not after the stages
     folder = output or _OUT / _model_name(model)
     size = _parse_size(input_size)
@@ -374,6 +403,7 @@ def run(
             (picture.title, draw_detections(picture.image, found, demonstration.MIN_SCORE))
             for picture, found in zip(pictures, detections)
         ]
+        _say_undrawable(name for found in detections for name in found.names)
     else:
         skipped["detect"] = "no picture to look at; name one: `--image FILE`"
         _say_skipped("detect", skipped["detect"])
@@ -381,7 +411,8 @@ def run(
     _print_stages(folder, results)
     _out().print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
     if pictures and not named:
-        _say_next(f"odtrt detect {folder} {demonstration.keep(folder, pictures) / '*.png'}")
+        scenes = shell_word(demonstration.keep(folder, pictures))
+        _say_next(f"odtrt detect {shell_word(folder)} {scenes}/*.png")
 
 
 @app.command()
@@ -403,6 +434,7 @@ def export(
     _require_workstation()
     from odtrt_lib import export as export_stage
 
+    _require_utf8(model, output, pipeline, label_map)
     folder = output or _OUT / _model_name(model)
     size, batch_size = _parse_size(input_size), _parse_batch(batch)
     _say_checkpoint(export_stage.find_model(model, pipeline))
@@ -420,7 +452,7 @@ def export(
     )
     _say_if_unnamed(folder)
     _print_stages(folder, {"export": result})
-    _say_next(f"odtrt convert {folder}")
+    _say_next(f"odtrt convert {shell_word(folder)}")
 
 
 @app.command()
@@ -438,9 +470,10 @@ def convert(
     _require_workstation()
     from odtrt_lib import convert as convert_stage
 
+    _require_utf8(folder)
     result = _work_on("convert", lambda: convert_stage.convert(folder, opset=opset, force=force))
     _print_stages(folder, {"convert": result})
-    _say_next(f"odtrt build {folder}")
+    _say_next(f"odtrt build {shell_word(folder)}")
 
 
 @app.command()
@@ -524,7 +557,7 @@ def plans(folder: Path = FolderArgument, plugin: Optional[Path] = PlanPluginOpti
             f"{one.model}, {one.precision}",
             f"{passports.FLAVOURS[one.flavour]} {one.version}",
             f"[{_VERDICT_COLOURS[verdict.word]}]{verdict.word}[/]",
-            escape("\n".join(verdict.reasons)),
+            terminal.lines(verdict.reasons),
         )
         table.add_section()
     for name, reason in damaged.items():
@@ -536,7 +569,9 @@ def plans(folder: Path = FolderArgument, plugin: Optional[Path] = PlanPluginOpti
                 escape(path.name), "", "", "[red]refuse[/]", "no passport names it: it is never loaded"
             )
     if not table.row_count:
-        raise InputError(f"{folder / passports.PLANS}: no plan there; run `odtrt build {folder}` first")
+        raise InputError(
+            f"{folder / passports.PLANS}: no plan there; run `odtrt build {shell_word(folder)}` first"
+        )
     _out().print(table)
 
 
@@ -570,12 +605,12 @@ def pack(
     )
     if not packed.has_postprocessing:
         _out().print(
-            f"[yellow]–[/] no detector.onnx in it: run `odtrt fuse {escape(str(folder))}` first for the "
-            "post-processing inside the plan",
+            f"[yellow]–[/] no detector.onnx in it: run `odtrt fuse {escape(shell_word(folder))}` first for "
+            "the post-processing inside the plan",
             soft_wrap=True,
             highlight=False,
         )
-    _say_next(f"on the device, without odtrt or TensorFlow: python3 {shlex.quote(target.name)}")
+    _say_next(f"on the device, without odtrt or TensorFlow: python3 {shell_word(target.name)}")
 
 
 @app.command()
@@ -606,7 +641,7 @@ def unpack(
         markup=False,
         highlight=False,
     )
-    _say_next(f"cd {target} && python3 build_here.py")
+    _say_next(f"cd {shell_word(target)} && python3 build_here.py")
 
 
 @app.command()
@@ -623,41 +658,54 @@ def detect(
 
     **Reads** spec.json, anchors.npy and heads.onnx of the model folder, and the pictures.
 
-    **Writes** one JPEG a picture. Boxes are [ymin, xmin, ymax, xmax] in pixels of the picture.
+    **Writes** one JPEG a picture, over no file but one that it drew before. Boxes are [ymin, xmin, ymax,
+    xmax] in pixels of the picture. A picture that cannot be read is left out and named at the end; the exit
+    status is then 1.
 
     **Example:** `odtrt detect out/parts scene.jpg --min-score 0.5 --json found.json`
     """
+    from odtrt_lib import outputs
     from odtrt_lib.demonstration import as_rows, confident
     from odtrt_lib.detector import Detector
     from odtrt_lib.plots import draw_detections
-    from odtrt_lib.preprocess import load_image
 
     require_folder(folder)
     for path in images:
         _require_file(path, "a picture")
     output = output or folder / "detections"
+    targets = outputs.drawing_targets(images, output)
+    if json_file is not None:
+        outputs.require_no_input(json_file, [*images, *targets, *outputs.model_files(folder)])
     table = Table("picture", "object", "score", "box", title_justify="left", highlight=False)
     found: List[Dict[str, Any]] = []
+    unreadable: Dict[Path, str] = {}
     with _progress("detect", len(images)) as advance:
         detector = Detector.open(folder, backend.value, plugin=plugin)
-        for path, target in _targets(images, output):
-            image = load_image(path)
-            detections = confident(detector.detect(image), min_score)
-            _write_jpeg(target, draw_detections(image, detections, min_score))
-            found += as_rows(str(path), detections)
-            _add_to_table(table, path.name, detections)
+        for path, target in zip(images, targets):
+            seen = _look(detector, path, unreadable)
+            if seen is not None:
+                image, everything = seen
+                detections = confident(everything, min_score)
+                outputs.write_drawing(target, draw_detections(image, detections, min_score))
+                found += as_rows(str(path), detections)
+                _add_to_table(table, path.name, detections)
             advance()
+    _require_some(unreadable, len(images))
     if json_file is not None:
-        _write_json(json_file, found)
+        outputs.write_json(json_file, found)
     _out().print(table)
     _say_backend(detector)
+    _say_renamed(images, targets, unreadable)
+    _say_undrawable(str(row["name"]) for row in found)
+    seen_count = len(images) - len(unreadable)
     _out().print(
         f"{len(found)} detection{'s' * (len(found) != 1)} with a score of at least {min_score:g} in "
-        f"{len(images)} picture{'s' * (len(images) != 1)}, drawn in {output}",
+        f"{seen_count} picture{'s' * (seen_count != 1)}, drawn in {output}",
         soft_wrap=True,
         markup=False,
         highlight=False,
     )
+    _say_unreadable(unreadable, len(images))
 
 
 @app.command(name="eval")
@@ -674,27 +722,35 @@ def evaluate(
 
     **Reads** the model folder, a COCO instances file and its images. **Writes** nothing unless asked.
 
+    A picture that cannot be read is left out of the figures and named at the end; the exit status is then 1.
+
     **Example:** `odtrt eval out/my_model --annotations instances_val2017.json --images val2017 --limit 500`
     """
-    from odtrt_lib.datasets import load_coco
+    from odtrt_lib import outputs
+    from odtrt_lib.coco import load_coco
     from odtrt_lib.detector import Detector
     from odtrt_lib.evaluate import coco_metrics, coco_results
-    from odtrt_lib.preprocess import load_image
 
     require_folder(folder)
     coco = load_coco(annotations, images)
-    chosen = [(image_id, coco.paths[i]) for i, image_id in enumerate(coco.image_ids)][:limit]
+    if json_file is not None:
+        outputs.require_no_input(json_file, [annotations, *coco.paths, *outputs.model_files(folder)])
+    chosen = list(zip(coco.image_ids, coco.paths))[:limit]
     if not chosen:
         raise InputError(f"{annotations}: lists no images; expected at least one to evaluate")
     found: List[Dict[str, Any]] = []
+    unreadable: Dict[Path, str] = {}
     detector = Detector.open(folder, backend.value, plugin=plugin)
     _compare_classes({label.id: label.name for label in detector.spec.labels}, coco.class_names, annotations)
     with _progress("eval", len(chosen)) as advance:
         for image_id, path in chosen:
-            found += coco_results(image_id, detector.detect(load_image(path)))
+            seen = _look(detector, path, unreadable)
+            if seen is not None:
+                found += coco_results(image_id, seen[1])
             advance()
-    metrics = coco_metrics(annotations, found, [image_id for image_id, _ in chosen])
-    figures = dataclasses.asdict(metrics)
+    _require_some(unreadable, len(chosen))
+    evaluated = [image_id for image_id, path in chosen if path not in unreadable]
+    figures = dataclasses.asdict(coco_metrics(coco.instances, found, evaluated))
     per_class = figures.pop("ap_per_class")
     table = Table("figure", "value", highlight=False)
     for name, value in figures.items():
@@ -702,9 +758,11 @@ def evaluate(
     _out().print(table)
     _say_backend(detector)
     if json_file is not None:
-        names = {str(label.id): label.name for label in detector.spec.labels}
-        of_class = {names.get(str(i), str(i)): value for i, value in per_class.items()}
-        _write_json(json_file, {**figures, "ap_per_class": of_class})
+        names = _distinct_names({label.id: label.name for label in detector.spec.labels})
+        of_class = {names.get(i, str(i)): value for i, value in per_class.items()}
+        lost = [str(path) for path in unreadable]
+        outputs.write_json(json_file, {**figures, "ap_per_class": of_class, "unreadable": lost})
+    _say_unreadable(unreadable, len(chosen))
 
 
 @app.command()
@@ -782,7 +840,7 @@ def zoo_get(
     else:
         message = f"SHA-256 {download.sha256}, as expected"
     _out().print(f"{download.path}: {message}", soft_wrap=True, markup=False, highlight=False)
-    _say_next(f"odtrt run {download.path}")
+    _say_next(f"odtrt run {shell_word(download.path)}")
 
 
 _VERDICT_COLOURS = {"ok": "green", "rebuild": "yellow", "not here": "yellow", "refuse": "red"}
@@ -811,29 +869,79 @@ def _add_to_table(table: Table, picture: str, detections: Detections) -> None:
         table.add_row(first, escape(name), f"{detections.scores[i]:.3f}", f"{escape('[')}{box}]")
 
 
-def _targets(images: Sequence[Path], folder: Path) -> Iterator[Tuple[Path, Path]]:
-    """Each image with its own file in ``folder``, numbered where two images have the same name."""
-    taken: Dict[str, int] = {}
-    for path in images:
-        taken[path.stem] = taken.get(path.stem, 0) + 1
-        suffix = f"-{taken[path.stem]}" if taken[path.stem] > 1 else ""
-        yield path, folder / f"{path.stem}{suffix}.jpg"
+def _look(
+    detector: Detector, path: Path, unreadable: Dict[Path, str]
+) -> Optional[Tuple[np.ndarray, Detections]]:
+    """The picture and what is in it; None, with the reason in ``unreadable``, where it cannot be used."""
+    from odtrt_lib.preprocess import load_image
+
+    try:
+        image = load_image(path)
+        return image, detector.detect(image)
+    except InputError as error:
+        reason = str(error)
+        unreadable[path] = reason if reason.startswith(str(path)) else f"{path}: {reason}"
+        return None
 
 
-def _write_jpeg(path: Path, image: np.ndarray) -> None:
-    from PIL import Image
-
-    from odtrt_lib.folder import atomic_write
-
-    with atomic_write(path) as temporary:
-        Image.fromarray(image).save(temporary, "JPEG", quality=_JPEG_QUALITY)
+def _require_some(unreadable: Dict[Path, str], count: int) -> None:
+    if len(unreadable) == count:
+        more = f"; the other {count - 1} could not be used either" if count > 1 else ""
+        raise InputError(f"{next(iter(unreadable.values()))}{more}")
 
 
-def _write_json(path: Path, content: Any) -> None:
-    from odtrt_lib.folder import atomic_write
+def _say_unreadable(unreadable: Dict[Path, str], count: int) -> None:
+    """Names the pictures that were left out, and ends the command with status 1 if there are any."""
+    if not unreadable:
+        return
+    _say_error(f"error: {len(unreadable)} of {count} pictures could not be used and were left out:")
+    for reason in list(unreadable.values())[:_MAX_UNREADABLE_NAMED]:
+        _say_error(reason)
+    if len(unreadable) > _MAX_UNREADABLE_NAMED:
+        _say_error(f"and {len(unreadable) - _MAX_UNREADABLE_NAMED} more")
+    raise typer.Exit(1)
 
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+def _say_renamed(images: Sequence[Path], targets: Sequence[Path], unreadable: Dict[Path, str]) -> None:
+    for path, target in zip(images, targets):
+        if path not in unreadable and target.stem != path.stem:
+            _out().print(
+                f"– {path} is drawn in {target.name}: {path.stem}.jpg is another file",
+                soft_wrap=True,
+                markup=False,
+                highlight=False,
+            )
+
+
+def _say_undrawable(names: Iterable[str]) -> None:
+    from odtrt_lib.fonts import undrawable
+
+    lacking = undrawable(names)
+    if lacking:
+        _out().print(
+            f"– drawn in other letters, because no font here has their own: {_some(lacking)}; install one, "
+            "such as `apt install fonts-noto-core fonts-noto-cjk`",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
+
+
+def _distinct_names(names: Dict[int, str]) -> Dict[int, str]:
+    """Names as keys: where two classes have the same name, each with its id."""
+    every = list(names.values())
+    return {i: name if every.count(name) == 1 else f"{name} ({i})" for i, name in names.items()}
+
+
+@contextlib.contextmanager
+def _printable_usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message"):
+            shown = printable(error.format_message())
+            error.format_message = lambda: shown
+        raise
 
 
 def _require_workstation() -> None:
@@ -863,6 +971,15 @@ def _require_file(path: Path, expected: str) -> None:
         raise InputError(f"{path}: {'a folder' if path.is_dir() else 'not found'}; expected {expected}")
 
 
+def _require_utf8(*paths: Optional[Path]) -> None:
+    for path in paths:
+        if path is not None and not is_utf8(path):
+            raise InputError(
+                f"{path}: its name has bytes that are not UTF-8, and TensorFlow opens no such path; "
+                "rename the folder"
+            )
+
+
 def _model_name(model: Path) -> str:
     """A folder's own name; for a checkpoint, or a part of an exported model, that of the model's folder."""
     path = model.resolve()
@@ -888,16 +1005,6 @@ def _parse_batch(text: str) -> Optional[int]:
     if not text.isdigit() or int(text) < 1:
         raise InputError(f"--batch {text}: expected a number of at least 1, or `dynamic`")
     return int(text)
-
-
-def _out() -> Console:
-    is_wide_enough = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if is_wide_enough else 110)
-
-
-def _say_error(message: str) -> None:
-    console = Console(stderr=True)
-    console.print(" ".join(message.split()), style="red", soft_wrap=True, markup=False, highlight=False)
 
 
 def _say_if_unnamed(folder: Path) -> None:
@@ -949,8 +1056,8 @@ def _compare_classes(own: Dict[int, str], theirs: Dict[int, str], annotations: P
             )
 
 
-def _some(ids: List[int]) -> str:
-    return ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+def _some(items: Sequence[Any]) -> str:
+    return ", ".join(map(str, items[:5])) + (", ..." if len(items) > 5 else "")
 
 
 def _work_on(name: str, work: Callable[[], StageResult]) -> StageResult:
@@ -1044,7 +1151,7 @@ def _build_progress(title: str) -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, transient=True, console=console) as progress:
         task = progress.add_task(title, total=1.0)
         yield lambda phase, fraction: progress.update(
-            task, description=f"{title}: {phase}", completed=fraction
+            task, description=printable(f"{title}: {phase}"), completed=fraction
         )
 
 
@@ -1069,15 +1176,15 @@ def _print_stages(folder: Path, results: Dict[str, StageResult]) -> None:
     table = Table("stage", "came out", "checked", "time", title=escape(str(folder)), title_justify="left")
     for name, result in results.items():
         record = result.record
-        outputs = "\n".join(f"{output} {_size(folder / output)}" for output in record["outputs"])
+        outputs = terminal.lines(f"{output} {_size(folder / output)}" for output in record["outputs"])
         shown = _SHOWN_CHECKS.get(name, ("",))
-        checks = "\n".join(
+        checks = terminal.lines(
             f"{check}: {figure}"
             for check, figure in figures(record["checks"])
             if any(words in check for words in shown)
         )
         duration = "up to date" if result.is_up_to_date else f"{record['seconds']:.1f} s"
-        table.add_row(name, escape(outputs), escape(checks), duration)
+        table.add_row(name, outputs, checks, duration)
         table.add_section()
     _out().print(table)
     for name, result in results.items():

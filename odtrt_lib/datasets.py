@@ -1,4 +1,4 @@
-"""Images with ground truth: the rendered "parts on a belt" set, and any folder in COCO's format.
+"""Images with ground truth: the rendered "parts on a belt" set, also as a folder in COCO's format.
 
 :func:`render_scene` draws what a camera above a conveyor belt sees: bolts, nuts, washers, gears,
 springs and bearings among swarf, cable scraps and labels. A seed is a scene: the same seed gives the
@@ -30,6 +30,8 @@ from typing import Any, Callable, Iterable, Sequence
 import cv2
 import numpy as np
 
+from odtrt_lib.coco import CocoFolder as CocoFolder
+from odtrt_lib.coco import load_coco as load_coco
 from odtrt_lib.errors import InputError
 
 PARTS_CLASSES = ("bolt", "nut", "washer", "gear", "spring", "bearing")
@@ -53,27 +55,6 @@ class Scene:
     image: np.ndarray
     boxes: np.ndarray
     class_ids: np.ndarray
-
-
-@dataclass(frozen=True)
-class CocoFolder:
-    """The images and the ground truth of one COCO instances file.
-
-    paths: the image files, in the order of ``image_ids``.
-    image_ids: the ids in the annotation file.
-    boxes: for each image float32 [K, 4], ``[ymin, xmin, ymax, xmax]`` in pixels.
-    class_ids: for each image int64 [K], the category ids of the file.
-    crowd: for each image bool [K]; True marks a region that is ignored in evaluation.
-    class_names: category id -> name.
-    """
-
-    annotations: Path
-    paths: tuple[Path, ...]
-    image_ids: tuple[int, ...]
-    boxes: tuple[np.ndarray, ...]
-    class_ids: tuple[np.ndarray, ...]
-    crowd: tuple[np.ndarray, ...]
-    class_names: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -1001,81 +982,3 @@ def _coco_document(scenes: Iterable[tuple[int, Scene]], images: Path, jpeg_quali
     ]
     info = {"description": "odtrt: rendered parts on a belt", "version": "1"}
     return {"info": info, "images": entries, "annotations": annotations, "categories": categories}
-
-
-def load_coco(
-    annotations: str | os.PathLike[str], images_root: str | os.PathLike[str] | None = None
-) -> CocoFolder:
-    """Reads a COCO instances file; see :class:`CocoFolder` for what comes back.
-
-    An image is looked for at ``images_root / file_name``, then by its name anywhere below the root;
-    without a root, below the folder of the annotations. Raises InputError, naming the file and the
-    field, if the JSON or an image is missing or damaged. Images are found, not opened.
-    """
-    path = Path(annotations)
-    root = Path(images_root) if images_root is not None else path.parent
-    document = _read_json_object(path)
-    try:
-        names = {int(entry["id"]): str(entry["name"]) for entry in document["categories"]}
-        files = {int(entry["id"]): str(entry["file_name"]) for entry in document["images"]}
-        objects: dict[int, list[tuple[list[float], int, bool]]] = {image_id: [] for image_id in files}
-        for entry in document["annotations"]:
-            x, y, box_width, box_height = (float(value) for value in entry["bbox"])
-            box = [y, x, y + box_height, x + box_width]
-            category, image_id = int(entry["category_id"]), int(entry["image_id"])
-            sound = all(map(math.isfinite, box)) and min(box_width, box_height) >= 0
-            if not sound or category not in names or image_id not in objects:
-                raise ValueError(
-                    f"annotation {entry.get('id')}: bbox {entry['bbox']}, "
-                    f"category {category}, image {image_id}"
-                )
-            objects[image_id].append((box, category, bool(entry.get("iscrowd", 0))))
-    except KeyError as error:
-        raise InputError(
-            f"{path}: no entry {error} where a COCO instances file has one: give an instances_*.json"
-        ) from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not a COCO instances file ({error}): give an instances_*.json") from error
-    image_ids = tuple(files)
-    return CocoFolder(
-        annotations=path,
-        paths=_locate_images(path, root, [files[image_id] for image_id in image_ids]),
-        image_ids=image_ids,
-        boxes=tuple(
-            np.asarray([box for box, _, _ in objects[i]], np.float32).reshape(-1, 4) for i in image_ids
-        ),
-        class_ids=tuple(np.asarray([category for _, category, _ in objects[i]], np.int64) for i in image_ids),
-        crowd=tuple(np.asarray([crowd for _, _, crowd in objects[i]], np.bool_) for i in image_ids),
-        class_names=names,
-    )
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}): give the path of a COCO instances file"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: damaged JSON ({error}): copy or download the file again") from error
-    if not isinstance(document, dict):
-        raise InputError(
-            f"{path}: a JSON {type(document).__name__}, expected an object: give an instances_*.json"
-        )
-    return document
-
-
-def _locate_images(annotations: Path, root: Path, names: Sequence[str]) -> tuple[Path, ...]:
-    direct = [root / name for name in names]
-    if all(path.is_file() for path in direct):
-        return tuple(direct)
-    below = {path.name: path for path in sorted(root.rglob("*")) if path.is_file()}
-    found = [path if path.is_file() else below.get(path.name) for path in direct]
-    missing = [names[number] for number, path in enumerate(found) if path is None]
-    if missing:
-        raise InputError(
-            f"{annotations}: {len(missing)} of its {len(names)} images are not below {root}, the first is "
-            f"{missing[0]}: name the folder that holds them"
-        )
-    return tuple(path for path in found if path is not None)

@@ -7,7 +7,6 @@ Detections are in COCO's results form, one ``dict`` each: ``image_id``, ``catego
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import io
 import json
@@ -16,14 +15,13 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence,
 
 import numpy as np
 
+from odtrt_lib.coco import CocoFolder, Identity, Instances, identity, number, read_instances, read_json
 from odtrt_lib.errors import InputError, MissingDependencyError
 from odtrt_lib.preprocess import load_image
 
 if TYPE_CHECKING:
-    from odtrt_lib.datasets import CocoFolder
     from odtrt_lib.detector import Detections, Detector
 
-_ANNOTATIONS = "a COCO instances file with images, annotations and categories"
 # The fields of CocoMetrics in the order of pycocotools' summary.
 _SUMMARY = (
     *("map", "map50", "map75", "map_small", "map_medium", "map_large"),
@@ -84,7 +82,7 @@ class Agreement:
 
 def load_detections(path: Union[str, Path]) -> List[Dict[str, Any]]:
     """Reads a COCO results file. Raises InputError where it is absent, damaged or of another form."""
-    detections = _read_json(path, "a COCO results file, a list of detections")
+    detections = read_json(path, "a COCO results file, a list of detections")
     if not isinstance(detections, list):
         raise InputError(f"{path}: {type(detections).__name__}, expected a list of detections")
     _check_detections(detections, str(path))
@@ -99,7 +97,7 @@ def detect_folder(detector: Detector, coco: CocoFolder) -> List[Dict[str, Any]]:
     return found
 
 
-def coco_results(image_id: int, detections: Detections) -> List[Dict[str, Any]]:
+def coco_results(image_id: Identity, detections: Detections) -> List[Dict[str, Any]]:
     """The detections of one image in COCO's results form."""
     ymin, xmin, ymax, xmax = detections.boxes.astype(np.float64).T
     boxes = np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=1)
@@ -110,14 +108,15 @@ def coco_results(image_id: int, detections: Detections) -> List[Dict[str, Any]]:
 
 
 def coco_metrics(
-    annotations: Union[str, Path, Dict[str, Any]],
+    annotations: Union[str, Path, Dict[str, Any], Instances],
     detections: Sequence[Dict[str, Any]],
-    image_ids: Optional[Iterable[int]] = None,
+    image_ids: Optional[Iterable[Identity]] = None,
 ) -> CocoMetrics:
     """COCO's box metrics, computed by pycocotools.
 
-    annotations: a COCO instances file, or its content. Where an annotation has no ``area`` its box's is
-        taken, where it has no ``iscrowd`` it is no crowd.
+    annotations: a COCO instances file, its content, or what :func:`odtrt_lib.coco.read_instances` made of
+        it. Where an annotation has no ``area`` its box's is taken, where it has no ``iscrowd`` it is no
+        crowd. Its ids are not used: pycocotools takes id 0 for "no match" and an id twice for one object.
     image_ids: the images to evaluate; by default all of ``annotations``.
 
     Raises InputError where ``annotations`` cannot be read, or a detection is malformed or of an image that
@@ -130,26 +129,24 @@ def coco_metrics(
         raise MissingDependencyError(
             f"pycocotools cannot be imported ({error}): run `pip install pycocotools`"
         ) from error
-    where = "annotations" if isinstance(annotations, dict) else str(annotations)
-    truth = _complete_annotations(annotations, where)
+    truth = annotations if isinstance(annotations, Instances) else read_instances(annotations)
     _check_detections(detections, "detections")
-    known = {image["id"] for image in truth["images"]}
-    ids = sorted(known if image_ids is None else set(image_ids))
-    unknown = sorted({*ids, *(detection["image_id"] for detection in detections)} - known)
+    seen = [identity(detection["image_id"]) for detection in detections]
+    ids = set(truth.files) if image_ids is None else {identity(one) for one in image_ids}
+    unknown = sorted({*ids, *seen} - set(truth.files), key=_order)
     if unknown:
         raise InputError(
-            f"image {unknown[0]} is not among the {len(known)} images of {where}; "
+            f"image {unknown[0]} is not among the {len(truth.files)} images of {truth.source}; "
             "evaluate detections with the annotations of the same images"
         )
+    numbers = _numbered(truth)
     with contextlib.redirect_stdout(io.StringIO()):
-        of_truth = _indexed(COCO(), truth)
-        of_detections = (
-            of_truth.loadRes(copy.deepcopy(list(detections)))
-            if detections
-            else _indexed(COCO(), {**truth, "annotations": []})
+        evaluation = COCOeval(
+            _indexed(COCO(), truth, _truth_rows(truth, numbers)),
+            _indexed(COCO(), truth, _detection_rows(detections, numbers)),
+            "bbox",
         )
-        evaluation = COCOeval(of_truth, of_detections, "bbox")
-        evaluation.params.imgIds = ids
+        evaluation.params.imgIds = sorted(numbers[one] for one in ids)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -188,7 +185,7 @@ def agreement(
     count = matched = at_threshold = 0
     unmatched: Tuple[List[Dict[str, Any]], List[Dict[str, Any]]] = ([], [])
     score_differences, overlaps = [0.0], [1.0]
-    for image_id in sorted({*references, *candidates}):
+    for image_id in sorted({*references, *candidates}, key=_order):
         sides = (references.get(image_id, []), candidates.get(image_id, []))
         cuts = [_cut(side, score_threshold, max_detections) for side in sides]
         near = tuple([d for d in side if d["score"] >= score_threshold - score_tolerance] for side in sides)
@@ -241,7 +238,7 @@ def _pairs(
     """Pairs (index, index, IoU) of the same class, best IoU first, none used twice."""
     if not ones or not others:
         return []
-    overlaps = _iou_matrix([d["bbox"] for d in ones], [d["bbox"] for d in others])
+    overlaps = iou_matrix([d["bbox"] for d in ones], [d["bbox"] for d in others])
     classes = [np.array([d["category_id"] for d in side]) for side in (ones, others)]
     overlaps[classes[0][:, np.newaxis] != classes[1]] = -1.0
     rows, columns = np.nonzero(overlaps >= iou)
@@ -256,7 +253,8 @@ def _pairs(
     return pairs
 
 
-def _iou_matrix(boxes: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> np.ndarray:
+def iou_matrix(boxes: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> np.ndarray:
+    """float64 [len(boxes), len(others)]: intersection over union of boxes ``[x, y, width, height]``."""
     one, other = np.array(boxes, np.float64)[:, np.newaxis], np.array(others, np.float64)
     upper = np.minimum(one[..., :2] + one[..., 2:], other[..., :2] + other[..., 2:])
     sides = np.maximum(upper - np.maximum(one[..., :2], other[..., :2]), 0.0)
@@ -265,44 +263,14 @@ def _iou_matrix(boxes: Sequence[Sequence[float]], others: Sequence[Sequence[floa
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
-def _read_json(path: Union[str, Path], expected: str) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected {expected}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); expected {expected}") from error
-
-
-def _complete_annotations(annotations: Union[str, Path, Dict[str, Any]], where: str) -> Dict[str, Any]:
-    """A copy that pycocotools may write into, with the fields that it needs."""
-    data = annotations if isinstance(annotations, dict) else _read_json(annotations, _ANNOTATIONS)
-    for part in ("images", "annotations", "categories"):
-        if not isinstance(data, dict) or not isinstance(data.get(part), list):
-            raise InputError(f"{where}: has no list `{part}`; expected {_ANNOTATIONS}")
-    truth = copy.deepcopy(data)
-    for i, annotation in enumerate(truth["annotations"]):
-        try:
-            _, _, width, height = annotation["bbox"]
-            annotation.setdefault("area", width * height)
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("id", i + 1)
-            annotation["image_id"], annotation["category_id"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{where}: annotations[{i}] lacks image_id, category_id or a bbox of 4 numbers; "
-                f"expected {_ANNOTATIONS}"
-            ) from error
-    return truth
-
-
 def _check_detections(detections: Sequence[Dict[str, Any]], where: str) -> None:
     for i, detection in enumerate(detections):
         try:
             numbers = [detection["score"], *detection["bbox"]]
-            is_right = len(numbers) == 5 and np.isfinite(numbers).all()
-            detection["image_id"], detection["category_id"]
-        except (KeyError, TypeError):
+            is_right = len(numbers) == 5 and bool(np.isfinite(numbers).all())
+            identity(detection["image_id"])
+            is_right = is_right and isinstance(identity(detection["category_id"]), int)
+        except (KeyError, TypeError, ValueError, OverflowError):
             is_right = False
         if not is_right:
             raise InputError(
@@ -311,7 +279,55 @@ def _check_detections(detections: Sequence[Dict[str, Any]], where: str) -> None:
             )
 
 
-def _indexed(coco: Any, dataset: Dict[str, Any]) -> Any:
-    coco.dataset = dataset
+def _numbered(truth: Instances) -> Dict[Identity, int]:
+    """A number for each image, from 1, in the order in which pycocotools would sort the ids."""
+    return {image_id: i for i, image_id in enumerate(sorted(truth.files, key=_order), 1)}
+
+
+def _order(image_id: Identity) -> Tuple[bool, Identity]:
+    return isinstance(image_id, str), image_id
+
+
+def _truth_rows(truth: Instances, numbers: Dict[Identity, int]) -> List[Dict[str, Any]]:
+    return [
+        {
+            "id": i,
+            "image_id": numbers[one.image_id],
+            "category_id": one.category_id,
+            "bbox": list(one.bbox),
+            "area": one.area,
+            "iscrowd": int(one.is_crowd),
+        }
+        for i, one in enumerate(truth.objects, 1)
+    ]
+
+
+def _detection_rows(
+    detections: Sequence[Dict[str, Any]], numbers: Dict[Identity, int]
+) -> List[Dict[str, Any]]:
+    """As pycocotools' ``loadRes`` makes them."""
+    rows = []
+    for i, one in enumerate(detections, 1):
+        bbox = [number(side) for side in one["bbox"]]
+        rows.append(
+            {
+                "id": i,
+                "image_id": numbers[identity(one["image_id"])],
+                "category_id": int(identity(one["category_id"])),
+                "bbox": bbox,
+                "score": number(one["score"]),
+                "area": bbox[2] * bbox[3],
+                "iscrowd": 0,
+            }
+        )
+    return rows
+
+
+def _indexed(coco: Any, truth: Instances, rows: List[Dict[str, Any]]) -> Any:
+    coco.dataset = {
+        "images": [{"id": i} for i in range(1, len(truth.files) + 1)],
+        "categories": [{"id": i, "name": name} for i, name in truth.class_names.items()],
+        "annotations": rows,
+    }
     coco.createIndex()
     return coco

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from odtrt_lib import fonts
 from odtrt_lib.detector import Detections
 
 # Okabe and Ito's set, made to be told apart with any kind of colour vision (https://jfly.uni-koeln.de/color/),
@@ -25,7 +26,8 @@ def draw_detections(image: np.ndarray, detections: Detections, min_score: float 
     """A copy of ``image`` with a box, the class and the score of each detection from ``min_score`` up.
 
     image: uint8 [height, width, 3], RGB. Returns the same. Boxes that reach out of the picture are drawn
-    along its edge, and labels stay inside it; lines and letters grow with the picture.
+    along its edge, and labels stay inside it; lines and letters grow with the picture. A name that no font of
+    this machine can show is drawn in another spelling, see :func:`odtrt_lib.fonts.spelling`.
     """
     height, width = image.shape[:2]
     picture = Image.fromarray(image)
@@ -75,9 +77,10 @@ def _draw_label(
     size: the picture's (width, height); letters shrink where the text is wider than that.
     """
     pad = max(2, letters // 6)
-    while letters > 6 and draw.textlength(text, ImageFont.load_default(letters)) + 2 * pad > size[0]:
+    text, file = fonts.spelling(text)
+    while letters > 6 and draw.textlength(text, fonts.font(file, letters)) + 2 * pad > size[0]:
         letters -= 1
-    font = ImageFont.load_default(letters)
+    font = fonts.font(file, letters)
     _, ink_top, _, ink_bottom = draw.textbbox((0, 0), "Xg" + text, font)
     text_width = draw.textlength(text, font)
     plate = (text_width + 2 * pad, ink_bottom - ink_top + 2 * pad)

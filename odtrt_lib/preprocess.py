@@ -25,6 +25,10 @@ from odtrt_lib import native
 from odtrt_lib.errors import InputError, MissingDependencyError, one_line
 from odtrt_lib.spec import InputSpec, NmsSpec, Resizer
 
+# The largest image that load_image reads: 8192 x 8192, or 8K video twice. Decoding it takes 0.7 GB.
+MAX_PIXELS = 1 << 26
+
+_IMAGE_FORMATS = "JPEG, PNG, GIF, BMP or WebP"
 _BLOCK_ROWS = 96
 _BYTE_UNIT = 128
 
@@ -54,28 +58,37 @@ class Frame:
 
 
 def load_image(path: Union[str, Path]) -> np.ndarray:
-    """Reads a JPEG, PNG or BMP file with 8 bits a channel: uint8 ``[height, width, 3]``, RGB.
+    """Reads a JPEG, PNG, GIF, BMP or WebP file: uint8 ``[height, width, 3]``, RGB.
 
-    As in the OD API, whose decoder is told ``channels=3``: a grey image is copied to all three channels,
-    and an orientation in the EXIF data is ignored. JPEG pixels are those of ``tf.io.decode_jpeg`` with
-    ``dct_method="INTEGER_ACCURATE"``; TensorFlow's default is a faster, coarser transform.
+    The pixels are those of the OD API's decoder, ``tf.io.decode_image`` with ``channels=3``: grey is copied
+    to all three channels, transparency is dropped (in a GIF it is black), of 16 bits the upper 8 stay, an
+    animation is its first frame, an orientation in the EXIF data is ignored. Two things differ. JPEG pixels
+    are those of ``tf.io.decode_jpeg`` with ``dct_method="INTEGER_ACCURATE"``; TensorFlow's default is a
+    faster, coarser transform. A BMP file's palette is obeyed, where TensorFlow takes its indices for grey.
 
-    Raises InputError where the file is absent, empty, a Git LFS pointer, damaged or no such image, or has
-    an alpha channel, 16 bits or CMYK colours; MissingDependencyError without Pillow.
+    Raises InputError where the file is absent, empty, a Git LFS pointer, damaged, no such image or larger
+    than :data:`MAX_PIXELS`; MissingDependencyError without Pillow.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingDependencyError("Pillow is not installed: run `pip install pillow`") from error
     path = Path(path)
     header = _file_header(path)
     try:
-        with Image.open(path, formats=("JPEG", "PNG", "BMP")) as image:
-            _check_file_mode(path, image, header)
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        plugin = _image_plugin(header)
+    except ImportError as error:
+        raise MissingDependencyError("Pillow is not installed: run `pip install pillow`") from error
+    try:
+        if plugin is None:
+            raise ValueError("unknown format")
+        # Not by Image.open, which warns of large images before it tells their size.
+        with plugin(str(path)) as image:
+            _check_pixel_count(path, *image.size)
+            return _rgb(image)
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise InputError(f"{path}: not enough memory to decode it; scale the image down") from error
+    except Exception as error:  # the decoders of damaged files raise what they like
         raise InputError(
-            f"{path}: damaged, or not an image ({one_line(error)}); expected a JPEG, PNG or BMP file"
+            f"{path}: damaged, or not an image ({one_line(error)}); expected a {_IMAGE_FORMATS} file"
         ) from error
 
 
@@ -198,37 +211,70 @@ def _file_header(path: Path) -> bytes:
             header = file.read(64)
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror}); expected a JPEG, PNG or BMP file"
+            f"{path}: cannot be read ({error.strerror}); expected a {_IMAGE_FORMATS} file"
         ) from error
     if not header:
-        raise InputError(f"{path}: the file is empty; expected a JPEG, PNG or BMP file")
+        raise InputError(f"{path}: the file is empty; expected a {_IMAGE_FORMATS} file")
     if header.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: a Git LFS pointer instead of the image; run `git lfs pull` to fetch it")
     return header
 
 
-def _check_file_mode(path: Path, image: Any, header: bytes) -> None:
-    is_16_bit = image.mode[:1] in ("I", "F") or (image.format == "PNG" and header[24] == 16)
-    if is_16_bit:
+def _image_plugin(header: bytes) -> Any:
+    """Pillow's reader for a file that starts like this, or None."""
+    from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+    starts = (
+        (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+        (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+        (b"GIF8", GifImagePlugin.GifImageFile),
+        (b"BM", BmpImagePlugin.BmpImageFile),
+    )
+    if header[:4] == b"RIFF" and header[8:12] == b"WEBP":
+        return WebPImagePlugin.WebPImageFile
+    return next((plugin for start, plugin in starts if header.startswith(start)), None)
+
+
+def _check_pixel_count(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
         raise InputError(
-            f"{path}: 16 bits a channel, expected 8; choose how to reduce it, e.g. "
-            "`magick in.png -depth 8 out.png` (keeps the upper 8 bits)"
+            f"{path}: {width} x {height} is {width * height:,} pixels, expected at most {MAX_PIXELS:,}; "
+            "scale it down or cut it into tiles"
         )
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        raise InputError(
-            f"{path}: has transparency ({image.mode}), expected RGB or grey; put it on a background, e.g. "
-            "`magick in.png -background black -alpha remove -alpha off out.png`"
-        )
+
+
+def _rgb(image: Any) -> np.ndarray:
+    if image.format == "GIF":
+        return _first_frame(image)
+    image.load()
+    if image.mode.startswith("I"):
+        upper = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(upper[..., np.newaxis], 3, axis=2)
     if image.mode == "CMYK":
-        raise InputError(
-            f"{path}: CMYK colours, expected RGB or grey; convert it with "
-            "`magick in.jpg -colorspace sRGB out.jpg`"
-        )
-    if image.mode not in ("RGB", "L", "P", "1"):
-        raise InputError(
-            f"{path}: colour mode {image.mode}, expected RGB or grey; convert it with Pillow: "
-            "Image.open(path).convert('RGB').save('out.png')"
-        )
+        return _rgb_of_cmyk(image)
+    image.info.pop("transparency", None)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _first_frame(image: Any) -> np.ndarray:
+    """A GIF's first frame, black where it is transparent."""
+    extent = tuple(image.tile[0][1])
+    if extent != (0, 0, *image.size):
+        raise ValueError(f"its first frame covers {extent} of {image.size}; TensorFlow would shift it")
+    image.load()
+    transparent = image.info.pop("transparency", None)
+    pixels = np.array(image.convert("RGB"))
+    if isinstance(transparent, int) and image.mode == "P":
+        pixels[np.asarray(image) == transparent] = 0
+    return pixels
+
+
+def _rgb_of_cmyk(image: Any) -> np.ndarray:
+    """TensorFlow's two rules: Adobe's programs store the complements. Pillow complements always."""
+    ink = np.asarray(image).astype(np.uint16)
+    stored = 255 - ink
+    colours = stored if "adobe" in image.info else ink
+    return (colours[..., :3] * colours[..., 3:] // 255).astype(np.uint8)
 
 
 def _shape_advice(shape: Tuple[int, ...]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from odtrt_lib.errors import InputError
+from odtrt_lib.errors import InputError, printable
 from odtrt_lib.folder import atomic_write, part_sha256, read_log, sha256
 from odtrt_lib.spec import DetectorSpec, load_spec
 
@@ -419,7 +419,7 @@ def _hash(digest: str) -> str:
 
 
 def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
+    return html.escape(printable(value, keep="\n"), quote=True)
 
 
 _TICK = (

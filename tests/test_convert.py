@@ -459,7 +459,7 @@ def test_the_record_says_what_was_checked(small):
 
 
 def test_with_chaotic_weights_the_record_says_that_nothing_was_seen(tmp_path, monkeypatch):
-    """Chaos by a long chain of steep sines: TensorFlow and ONNX Runtime share nothing but the first digits."""
+    """A long chain of steep sines: TensorFlow and ONNX Runtime share nothing but the first digits."""
 
     def chaos(features, size):
         for _ in range(12):

@@ -191,6 +191,13 @@ def test_a_truncated_network_is_named(tiny, tmp_path):
     assert str(path) in open_error(folder)
 
 
+def test_a_folder_whose_name_is_not_utf8_opens(tiny, tmp_path):
+    image = np.random.default_rng(3).integers(0, 256, (40, 60, 3), np.uint8)
+    folder = shutil.copytree(tiny, tmp_path / os.fsdecode(b"mod\xe8le"))
+    expected, found = (Detector.open(one, "onnxruntime").detect(image) for one in (tiny, folder))
+    np.testing.assert_array_equal(found.boxes, expected.boxes)
+
+
 def with_spec(tiny: Path, tmp_path: Path, part: str, **changes) -> Path:
     folder = shutil.copytree(tiny, tmp_path / "copy")
     document = json.loads((folder / "spec.json").read_text())

@@ -113,7 +113,35 @@ def random_truth_and_detections(images: int) -> tuple[dict, list[dict]]:
     return truth, found
 
 
-def test_metrics_are_those_of_the_odapis_evaluator():
+def from_zero(truth):
+    for i, one in enumerate(truth["annotations"]):
+        one["id"] = i
+
+
+def all_the_same(truth):
+    for one in truth["annotations"]:
+        one["id"] = 7
+
+
+def once_an_image(truth):
+    for one in truth["annotations"]:
+        one["id"] = 1 + sum(o["image_id"] == one["image_id"] for o in truth["annotations"])
+
+
+def partly_absent(truth):
+    for one in truth["annotations"][::2]:
+        del one["id"]
+
+
+def words_and_nulls(truth):
+    for one in truth["annotations"]:
+        one.update(id=f"a-{one['id']}", image_id=str(one["image_id"]), area=str(one["area"]))
+        one["iscrowd"] = one["iscrowd"] or None
+
+
+@pytest.fixture(scope="module")
+def figures_of_the_odapi():
+    """What the OD API's evaluator says of ``random_truth_and_detections(60)``."""
     pytest.importorskip("tensorflow")
     from odtrt_lib import odapi
 
@@ -141,7 +169,18 @@ def test_metrics_are_those_of_the_odapis_evaluator():
                 "detection_classes": np.array([d["category_id"] for d in seen], np.int64),
             },
         )
-    expected = evaluator.evaluate()
+    return evaluator.evaluate()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda truth: None, from_zero, all_the_same, once_an_image, partly_absent, words_and_nulls],
+    ids=["as they should be", "from 0", "all the same", "once an image", "partly absent", "words, nulls"],
+)
+def test_metrics_are_those_of_the_odapis_evaluator(figures_of_the_odapi, change):
+    expected = figures_of_the_odapi
+    truth, found = random_truth_and_detections(images=60)
+    change(truth)
     ours = dataclasses.asdict(coco_metrics(truth, found))
     names = {
         "map": "Precision/mAP",
@@ -242,7 +281,7 @@ def test_pycocotools_absent(monkeypatch):
 def test_a_folder_of_images_gives_coco_results(tmp_path):
     from PIL import Image
 
-    from odtrt_lib.datasets import load_coco
+    from odtrt_lib.coco import load_coco
 
     for name, grey in (("a.png", 10), ("b.png", 20)):
         Image.new("RGB", (30, 20), (grey, grey, grey)).save(tmp_path / name)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import struct
 import subprocess
 import sys
 import textwrap
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -553,6 +555,21 @@ def picture_files(tmp_path_factory) -> Path:
     grey.save(folder / "grey.png")
     grey.save(folder / "grey.jpg")
     grey.convert("LA").save(folder / "grey_alpha.png")
+    for name, options in gifs(Image).items():
+        colour.quantize(16).save(folder / name, **options)
+    part = bytearray((folder / "colour.gif").read_bytes())
+    part[6:10] = struct.pack("<HH", 80, 60)  # the picture's size; the frame's stays
+    (folder / "part.gif").write_bytes(part)
+    colour.save(folder / "colour.webp", quality=80)
+    adobe = (folder / "cmyk.jpg").read_bytes()
+    marker = adobe.index(b"\xff\xee")
+    (folder / "cmyk_plain.jpg").write_bytes(adobe[:marker] + adobe[marker + 16 :])
+    (folder / "ycck.jpg").write_bytes(adobe[: marker + 15] + b"\2" + adobe[marker + 16 :])
+    colour.save(folder / "huge.png")
+    huge = bytearray((folder / "huge.png").read_bytes())
+    huge[16:24] = struct.pack(">II", 13_300, 13_301)
+    huge[29:33] = struct.pack(">I", zlib.crc32(huge[12:29]))
+    (folder / "huge.png").write_bytes(huge)
     grey.point(lambda value: 255 * (value > 60)).convert("1").save(folder / "bits.png")
     Image.fromarray(deep).save(folder / "deep_grey.png")
     (folder / "deep_colour.png").write_bytes(deep_colour_png(deep))
@@ -565,6 +582,15 @@ def picture_files(tmp_path_factory) -> Path:
     )
     (folder / "folder.jpg").mkdir()
     return folder
+
+
+def gifs(pillow: Any) -> dict[str, dict[str, Any]]:
+    later = pillow.new("RGB", (61, 45), "red")
+    return {
+        "colour.gif": {},
+        "transparent.gif": {"transparency": 3},
+        "moving.gif": {"save_all": True, "append_images": [later]},
+    }
 
 
 def deep_colour_png(grey: np.ndarray) -> bytes:
@@ -584,6 +610,19 @@ def deep_colour_png(grey: np.ndarray) -> bytes:
         "grey.png",
         "grey.jpg",
         "bits.png",
+        "alpha.png",
+        "grey_alpha.png",
+        "palette_alpha.png",
+        "colour_alpha.png",
+        "deep_grey.png",
+        "deep_colour.png",
+        "cmyk.jpg",
+        "cmyk_plain.jpg",
+        "ycck.jpg",
+        "colour.gif",
+        "transparent.gif",
+        "moving.gif",
+        "colour.webp",
     ],
 )
 def test_load_image_equals_tensorflows_decoder(picture_files, name):
@@ -592,7 +631,7 @@ def test_load_image_equals_tensorflows_decoder(picture_files, name):
     expected = (
         tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
         if name.endswith("jpg")
-        else tf.io.decode_image(data, channels=3)
+        else tf.io.decode_image(data, channels=3, expand_animations=False)
     ).numpy()
     found = load_image(picture_files / name)
     assert found.dtype == np.uint8 and found.flags.writeable
@@ -608,17 +647,12 @@ def test_load_image_equals_tensorflows_decoder(picture_files, name):
         ("empty.jpg", "the file is empty"),
         ("pointer.jpg", "git lfs pull"),
         ("text.jpg", "not an image"),
-        ("colour.tif", "expected a JPEG, PNG or BMP"),
+        ("colour.tif", "expected a JPEG, PNG, GIF, BMP or WebP file"),
         ("cut_colour.png", "damaged"),
         ("cut_colour.jpg", "damaged"),
         ("cut_colour.bmp", "damaged"),
-        ("alpha.png", "-alpha remove"),
-        ("grey_alpha.png", "-alpha remove"),
-        ("palette_alpha.png", "-alpha remove"),
-        ("colour_alpha.png", "-alpha remove"),
-        ("deep_grey.png", "-depth 8"),
-        ("deep_colour.png", "-depth 8"),
-        ("cmyk.jpg", "-colorspace sRGB"),
+        ("part.gif", "its first frame covers (0, 0, 61, 45) of (80, 60)"),
+        ("huge.png", "13300 x 13301 is 176,903,300 pixels, expected at most 67,108,864"),
     ],
 )
 def test_load_image_says_what_to_do(picture_files, name, says):
@@ -627,6 +661,22 @@ def test_load_image_says_what_to_do(picture_files, name, says):
     message = str(caught.value)
     assert message.startswith(str(picture_files / name)) and says in message
     assert "\n" not in message
+
+
+def test_a_large_image_is_refused_without_a_warning_or_decoding(picture_files, recwarn, monkeypatch):
+    monkeypatch.setattr(room, "_rgb", lambda image: pytest.fail("decoded"))
+    with pytest.raises(InputError, match="scale it down"):
+        load_image(picture_files / "huge.png")
+    assert not recwarn.list
+
+
+def test_too_little_memory_is_an_error_about_the_file(picture_files, monkeypatch):
+    def exhausted(image):
+        raise MemoryError
+
+    monkeypatch.setattr(room, "_rgb", exhausted)
+    with pytest.raises(InputError, match=r"colour.png: not enough memory"):
+        load_image(picture_files / "colour.png")
 
 
 @pytest.mark.corpus
