@@ -132,7 +132,9 @@ def try_wrong_fields(
             preprocessed[key] = model.preprocess(images)
         return preprocessed[key]
 
-    fast = types.SimpleNamespace(preprocess=preprocess_once, postprocess=tf.function(model.postprocess))
+    fast = types.SimpleNamespace(
+        preprocess=preprocess_once, postprocess=tf.function(model.postprocess, autograph=False)
+    )
     outcomes = []
     for field, wrong in wrong_fields(spec):
         if isinstance(wrong, str):

@@ -312,13 +312,14 @@ def _advice_on_size(pipeline: Path, message: Any, size: tuple[int, int], error: 
     found = re.search(r"image size must be >= (\d+)", str(error))
     smallest = int(found.group(1)) if found else 1
     least = -(-smallest // multiple)
-    smaller = [max(side // multiple, least) * multiple for side in size]
-    larger = [max(-(-side // multiple), least) * multiple for side in size]
-    fitting = [
-        f"{height}x{width}"
-        for height, width in sorted({(smaller[0], smaller[1]), (larger[0], larger[1])} - {size})
-        if _feature_map_sizes(pipeline, message, (height, width)) is not None
-    ]
+    sides = [(max(side // multiple, least), max(-(-side // multiple), least)) for side in size]
+    near = {(rows * multiple, columns * multiple) for rows in sides[0] for columns in sides[1]} - {size}
+    if size[0] == size[1]:
+        near = {each for each in near if each[0] == each[1]}
+    fitting: list[str] = []
+    for tried in sorted(near, key=lambda each: (abs(each[0] - size[0]) + abs(each[1] - size[1]), each)):
+        if len(fitting) < 2 and _feature_map_sizes(pipeline, message, tried) is not None:
+            fitting.append(f"{tried[0]}x{tried[1]}")
     if not fitting:
         return f"{_cause(error)}; use the size that the checkpoint was trained with"
     needs = [f"at least {smallest}"] if found else []

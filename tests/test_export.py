@@ -197,50 +197,102 @@ def test_anchors_of_every_generator_are_checked_on_any_feature_maps(tmp_path, ge
     assert "not compared" in why
 
 
-def test_flexible_grid_exports_with_the_anchors_of_the_model(tiny_model, tmp_path):
-    model = damaged_copy(tiny_model, tmp_path / "model")
-    (model / "pipeline.config").write_text(with_generator(GENERATORS["flexible_grid"]))
-    record = export(model, tmp_path / "out").record
-    assert record["checks"]["anchors_from_config_max_abs_err"] == 0
+def test_a_flexible_grid_model_gives_its_own_anchors(tmp_path):
+    tf = odapi.tensorflow()
+    (tmp_path / "pipeline.config").write_text(with_generator(GENERATORS["flexible_grid"]))
+    settings = read_pipeline(tmp_path / "pipeline.config")
+    model = odapi.build_model(settings.path, settings.message)
+    predictions = model.predict(tf.zeros([1, 96, 128, 3]), None)
+    anchors, error = export_room._checked_anchors(settings, (96, 128), predictions)
     expected = []
     for stride, (rows, columns) in zip((8, 16, 32, 64), ((12, 16), (6, 8), (3, 4), (2, 2)), strict=True):
         for row, column, i in np.ndindex(rows, columns, 6):
             size, ratio = 4 * stride + i, (1, 2, 0.5)[i % 3]
             height, width = size / ratio**0.5, size * ratio**0.5
             expected.append((row * stride / 96, column * stride / 128, height / 96, width / 128))
-    np.testing.assert_allclose(np.load(tmp_path / "out" / "anchors.npy"), expected, atol=1e-6)
+    np.testing.assert_allclose(anchors, expected, atol=1e-6)
+    assert error == 0
+    np.testing.assert_array_equal(export_room.anchors_from_config(settings, (96, 128)), anchors)
+
+
+def test_an_input_size_that_the_pyramid_cannot_take_is_one_line(tiny_model, tmp_path):
+    model = damaged_copy(tiny_model, tmp_path / "model")
+    text = TINY_CONFIG.replace("height: 96 width: 128", "height: 300 width: 300")
+    (model / "pipeline.config").write_text(text)
+    words = ("pipeline.config", "300x300", "multiple of 32", "288x288 and 320x320")
+    assert_one_line_error(lambda: export(model, tmp_path / "out"), InputError, *words)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"),
+    ("kind", "generator", "size", "error", "words"),
     [
+        ("ssd_mobilenet_v2_fpn_keras", "", (20, 128), "image size must be >= 33", ("20x128", "33", "64x128")),
         (
-            "height: 96 width: 128",
-            "height: 300 width: 300",
-            ("300x300", "multiple of 32", "288x288 and 320x320"),
+            "ssd_efficientnet-b0_bifpn_keras",
+            "",
+            (128, 256),
+            "image size must be >= 129 in both",
+            ("256x256",),
         ),
-        ("height: 96 width: 128", "height: 20 width: 128", ("20x128", "at least 33", "64x128")),
         (
-            "max_level: 6 anchor",
-            "max_level: 7 anchor",
+            "ssd_efficientnet-b0_bifpn_keras",
+            "",
+            (200, 300),
+            "Shapes must match",
+            ("128", "256x256 and 256x384"),
+        ),
+        ("ssd_mobilenet_v2_keras", "", (20, 128), "image size must be >= 33 in both", ("33", "33x128")),
+        (
+            "ssd_mobilenet_v2_fpn_keras",
+            "multiscale_anchor_generator { min_level: 3 max_level: 7 }",
+            (96, 128),
+            "Number of feature maps",
             ("for 5 feature maps", "has 4"),
         ),
         (
-            "multiscale_anchor_generator {",
-            "grid_anchor_generator { scales: 1 aspect_ratios: 1 } #",
-            ("1 ", "4"),
+            "ssd_mobilenet_v2_fpn_keras",
+            "grid_anchor_generator { scales: 1 aspect_ratios: 1 }",
+            (96, 128),
+            "unexpected keyword",
+            ("for 1 feature maps", "has 4"),
+        ),
+        (
+            "ssd_mobilenet_v2_fpn_keras",
+            "",
+            (96, 128),
+            "in user code:\n  File x\n    ValueError: the cause {{node a}} is this\nCall arguments received:",
+            ("the cause is this", "96x128"),
         ),
     ],
 )
-def test_what_the_odapi_refuses_when_called_is_one_line(tiny_model, tmp_path, old, new, words):
-    assert old in TINY_CONFIG
-    text = TINY_CONFIG.replace(old, new)
-    if "grid_anchor_generator { scales" in new:
-        text = with_generator(new.rstrip("#"))
-    model = damaged_copy(tiny_model, tmp_path / "model")
-    (model / "pipeline.config").write_text(text)
-    assert_one_line_error(lambda: export(model, tmp_path / "out"), InputError, "pipeline.config", *words)
-    assert not (tmp_path / "out").exists()
+def test_what_the_odapi_refuses_when_called_is_one_line(
+    tmp_path, monkeypatch, kind, generator, size, error, words
+):
+    """The networks' own rules, written out here: levels that halve, and the least side."""
+
+    def feature_map_sizes(pipeline, message, size):
+        multiple, least = {"b": (128, 129), "m": (32, 33), "k": (1, 33)}[
+            "b" if "bifpn" in kind else "m" if "fpn" in kind else "k"
+        ]
+        fits = all(side % multiple == 0 and side >= least for side in size)
+        return (
+            [(-(-size[0] // 2**level), -(-size[1] // 2**level)) for level in (3, 4, 5, 6)] if fits else None
+        )
+
+    monkeypatch.setattr(odapi, "_feature_map_sizes", feature_map_sizes)
+    text = TINY_CONFIG.replace("ssd_mobilenet_v2_fpn_keras", kind)
+    (tmp_path / "pipeline.config").write_text(text)
+    message = odapi._read_config(tmp_path / "pipeline.config")
+    if generator:
+        (tmp_path / "pipeline.config").write_text(with_generator(generator))
+        message = odapi._read_config(tmp_path / "pipeline.config")
+
+    def call():
+        with odapi.call_errors(tmp_path / "pipeline.config", message, size):
+            raise ValueError(error)
+
+    assert_one_line_error(call, InputError, "pipeline.config", *words)
 
 
 def test_a_diverged_checkpoint_is_named_with_its_first_bad_variable(tiny_model, tmp_path):
