@@ -24,6 +24,7 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,6 +181,23 @@ def test_what_travels_and_what_stays(folder, unpacked):
             p.relative_to(ROOT).as_posix() for p in (ROOT / "plugins").glob(kind) if p.is_file()
         }
     assert not [path for path in found if path.endswith((".plan", ".pb", ".so", ".pyc", "log.jsonl"))]
+
+
+def test_a_name_in_the_manifest_does_not_act_on_the_terminal(monkeypatch, capsys):
+    manifest = SimpleNamespace(name="\x1b]0;evil\x07\ud800", members=())
+    monkeypatch.setattr(bundle, "unpack", lambda *_, **__: manifest)
+    assert bundle.run_archive(["a.odtrt.zip", "a; touch PWN"]) == 0
+    out = capsys.readouterr().out
+    assert r"\x1b]0;evil\x07\ud800" in out and "\x1b" not in out
+    assert "next: cd 'a; touch PWN' && python3 build_here.py" in out
+
+
+def test_a_bundle_never_replaces_a_file_that_it_packs(tmp_path):
+    model_folder(tmp_path / "tiny")
+    before = (tmp_path / "tiny" / "heads.onnx").read_bytes()
+    with pytest.raises(InputError, match="is read by this command"):
+        bundle.pack(tmp_path / "tiny", tmp_path / "tiny" / "heads.onnx", force=True)
+    assert (tmp_path / "tiny" / "heads.onnx").read_bytes() == before
 
 
 def test_the_device_rooms_are_those_of_pyproject():

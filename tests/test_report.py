@@ -95,6 +95,14 @@ def detections(*found):
     return SimpleNamespace(names=tuple(name for name, _ in found), scores=np.array([s for _, s in found]))
 
 
+def test_names_that_act_or_are_no_text_are_shown(folder):
+    name = "a\x1b]0;x\x07\u202e\udce8\ud800"
+    image = np.zeros((8, 8, 3), np.uint8)
+    page = page_of(folder, [(name, image)], detections=[detections((name, 0.5))])
+    assert r"a\x1b]0;x\x07\u202e\xe8\ud800" in page.text
+    assert not {"\x1b", "\x07", "\u202e"} & set(page.text)
+
+
 def test_every_stage_is_there_with_what_went_in_and_came_out(folder):
     page = page_of(folder)
     for stage in ("Export", "Convert", "Engine", "Detect"):
