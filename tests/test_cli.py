@@ -405,6 +405,9 @@ class TestPlansAndBundles:
         status, out, _ = odtrt(capsys, "unpack", "parts.odtrt.zip")
         assert (status, asked["unpack"]["folder"]) == (0, Path("parts"))
         assert "next: cd parts && python3 build_here.py" in out
+        assert asked["unpack"]["expected_sha256"] is None
+        assert odtrt(capsys, "unpack", "parts.odtrt.zip", "--sha256", "ab" * 32)[0] == 0
+        assert asked["unpack"]["expected_sha256"] == "ab" * 32
         status, _, err = odtrt(capsys, "unpack", "nowhere.zip")
         assert (status, err) == (
             1,
