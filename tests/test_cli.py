@@ -420,6 +420,9 @@ class TestPlansAndBundles:
         assert "next: cd parts && python3 build_here.py" in out
         _, out, _ = odtrt(capsys, "unpack", "parts.odtrt.zip", "-o", "a; touch PWN")
         assert "next: cd 'a; touch PWN' && python3 build_here.py" in out
+        assert asked["unpack"]["expected_sha256"] is None
+        assert odtrt(capsys, "unpack", "parts.odtrt.zip", "--sha256", "ab" * 32)[0] == 0
+        assert asked["unpack"]["expected_sha256"] == "ab" * 32
         status, _, err = odtrt(capsys, "unpack", "nowhere.zip")
         assert (status, err) == (
             1,
