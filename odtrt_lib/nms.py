@@ -52,6 +52,7 @@ _EXPONENTIAL = tuple(
     )
 )
 _SOFTMAX_UNITS = np.float32(2**40)
+_SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +217,7 @@ def convert_scores(class_logits: np.ndarray, scores: ScoreSpec) -> np.ndarray:
     """
     logits, factor = np.asarray(class_logits), np.float32(1.0 / scores.logit_scale)
     if scores.converter == "identity":
-        return logits.astype(np.float32) * factor + np.float32(0)  # -0 is 0
+        return _flushed(logits.astype(np.float32) * factor)
     if scores.converter == "sigmoid":
         return _by_blocks(lambda block: _sigmoid(block.astype(np.float32) * factor), logits)
     if scores.converter == "softmax":
@@ -323,6 +324,17 @@ def _exponential(x: np.ndarray) -> np.ndarray:
     return p
 
 
+def _flushed(values: np.ndarray) -> np.ndarray:
+    """0 where a value is subnormal, as in TensorFlow's threads, and for -0."""
+    return np.where(np.abs(values) < _SMALLEST_NORMAL, np.float32(0), values)
+
+
+def _normal_or_zero(values: np.ndarray) -> np.ndarray:
+    """0 where a value is subnormal or negative; NaN stays NaN. Changes ``values``."""
+    values[values < _SMALLEST_NORMAL] = 0
+    return values
+
+
 def _power_of_two(exponents: np.ndarray) -> np.ndarray:
     return ((exponents + np.int32(127)) << 23).view(np.float32)
 
@@ -330,7 +342,7 @@ def _power_of_two(exponents: np.ndarray) -> np.ndarray:
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     values = _exponential(-x)
     values += np.float32(1)
-    return np.divide(np.float32(1), values, out=values)
+    return _normal_or_zero(np.divide(np.float32(1), values, out=values))
 
 
 def _softmax(rows: np.ndarray) -> np.ndarray:
@@ -341,7 +353,7 @@ def _softmax(rows: np.ndarray) -> np.ndarray:
     greatest = rows.max(axis=1, keepdims=True)
     values = _exponential(rows - np.where(np.isfinite(greatest), greatest, np.float32(np.nan)))
     units = (values * _SOFTMAX_UNITS).astype(np.uint64).sum(axis=1, keepdims=True)
-    return values / (units.astype(np.float32) * (np.float32(1) / _SOFTMAX_UNITS))
+    return _normal_or_zero(values / (units.astype(np.float32) * (np.float32(1) / _SOFTMAX_UNITS)))
 
 
 def _nms_arguments(
@@ -444,6 +456,7 @@ def _suppress(
 
 
 def _ordered_corners(boxes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    boxes = _flushed(boxes)
     one, other = boxes[:, :2], boxes[:, 2:]
     corners = np.concatenate([_smaller(one, other), _larger(one, other)], axis=1)
     return corners, _signed_area(corners)
@@ -454,9 +467,9 @@ def _iou(corner: np.ndarray, area: np.ndarray, corners: np.ndarray, areas: np.nd
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         top_left = _larger(corners[:, :2], corner[:2])
         bottom_right = _smaller(corners[:, 2:], corner[2:])
-        sides = _larger(bottom_right - top_left, np.zeros(2, np.float32))
-        intersection = sides[:, 0] * sides[:, 1]
-        overlaps = intersection / (areas + area - intersection)
+        sides = _normal_or_zero(bottom_right - top_left)
+        intersection = _normal_or_zero(sides[:, 0] * sides[:, 1])
+        overlaps = _normal_or_zero(intersection / (areas + area - intersection))
     overlaps[(areas <= 0) | (area <= 0)] = 0
     return overlaps
 
@@ -472,17 +485,19 @@ def _larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _clip(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
-    lower, upper = np.tile(window[:2], 2), np.tile(window[2:], 2)
+    boxes, lower, upper = _flushed(boxes), np.tile(window[:2], 2), np.tile(window[2:], 2)
     below = np.where(boxes > upper, upper, boxes)
     return np.where(below < lower, lower, below)
 
 
 def _signed_area(boxes: np.ndarray) -> np.ndarray:
-    """Height times width; positive too where a box is upside down in both directions, as in the OD API."""
+    """Height times width of flushed corners; positive too where a box is upside down in both directions, as in
+    the OD API."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        sides = _flushed(boxes[:, 2:] - boxes[:, :2])
+        return _flushed(sides[:, 0] * sides[:, 1])
 
 
 def _in_frame_of(window: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     sides = np.float32(1) / (window[2:] - window[:2])
-    return (boxes - np.tile(window[:2], 2)) * np.tile(sides, 2)
+    return _flushed(_flushed(boxes - np.tile(window[:2], 2)) * np.tile(sides, 2))

@@ -43,7 +43,8 @@ Build = Callable[..., native.Library]
 
 @functools.cache
 def some_cases() -> tuple[nms_cases.Case, ...]:
-    return (*map(nms_cases.random_case, range(400)), *nms_cases.chosen_cases())
+    extreme = map(nms_cases.extreme_case, range(60))
+    return (*map(nms_cases.random_case, range(400)), *extreme, *nms_cases.chosen_cases())
 
 
 @functools.cache
@@ -80,6 +81,10 @@ def select_by(library: native.Library) -> Callable[[nms_cases.NmsCase], np.ndarr
 class TestSameBitsAsTheReference:
     def test_two_thousand_random_cases(self, native_library):
         cases = map(nms_cases.random_case, range(nms_cases.RANDOM_CASES))
+        assert list(nms_cases.disagreements(nms_cases.by_library(native_library), cases)) == []
+
+    def test_boxes_and_scores_about_the_limits_of_float32(self, native_library):
+        cases = map(nms_cases.extreme_case, range(nms_cases.EXTREME_CASES))
         assert list(nms_cases.disagreements(nms_cases.by_library(native_library), cases)) == []
 
     def test_large_and_awkward_cases(self, native_library):
@@ -312,13 +317,25 @@ DEFECTS = {
     "a NaN among an anchor's logits is overlooked (agnostic)": (
         ("postprocess.cpp", "if (batch.params.class_agnostic && has_nan(logits, count))", "if (false)"),
     ),
-    "-0 is less than 0": (("postprocess.cpp", "add(value, 0.0f);", "value;"),),
+    "-0 is less than 0": (("postprocess.cpp", "flushed(value);", "value;"),),
     "the C library's exp": (
         ("semantics.h", "if (x != x) return x;", "return __builtin_expf(x);"),
     ),
     "softmax summed in float": (
         ("postprocess.cpp", "batch.row_sum[row] = softmax_sum(units);",
          "batch.row_sum[row] = 0; for (const float e : exps) batch.row_sum[row] += e;"),
+    ),
+    "subnormal areas are areas": (
+        ("semantics.h", "return flushed(mul(flushed_sub(box.ymax, box.ymin), flushed_sub(box.xmax, box.xmin)));",
+         "return mul(flushed_sub(box.ymax, box.ymin), flushed_sub(box.xmax, box.xmin));"),
+    ),
+    "a subnormal side is shared": (
+        ("semantics.h", "const float height = normal_or_zero(sub(bottom, top))",
+         "const float height = larger(sub(bottom, top), 0.0f)"),
+    ),
+    "a subnormal score is above 0": (
+        ("semantics.h", "return normal_or_zero(divide(1.0f, add(1.0f, exponential(-x))));",
+         "return divide(1.0f, add(1.0f, exponential(-x)));"),
     ),
     "the caller's padding stays": (
         ("postprocess.cpp", "std::fill(batch_.out.classes + first, batch_.out.classes + last, 0);", ""),

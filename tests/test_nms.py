@@ -29,6 +29,12 @@ from odtrt_lib.spec import (
 WINDOWS = np.array([[0, 0, 1, 1], [0, 0, 0.75, 1], [0.25, 0.125, 0.75, 0.5], [2, 2, 3, 3]], np.float32)
 IMAGES_A_KIND = 9
 BOX_KINDS = ("scattered", "sixteenths", "degenerate", "not finite")
+EXTREME_BOX_KINDS = ("vast", "subnormal", "any bits", "edges")
+EDGES = np.array(
+    [0, -0.0, 0.25, 1, np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 1.9e19, -1.9e19, 1.2e-38, -1.2e-38, 1.1e-38]
+    + [2.4e-38, 1e-45, 1e-19, 1.1e-19],
+    np.float32,
+)
 SCORE_KINDS = ("distinct", "tied", "not finite")
 
 
@@ -63,7 +69,26 @@ FAMILIES = (
 )
 
 
+def extreme_boxes(rng: np.random.Generator, kind: str, images: int, anchors: int) -> np.ndarray:
+    """Boxes about the limits of float32: areas overflow, areas and sides fall below 2^-126."""
+    shape = (images, anchors, 2)
+    if kind == "any bits":
+        return rng.integers(0, 2**32, (images, anchors, 4), np.uint32).view(np.float32)
+    if kind == "edges":
+        return rng.choice(EDGES, (images, anchors, 4))
+    if kind == "vast":
+        sides = 2.0 ** np.where(rng.random(shape) < 0.5, rng.uniform(61, 67, shape), rng.uniform(-3, 128, shape))
+        centres = rng.uniform(-1, 1, shape) * rng.choice([1, sides.max()], shape) * 0.5
+    else:
+        centres = rng.choice([0, 0, 1e-38, 1e-30, 1e-19, 0.5], shape)
+        sides = 2.0 ** np.where(rng.random(shape) < 0.5, rng.uniform(-66, -62, shape), rng.uniform(-149, 60, shape))
+    with np.errstate(over="ignore"):
+        return np.concatenate([centres - sides / 2, centres + sides / 2], axis=2).astype(np.float32)
+
+
 def random_boxes(rng: np.random.Generator, kind: str, images: int, anchors: int) -> np.ndarray:
+    if kind in EXTREME_BOX_KINDS:
+        return extreme_boxes(rng, kind, images, anchors)
     if kind == "sixteenths":
         corners = rng.integers(-2, 19, (images, anchors, 2, 2))
         return np.sort(corners, axis=2).reshape(images, anchors, 4).astype(np.float32) / 16
@@ -162,7 +187,7 @@ def odapi_selections(
 @functools.cache
 def cases_of(family: Family) -> Cases:
     rng = np.random.default_rng(FAMILIES.index(family))
-    kinds = [(b, s) for b in BOX_KINDS for s in SCORE_KINDS]
+    kinds = [(b, s) for b in BOX_KINDS for s in SCORE_KINDS] + [(b, "tied") for b in EXTREME_BOX_KINDS]
     anchors, classes = family.num_anchors, family.num_classes
     boxes = np.concatenate([random_boxes(rng, kind, IMAGES_A_KIND, anchors) for kind, _ in kinds])
     scores = np.concatenate([random_scores(rng, kind, IMAGES_A_KIND, anchors, classes) for _, kind in kinds])
@@ -332,6 +357,20 @@ DEFECTS = {
     "inverted boxes overlap nothing": (
         "corners = np.concatenate([_smaller(one, other), _larger(one, other)], axis=1)",
         "corners = boxes",
+    ),
+    "subnormal areas are areas": ("return _flushed(sides[:, 0] * sides[:, 1])", "return sides[:, 0] * sides[:, 1]"),
+    "subnormal corners stay": ("boxes = _flushed(boxes)\n", "boxes = boxes\n"),
+    "a subnormal side is shared": (
+        "sides = _normal_or_zero(bottom_right - top_left)",
+        "sides = np.maximum(bottom_right - top_left, 0)",
+    ),
+    "a subnormal overlap is above 0": (
+        "overlaps = _normal_or_zero(intersection / (areas + area - intersection))",
+        "overlaps = intersection / (areas + area - intersection)",
+    ),
+    "infinite areas share nothing": (
+        "    overlaps[(areas <= 0) | (area <= 0)] = 0\n",
+        "    overlaps[(areas <= 0) | (area <= 0) | np.isnan(overlaps)] = 0\n",
     ),
     "frame is not changed": ("if nms.change_coordinate_frame else found", "if False else found"),
     "a NaN takes its anchor along": ("(np.maximum if nms.class_agnostic else np.fmax)", "np.maximum"),
