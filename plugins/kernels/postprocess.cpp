@@ -331,7 +331,8 @@ void postprocess(const odtrt_postprocess_params &params, size_t num_images, cons
 
 odtrt_status odtrt_postprocess_cpu(const odtrt_postprocess_params *params, int32_t batch,
                                    const odtrt_heads *heads, const odtrt_detections *out, int32_t num_threads) {
-  if (!odtrt::is_valid(params, batch) || !odtrt::is_valid(heads, out) || num_threads < 0) {
+  if (!odtrt::is_valid(params, batch) || !odtrt::is_valid(heads, out) ||
+      !odtrt::are_aligned(*heads, *out) || num_threads < 0) {
     return ODTRT_INVALID_ARGUMENT;
   }
   return odtrt::status_of([&] {
