@@ -14,6 +14,14 @@ operations of ``plugins/kernels/semantics.h``, the exponential included. They fo
    lower anchor. At most ``max_detections_per_class`` stay, counted before the next step;
 4. clip to the window, drop what has no area left, cut to ``max_total_detections``, change the frame.
 
+TensorFlow's threads flush subnormal numbers to zero, so here coordinates, sides, areas, overlaps and scores
+below 2^-126 in size are 0. An overlap that is NaN, of infinite areas or of NaN, suppresses. One thing is not
+copied: with a score threshold below 0, TensorFlow gives such a box again, with a score of 0.
+
+The answer is the OD API's from the same scores and boxes. ``exp`` and the sigmoid are not TensorFlow's to the
+last bit (neither are TensorFlow's own from one processor, version or place in an array to another). Where many
+scores are that close, as near 1, their order and so the number within a cap can differ.
+
 Class-agnostic suppression is the same with one candidate an anchor, its best class (the first of equals).
 
 TensorFlow runs one full suppression a class and merges. Here one pass walks the candidates of all classes
@@ -491,8 +499,7 @@ def _clip(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
 
 
 def _signed_area(boxes: np.ndarray) -> np.ndarray:
-    """Height times width of flushed corners; positive too where a box is upside down in both directions, as in
-    the OD API."""
+    """Height times width of flushed corners; positive too where a box is upside down both ways, as in the OD API."""
     with np.errstate(over="ignore", invalid="ignore"):
         sides = _flushed(boxes[:, 2:] - boxes[:, :2])
         return _flushed(sides[:, 0] * sides[:, 1])
