@@ -18,9 +18,9 @@ TensorFlow's threads flush subnormal numbers to zero, so here coordinates, sides
 below 2^-126 in size are 0. An overlap that is NaN, of infinite areas or of NaN, suppresses. One thing is not
 copied: with a score threshold below 0, TensorFlow gives such a box again, with a score of 0.
 
-The answer is the OD API's from the same scores and boxes. ``exp`` and the sigmoid are not TensorFlow's to the
-last bit (neither are TensorFlow's own from one processor, version or place in an array to another). Where many
-scores are that close, as near 1, their order and so the number within a cap can differ.
+The answer is the OD API's from the same scores and boxes. ``exp`` and the sigmoid are not TensorFlow's to
+the last bit (neither are TensorFlow's own from one version, processor or place in an array to another). Where
+many scores are that close, as near 1, their order and so the number within a cap can differ.
 
 Class-agnostic suppression is the same with one candidate an anchor, its best class (the first of equals).
 
@@ -499,7 +499,7 @@ def _clip(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
 
 
 def _signed_area(boxes: np.ndarray) -> np.ndarray:
-    """Height times width of flushed corners; positive too where a box is upside down both ways, as in the OD API."""
+    """Height times width of flushed corners; positive too where a box is upside down both ways."""
     with np.errstate(over="ignore", invalid="ignore"):
         sides = _flushed(boxes[:, 2:] - boxes[:, :2])
         return _flushed(sides[:, 0] * sides[:, 1])
