@@ -436,7 +436,7 @@ def _is_readable_where_it_lies(image: np.ndarray) -> bool:
 def _dense(name: str, array: np.ndarray, dtype: np.dtype, shape: Tuple[int, ...]) -> np.ndarray:
     if array.shape != shape:
         raise InputError(f"{name}: shape {list(array.shape)}, expected {list(shape)}")
-    return np.ascontiguousarray(array, dtype)
+    return np.require(array, dtype, ["C", "ALIGNED"])
 
 
 def _check(library: Library, function: str, status: int) -> None:

@@ -14,6 +14,14 @@ operations of ``plugins/kernels/semantics.h``, the exponential included. They fo
    lower anchor. At most ``max_detections_per_class`` stay, counted before the next step;
 4. clip to the window, drop what has no area left, cut to ``max_total_detections``, change the frame.
 
+TensorFlow's threads flush subnormal numbers to zero, so here coordinates, sides, areas, overlaps and scores
+below 2^-126 in size are 0. An overlap that is NaN, of infinite areas or of NaN, suppresses. One thing is not
+copied: with a score threshold below 0, TensorFlow gives such a box again, with a score of 0.
+
+The answer is the OD API's from the same scores and boxes. ``exp`` and the sigmoid are not TensorFlow's to
+the last bit (neither are TensorFlow's own from one version, processor or place in an array to another). Where
+many scores are that close, as near 1, their order and so the number within a cap can differ.
+
 Class-agnostic suppression is the same with one candidate an anchor, its best class (the first of equals).
 
 TensorFlow runs one full suppression a class and merges. Here one pass walks the candidates of all classes
@@ -52,6 +60,7 @@ _EXPONENTIAL = tuple(
     )
 )
 _SOFTMAX_UNITS = np.float32(2**40)
+_SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +225,7 @@ def convert_scores(class_logits: np.ndarray, scores: ScoreSpec) -> np.ndarray:
     """
     logits, factor = np.asarray(class_logits), np.float32(1.0 / scores.logit_scale)
     if scores.converter == "identity":
-        return logits.astype(np.float32) * factor + np.float32(0)  # -0 is 0
+        return _flushed(logits.astype(np.float32) * factor)
     if scores.converter == "sigmoid":
         return _by_blocks(lambda block: _sigmoid(block.astype(np.float32) * factor), logits)
     if scores.converter == "softmax":
@@ -323,6 +332,17 @@ def _exponential(x: np.ndarray) -> np.ndarray:
     return p
 
 
+def _flushed(values: np.ndarray) -> np.ndarray:
+    """0 where a value is subnormal, as in TensorFlow's threads, and for -0."""
+    return np.where(np.abs(values) < _SMALLEST_NORMAL, np.float32(0), values)
+
+
+def _normal_or_zero(values: np.ndarray) -> np.ndarray:
+    """0 where a value is subnormal or negative; NaN stays NaN. Changes ``values``."""
+    values[values < _SMALLEST_NORMAL] = 0
+    return values
+
+
 def _power_of_two(exponents: np.ndarray) -> np.ndarray:
     return ((exponents + np.int32(127)) << 23).view(np.float32)
 
@@ -330,7 +350,7 @@ def _power_of_two(exponents: np.ndarray) -> np.ndarray:
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     values = _exponential(-x)
     values += np.float32(1)
-    return np.divide(np.float32(1), values, out=values)
+    return _normal_or_zero(np.divide(np.float32(1), values, out=values))
 
 
 def _softmax(rows: np.ndarray) -> np.ndarray:
@@ -341,7 +361,7 @@ def _softmax(rows: np.ndarray) -> np.ndarray:
     greatest = rows.max(axis=1, keepdims=True)
     values = _exponential(rows - np.where(np.isfinite(greatest), greatest, np.float32(np.nan)))
     units = (values * _SOFTMAX_UNITS).astype(np.uint64).sum(axis=1, keepdims=True)
-    return values / (units.astype(np.float32) * (np.float32(1) / _SOFTMAX_UNITS))
+    return _normal_or_zero(values / (units.astype(np.float32) * (np.float32(1) / _SOFTMAX_UNITS)))
 
 
 def _nms_arguments(
@@ -444,6 +464,7 @@ def _suppress(
 
 
 def _ordered_corners(boxes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    boxes = _flushed(boxes)
     one, other = boxes[:, :2], boxes[:, 2:]
     corners = np.concatenate([_smaller(one, other), _larger(one, other)], axis=1)
     return corners, _signed_area(corners)
@@ -454,9 +475,9 @@ def _iou(corner: np.ndarray, area: np.ndarray, corners: np.ndarray, areas: np.nd
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         top_left = _larger(corners[:, :2], corner[:2])
         bottom_right = _smaller(corners[:, 2:], corner[2:])
-        sides = _larger(bottom_right - top_left, np.zeros(2, np.float32))
-        intersection = sides[:, 0] * sides[:, 1]
-        overlaps = intersection / (areas + area - intersection)
+        sides = _normal_or_zero(bottom_right - top_left)
+        intersection = _normal_or_zero(sides[:, 0] * sides[:, 1])
+        overlaps = _normal_or_zero(intersection / (areas + area - intersection))
     overlaps[(areas <= 0) | (area <= 0)] = 0
     return overlaps
 
@@ -472,17 +493,18 @@ def _larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _clip(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
-    lower, upper = np.tile(window[:2], 2), np.tile(window[2:], 2)
+    boxes, lower, upper = _flushed(boxes), np.tile(window[:2], 2), np.tile(window[2:], 2)
     below = np.where(boxes > upper, upper, boxes)
     return np.where(below < lower, lower, below)
 
 
 def _signed_area(boxes: np.ndarray) -> np.ndarray:
-    """Height times width; positive too where a box is upside down in both directions, as in the OD API."""
+    """Height times width of flushed corners; positive too where a box is upside down both ways."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        sides = _flushed(boxes[:, 2:] - boxes[:, :2])
+        return _flushed(sides[:, 0] * sides[:, 1])
 
 
 def _in_frame_of(window: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     sides = np.float32(1) / (window[2:] - window[:2])
-    return (boxes - np.tile(window[:2], 2)) * np.tile(sides, 2)
+    return _flushed(_flushed(boxes - np.tile(window[:2], 2)) * np.tile(sides, 2))

@@ -34,13 +34,15 @@ from odtrt_lib.spec import (
     Source,
 )
 
-RANDOM_CASES = 2000
+RANDOM_CASES, EXTREME_CASES = 2000, 500
 SSD_CODER, EFFICIENTDET_CODER = BoxCoder(10.0, 10.0, 5.0, 5.0), BoxCoder(1.0, 1.0, 1.0, 1.0)
 WINDOWS = np.array(
     [[0, 0, 1, 1], [0, 0, 0.75, 1], [0, 0, 1, 0.5625], [0.25, 0.125, 0.75, 0.5], [2, 2, 3, 3]], np.float32
 )
 BOX_KINDS = ("scattered", "crowds", "sixteenths", "all the same", "no area", "not finite")
 LOGIT_KINDS = ("distinct", "tied", "all equal", "saturated", "not finite", "signed zeros")
+EXTREME_BOX_KINDS = ("vast", "subnormal", "slivers")
+EXTREME_LOGIT_KINDS = ("tied", "not finite", "vanishing")
 NOT_FINITE = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30], np.float32)
 
 
@@ -141,7 +143,33 @@ def _boxes(
     if kind == "not finite":
         chosen = rng.random(encodings.shape) < 0.05
         encodings[chosen] = rng.choice(NOT_FINITE, np.count_nonzero(chosen))
+    if kind in EXTREME_BOX_KINDS:
+        _make_extreme(rng, kind, encodings, anchors, scales)
     return encodings, anchors
+
+
+def _make_extreme(
+    rng: np.random.Generator, kind: str, encodings: np.ndarray, anchors: np.ndarray, scales: np.ndarray
+) -> None:
+    """Boxes about the limits of float32, in the arrays that are given.
+
+    vast: areas, sides and corners overflow. subnormal: sides, areas and corners below 2^-126. slivers: a few
+    times 2^-126 high and so wide that their areas are usual; what they share may be lower than 2^-126.
+    """
+    count, sizes = len(anchors), encodings[..., 2:]
+    if kind == "vast":
+        near_root = rng.random(sizes.shape) < 0.5
+        exponents = np.where(near_root, rng.uniform(61, 67, sizes.shape), rng.uniform(-3, 129, sizes.shape))
+        sizes[:] = exponents * np.log(2) * scales[2:]
+        encodings[..., :2] *= 10 ** rng.choice([0, 0, 0, 19, 38], encodings[..., :2].shape)
+    else:
+        encodings[:] = 0
+        anchors[:, :2] = rng.choice([0, 0, 1e-38, 1e-30, 0.5], (count, 2))
+        anchors[:, 2:] = 2.0 ** rng.choice([*range(-70, -55), -120, -126, -130, 0, 40], (count, 2))
+    if kind == "slivers":
+        anchors[:, 0] = rng.integers(2, 9, count) * 2.0**-127
+        anchors[:, 2] = rng.integers(2, 5, count) * 2.0**-126
+        anchors[:, 1], anchors[:, 3] = 0, 10.0 ** rng.integers(28, 31, count)
 
 
 def _logits(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -157,6 +185,10 @@ def _logits(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> np.n
         logits[chosen] = rng.choice(NOT_FINITE, np.count_nonzero(chosen))
     if kind == "signed zeros":
         logits = rng.choice(np.array([0.0, -0.0, 1.0, -1.0], np.float32), shape)
+    if kind == "vanishing":  # scores about 2^-126 and below: of sigmoid and softmax, or the logits themselves
+        logits = rng.uniform(-110, -80, shape).astype(np.float32)
+        tiny = rng.random(shape) < 0.3
+        logits[tiny] = rng.choice([1.2e-38, 1.1e-38, -1.1e-38, 1e-45, 2.4e-38], np.count_nonzero(tiny))
     return logits
 
 
@@ -243,21 +275,53 @@ def chosen_cases() -> Iterator[Case]:
         yield make_case("logits", spec, 1, rng, "crowds", kind)
 
 
+def extreme_case(number: int) -> Case:
+    """A small call with boxes and scores about the limits of float32."""
+    rng = np.random.default_rng([4, number])
+    kind = EXTREME_BOX_KINDS[number % 3]
+    settings = NmsSpec(
+        score_threshold=float(rng.choice([0.0, 1e-8])),
+        iou_threshold=float(rng.choice([0.0, 0.1, 0.5, 1.0])),
+        max_detections_per_class=int(rng.choice([3, 100])),
+        max_total_detections=100,
+        class_agnostic=bool(rng.random() < 0.2),
+        change_coordinate_frame=bool(rng.random() < 0.5),
+    )
+    spec = detector_spec(
+        int(rng.integers(2, 129)),
+        int(rng.integers(1, 4)),
+        settings,
+        background=bool(rng.random() < 0.5),
+        scores=ScoreSpec(str(rng.choice(["sigmoid", "softmax", "identity"])), 1.0),
+        coder=EFFICIENTDET_CODER if number % 2 else SSD_CODER,
+    )
+    logits = EXTREME_LOGIT_KINDS[number // 3 % 3]
+    return make_case(f"extreme {number}", spec, 1 + number % 2, rng, kind, logits)
+
+
 def all_cases() -> Iterator[Case]:
     yield from chosen_cases()
     yield from map(random_case, range(RANDOM_CASES))
+    yield from map(extreme_case, range(EXTREME_CASES))
 
 
 def random_nms_case(number: int) -> NmsCase:
     rng = np.random.default_rng([3, number])
     count = int(rng.choice([0, 1, 2, 7, 60, 300, 2000 if number % 10 == 0 else 129]))
     kind = ("scattered", "sixteenths", "crowds", "not finite")[number % 4]
+    if number % 7 == 6:
+        kind = "extreme"
     if kind == "sixteenths":
         boxes = rng.integers(-2, 19, (count, 4)).astype(np.float32) / 16  # corners in any order
     else:
         corner = rng.uniform(0, 100, (8, 2))[rng.integers(0, 8, count)] if kind == "crowds" else 0
         corner = corner + rng.uniform(0, 20 if kind == "crowds" else 100, (count, 2))
         boxes = np.concatenate([corner, corner + rng.uniform(0, 40, (count, 2))], 1).astype(np.float32)
+    if kind == "extreme":
+        sides = 2.0 ** rng.integers(-70, 66, (count, 2)) * rng.choice([1, 1e-19, 1e19], (count, 2))
+        corner = rng.choice([0, 1e-38, -1.2e-38, 1], (count, 2))
+        with np.errstate(over="ignore"):
+            boxes = np.concatenate([corner, corner + sides], 1).astype(np.float32)
     scores = rng.normal(0, 1, count).astype(np.float32)
     if number % 3 == 0:
         scores = np.round(scores * 2) / 2

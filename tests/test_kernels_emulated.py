@@ -150,6 +150,12 @@ DEFECTS = {
         "{it} ? 1.0f + 1e-3f : 1.0f - 1.9073486328125e-6f",
         WRONG,
     ),
+    "a sliver that TensorFlow's threads flush to zero is shared": (
+        "suppression.cuh",
+        "fmaxf(flushed_sub(fminf(a.ymax, b.ymax), fmaxf(a.ymin, b.ymin)), 0.0f)",
+        "fmaxf(({it} ? sub : flushed_sub)(fminf(a.ymax, b.ymax), fmaxf(a.ymin, b.ymin)), 0.0f)",
+        WRONG,
+    ),
     "of equal scores the higher index is better": (
         "nms.cu",
         "strength + (column < first_row + r) > own_strength[r]",
@@ -405,6 +411,13 @@ def test_postprocess(emulated, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_boxes_and_scores_about_the_limits_of_float32(emulated, emulated_large, way):
+    for library, first in ((emulated, 0), (emulated_large, 100)):
+        numbers = range(first, first + (18 if way == "clusters of 16" else 45))
+        library.check(map(nms_cases.extreme_case, numbers), **WAYS[way])
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_postprocess_of_small_heads_as_of_large_ones(emulated_large, way):
     emulated_large.check(random_cases(200, 215 if way == "clusters of 16" else 240), **WAYS[way])
 
@@ -482,6 +495,8 @@ def test_a_seeded_defect_is_found(defective, defect):
         cases = cases_by_class()
     elif "together" in file:
         cases = itertools.chain(random_cases(10), [all_the_same()], random_cases(10, 40))
+    elif "sliver" in defect:
+        cases = map(nms_cases.extreme_case, range(2, 200, 3))
     elif not file.startswith("postprocess"):
         cases = itertools.chain(map(nms_cases.random_nms_case, range(40)), [nms_case(2049, 1, 0.5, None)])
     multiprocessors = 1 if "find" in file or file == "postprocess.cu" else 3

@@ -43,7 +43,8 @@ Build = Callable[..., native.Library]
 
 @functools.cache
 def some_cases() -> tuple[nms_cases.Case, ...]:
-    return (*map(nms_cases.random_case, range(400)), *nms_cases.chosen_cases())
+    extreme = map(nms_cases.extreme_case, range(150))
+    return (*map(nms_cases.random_case, range(400)), *extreme, *nms_cases.chosen_cases())
 
 
 @functools.cache
@@ -80,6 +81,10 @@ def select_by(library: native.Library) -> Callable[[nms_cases.NmsCase], np.ndarr
 class TestSameBitsAsTheReference:
     def test_two_thousand_random_cases(self, native_library):
         cases = map(nms_cases.random_case, range(nms_cases.RANDOM_CASES))
+        assert list(nms_cases.disagreements(nms_cases.by_library(native_library), cases)) == []
+
+    def test_boxes_and_scores_about_the_limits_of_float32(self, native_library):
+        cases = map(nms_cases.extreme_case, range(nms_cases.EXTREME_CASES))
         assert list(nms_cases.disagreements(nms_cases.by_library(native_library), cases)) == []
 
     def test_large_and_awkward_cases(self, native_library):
@@ -122,6 +127,69 @@ class TestSameBitsAsTheReference:
         given = native.postprocess_cpu(native_library, *arguments, whole)
         for one, other in zip(given, native.postprocess_cpu(native_library, *arguments, None), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+class TestMisalignedPointers:
+    """A host pointer that is not aligned as its type is an invalid argument, not undefined behaviour."""
+
+    def test_of_postprocess(self, native_library):
+        case = nms_cases.random_case(7)
+        fields = [array for array in nms_cases.arguments_of(case) if isinstance(array, np.ndarray)]
+        heads = [room_for(array.nbytes, array) for array in fields]
+        out = [room_for(4 * 4 * 300 * len(case.class_logits)) for _ in range(5)]
+        params = native.postprocess_params(case.spec)
+        half = int(case.class_logits.dtype == np.float16)
+
+        def status(shift: int, place: int) -> int:
+            at = [array.ctypes.data + shift * (i == place) for i, array in enumerate(heads + out)]
+            pointers = native.HeadPointers(at[0], at[1], half, at[2], at[3])
+            found = native.DetectionPointers(*at[4:])
+            return native_library.handle.odtrt_postprocess_cpu(
+                ctypes.byref(params), len(case.class_logits), ctypes.byref(pointers), ctypes.byref(found), 1
+            )
+
+        assert status(0, 0) == 0
+        assert [status(1, place) for place in range(9)] == [-1] * 9
+
+    def test_of_nms_and_preprocess(self, native_library):
+        params = native.NmsParams(3, 3, 0.0, 0.5)
+        memory = [room_for(64) for _ in range(5)]
+
+        def nms_status(place: int) -> int:
+            at = [array.ctypes.data + (i == place) for i, array in enumerate(memory)]
+            return native_library.handle.odtrt_nms_cpu(ctypes.byref(params), *at)
+
+        assert [nms_status(place) for place in range(-1, 5)] == [0] + [-1] * 5
+        spec = InputSpec(2, 2, Resizer("fixed_shape"), (1.0,) * 3, (0.0,) * 3)
+        image, output = memory[0].ctypes.data, memory[1].ctypes.data
+        for dtype, shift, expected in ((0, 0, 0), (0, 2, -1), (1, 2, 0), (1, 1, -1)):
+            settings = native.preprocess_params(spec, (2, 2), (2, 2), dtype=dtype)
+            found = native_library.handle.odtrt_preprocess_cpu(
+                ctypes.byref(settings), image + 1, output + shift, 1
+            )
+            assert found == expected, "an image of bytes may lie anywhere"
+
+    def test_arrays_of_python_are_copied_where_they_are_not(self, native_library):
+        case = nms_cases.random_case(7)
+        arguments = [misaligned(a) if isinstance(a, np.ndarray) else a for a in nms_cases.arguments_of(case)]
+        assert not arguments[1].flags.aligned
+        expected = nms.postprocess_reference(*nms_cases.arguments_of(case))
+        assert nms_cases.difference(expected, nms.postprocess(*arguments)) == ""
+
+
+def room_for(size: int, content: np.ndarray | None = None) -> np.ndarray:
+    """So many bytes and 64 more, at an address that is a multiple of 64."""
+    memory = np.zeros(size + 128, np.uint8)
+    memory = memory[-memory.ctypes.data % 64 :]
+    if content is not None:
+        memory[:size] = np.frombuffer(content.tobytes(), np.uint8)
+    return memory
+
+
+def misaligned(array: np.ndarray) -> np.ndarray:
+    memory = room_for(array.nbytes)
+    memory[1 : array.nbytes + 1] = np.frombuffer(array.tobytes(), np.uint8)
+    return np.frombuffer(memory, array.dtype, array.size, offset=1).reshape(array.shape)
 
 
 class TestRooms:
@@ -312,13 +380,25 @@ DEFECTS = {
     "a NaN among an anchor's logits is overlooked (agnostic)": (
         ("postprocess.cpp", "if (batch.params.class_agnostic && has_nan(logits, count))", "if (false)"),
     ),
-    "-0 is less than 0": (("postprocess.cpp", "add(value, 0.0f);", "value;"),),
+    "-0 is less than 0": (("postprocess.cpp", "flushed(value);", "value;"),),
     "the C library's exp": (
         ("semantics.h", "if (x != x) return x;", "return __builtin_expf(x);"),
     ),
     "softmax summed in float": (
         ("postprocess.cpp", "batch.row_sum[row] = softmax_sum(units);",
          "batch.row_sum[row] = 0; for (const float e : exps) batch.row_sum[row] += e;"),
+    ),
+    "subnormal areas are areas": (
+        ("semantics.h", "return flushed(mul(flushed_sub(box.ymax, box.ymin)",
+         "return (mul(flushed_sub(box.ymax, box.ymin)"),
+    ),
+    "a subnormal side is shared": (
+        ("semantics.h", "const float height = normal_or_zero(sub(bottom, top))",
+         "const float height = larger(sub(bottom, top), 0.0f)"),
+    ),
+    "a subnormal score is above 0": (
+        ("semantics.h", "return normal_or_zero(divide(1.0f, add(1.0f, exponential(-x))));",
+         "return divide(1.0f, add(1.0f, exponential(-x)));"),
     ),
     "the caller's padding stays": (
         ("postprocess.cpp", "std::fill(batch_.out.classes + first, batch_.out.classes + last, 0);", ""),

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
+import nms_cases
 import numpy as np
 import pytest
 
@@ -29,6 +30,14 @@ from odtrt_lib.spec import (
 WINDOWS = np.array([[0, 0, 1, 1], [0, 0, 0.75, 1], [0.25, 0.125, 0.75, 0.5], [2, 2, 3, 3]], np.float32)
 IMAGES_A_KIND = 9
 BOX_KINDS = ("scattered", "sixteenths", "degenerate", "not finite")
+EXTREME_BOX_KINDS = ("vast", "subnormal", "any bits", "edges", "slivers")
+EDGES = np.array(
+    [
+        *(0, -0.0, 0.25, 1, np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 1.9e19, -1.9e19, 1e-19, 1.1e-19),
+        *(1.2e-38, -1.2e-38, 1.1e-38, 2.4e-38, 1e-45),
+    ],
+    np.float32,
+)
 SCORE_KINDS = ("distinct", "tied", "not finite")
 
 
@@ -63,7 +72,32 @@ FAMILIES = (
 )
 
 
+def extreme_boxes(rng: np.random.Generator, kind: str, images: int, anchors: int) -> np.ndarray:
+    """Boxes about the limits of float32: areas overflow, areas and sides fall below 2^-126."""
+    shape = (images, anchors, 2)
+    if kind == "any bits":
+        return rng.integers(0, 2**32, (images, anchors, 4), np.uint32).view(np.float32)
+    if kind == "edges":
+        return rng.choice(EDGES, (images, anchors, 4))
+    if kind == "slivers":  # what two of them share is half as high as the least normal number, or higher
+        corners = rng.integers(1, 8, (images, anchors, 1)) * [2.0**-127, 0]
+        sides = rng.integers(2, 4, (images, anchors, 1)) * [2.0**-127, 2.0**99]
+        return np.concatenate([corners, corners + sides], axis=2).astype(np.float32)
+    if kind == "vast":
+        near, far = rng.uniform(61, 67, shape), rng.uniform(-3, 128, shape)
+        sides = 2.0 ** np.where(rng.random(shape) < 0.5, near, far)
+        centres = rng.uniform(-1, 1, shape) * rng.choice([1, sides.max()], shape) * 0.5
+    else:
+        centres = rng.choice([0, 0, 1e-38, 1e-30, 1e-19, 0.5], shape)
+        near, far = rng.uniform(-66, -62, shape), rng.uniform(-149, 60, shape)
+        sides = 2.0 ** np.where(rng.random(shape) < 0.5, near, far)
+    with np.errstate(over="ignore"):
+        return np.concatenate([centres - sides / 2, centres + sides / 2], axis=2).astype(np.float32)
+
+
 def random_boxes(rng: np.random.Generator, kind: str, images: int, anchors: int) -> np.ndarray:
+    if kind in EXTREME_BOX_KINDS:
+        return extreme_boxes(rng, kind, images, anchors)
     if kind == "sixteenths":
         corners = rng.integers(-2, 19, (images, anchors, 2, 2))
         return np.sort(corners, axis=2).reshape(images, anchors, 4).astype(np.float32) / 16
@@ -162,7 +196,7 @@ def odapi_selections(
 @functools.cache
 def cases_of(family: Family) -> Cases:
     rng = np.random.default_rng(FAMILIES.index(family))
-    kinds = [(b, s) for b in BOX_KINDS for s in SCORE_KINDS]
+    kinds = [(b, s) for b in BOX_KINDS for s in SCORE_KINDS] + [(b, "tied") for b in EXTREME_BOX_KINDS]
     anchors, classes = family.num_anchors, family.num_classes
     boxes = np.concatenate([random_boxes(rng, kind, IMAGES_A_KIND, anchors) for kind, _ in kinds])
     scores = np.concatenate([random_scores(rng, kind, IMAGES_A_KIND, anchors, classes) for _, kind in kinds])
@@ -332,6 +366,20 @@ DEFECTS = {
     "inverted boxes overlap nothing": (
         "corners = np.concatenate([_smaller(one, other), _larger(one, other)], axis=1)",
         "corners = boxes",
+    ),
+    "subnormal areas are areas": ("return _flushed(sides[:, 0] * sides[:, 1])", "return sides.prod(axis=1)"),
+    "subnormal corners stay": ("boxes = _flushed(boxes)\n", "boxes = boxes\n"),
+    "a subnormal side is shared": (
+        "sides = _normal_or_zero(bottom_right - top_left)",
+        "sides = np.maximum(bottom_right - top_left, 0)",
+    ),
+    "a subnormal overlap is above 0": (
+        "overlaps = _normal_or_zero(intersection / (areas + area - intersection))",
+        "overlaps = intersection / (areas + area - intersection)",
+    ),
+    "infinite areas share nothing": (
+        "    overlaps[(areas <= 0) | (area <= 0)] = 0\n",
+        "    overlaps[(areas <= 0) | (area <= 0) | np.isnan(overlaps)] = 0\n",
     ),
     "frame is not changed": ("if nms.change_coordinate_frame else found", "if False else found"),
     "a NaN takes its anchor along": ("(np.maximum if nms.class_agnostic else np.fmax)", "np.maximum"),
@@ -505,6 +553,63 @@ def test_postprocess_from_raw_heads_is_the_odapis(
             values, count = getattr(found, name)[i], len(image.scores)
             np.testing.assert_array_equal(values[:count], getattr(image, name))
             assert not values[count:].any(), "padding is zeros"
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_heads_about_the_limits_of_float32_are_the_odapis(number: int, way: Callable[..., Any]) -> None:
+    """48 images a case: areas that overflow, sides, areas and scores below 2^-126, NaN and infinity."""
+    kinds, converters = nms_cases.EXTREME_BOX_KINDS, ("sigmoid", "softmax", "identity", "sigmoid")
+    settings = nms_spec(0.0, 0.1 * (number % 2), 8, 20, frame=False)
+    spec = detector_spec(converters[number // 3], False, 40, 3, settings)
+    rng = np.random.default_rng(number)
+    case = nms_cases.make_case("", spec, 48, rng, kinds[number % 3], "vanishing" if number < 9 else "tied")
+    heads = Heads(case.box_encodings, case.class_logits, case.anchors, case.clip_windows)
+    boxes, scores = odapi_boxes_and_scores(heads, spec)
+    our_boxes = reference.decode_boxes(heads.box_encodings, heads.anchors, spec.box_coder)
+    our_scores = reference.convert_scores(heads.class_logits, spec.scores)
+    assert np.array_equal(np.isfinite(our_boxes), np.isfinite(boxes))
+    sizes = np.nan_to_num(np.abs(boxes).reshape(*boxes.shape[:2], 2, 2), posinf=0).max(axis=2)
+    assert_near(our_boxes, boxes, np.tile(1 + sizes, 2))
+    assert_near(our_scores, scores, scores)
+
+    expected = odapi_selections(settings, our_boxes, our_scores, heads.windows)
+    found = way(heads.box_encodings, heads.class_logits, heads.anchors, spec, heads.windows)
+    assert found.num_detections.tolist() == [len(image.scores) for image in expected]
+    assert found.num_detections.any()
+    for i, image in enumerate(expected):
+        for name in ("boxes", "scores", "classes", "anchors"):
+            values = getattr(found, name)[i, : len(image.scores)]
+            np.testing.assert_array_equal(values, getattr(image, name))
+
+
+def assert_near(found: np.ndarray, expected: np.ndarray, sizes: np.ndarray) -> None:
+    """Within 2e-6 of ``sizes``; infinities and zeros are the same."""
+    with np.errstate(invalid="ignore"):
+        is_near = (found == expected) | (np.isnan(found) & np.isnan(expected))
+        assert np.all(is_near | (np.abs(found - expected) <= 2e-6 * sizes))
+
+
+def test_the_odapis_count_may_hang_on_the_last_bit_of_a_score() -> None:
+    """TensorFlow has two sigmoids, for many numbers at a time and for the rest, and they differ in their last
+    bits. Where many scores are near 1, that much changes the order, and with it who is within the cap a
+    class: the number of detections. From equal scores there is one answer, so the tests above start there."""
+    tf = pytest.importorskip("tensorflow")
+    rng = np.random.default_rng(5)
+    anchors, settings = 600, nms_spec(1e-8, 0.5, 60, 60)
+    boxes = random_boxes(rng, "scattered", 8, anchors)
+    logits = rng.normal(14, 1.5, (8, anchors, 1)).astype(np.float32)
+    windows = np.tile(np.array([[0, 0, 0.5, 1]], np.float32), (8, 1))
+    some = np.linspace(-3, 3, 64, dtype=np.float32)
+    one_at_a_time = np.array([tf.sigmoid(some[i : i + 1]).numpy()[0] for i in range(len(some))])
+    assert np.any(tf.sigmoid(some).numpy() != one_at_a_time)
+    answers = []
+    ours = reference.convert_scores(logits, ScoreSpec("sigmoid", 1.0))
+    for scores in (tf.sigmoid(logits).numpy(), ours):
+        expected = odapi_selections(settings, boxes, scores, windows)
+        cases = Cases(settings, boxes, scores, windows, expected)
+        assert disagreements(cases, reference.multiclass_nms) == []
+        answers.append([len(image.scores) for image in expected])
+    assert answers[0] != answers[1]
 
 
 def odapi_boxes_and_scores(heads: Heads, spec: DetectorSpec) -> tuple[np.ndarray, np.ndarray]:

@@ -68,7 +68,8 @@ def few(largest: int, most_chosen: int, drawn: int, drawn_nms: int) -> None:
     every = (
         case for case in map(nms_cases.random_case, itertools.count()) if case.class_logits.size <= largest
     )
-    cases = [*short, *itertools.islice(every, drawn)]
+    extreme = map(nms_cases.extreme_case, range(drawn // 2))
+    cases = [*short, *itertools.islice(every, drawn), *extreme]
     lines = compare(cases)
     nms = map(nms_cases.random_nms_case, range(drawn_nms))
     lines += list(nms_cases.nms_disagreements(test_gpu.nms_by_gpu, nms))

@@ -1,9 +1,11 @@
 """Times the CUDA kernels, and PyTorch's way of doing the same beside them.
 
-    python plugins/bench/nms_gpu.py [HEADS] [--quick]    writes results/nms.<gpu>.json
+    python plugins/bench/nms_gpu.py [HEADS] [--quick] [--five LIBRARY]    writes results/nms.<gpu>.json
 
 HEADS: the folder that record_heads.py wrote; without it only drawn scenes are timed. Needs PyTorch and
-torchvision, and libodtrt.so with CUDA.
+torchvision, and libodtrt.so with CUDA. --five: a libodtrt.so that was built with
+``-DCMAKE_CUDA_FLAGS=-DODTRT_OVERLAPS_FROM=99`` and so goes the way of GPUs before compute capability 9, five
+kernels without clusters; one image in float32 is timed with it too.
 
 Every figure is device time of one call. graph_*: 20 calls in one CUDA graph, by events around its replay,
 divided by 20, over 200 replays or, with at least 20, 0.4 seconds. p50_us, p99_us: the same 20 calls enqueued
@@ -34,6 +36,7 @@ sys.path[:0] = [
     str(ROOT / "plugins" / "bench"),
 ]  # not installed where it runs
 
+import cuda_calls
 import nms_cases
 import scenes
 import test_gpu
@@ -185,13 +188,20 @@ def wall_times(run: Callable[[], Any], repeats: int = 50) -> dict[str, float]:
     return {"p50_us": _round(np.percentile(times[5:], 50)), "p99_us": _round(np.percentile(times[5:], 99))}
 
 
-def postprocess_row(case: nms_cases.Case, source: str, bandwidth: float, replays: int) -> dict[str, Any]:
+class Timed(cuda_calls.Postprocess):
+    def enqueue(self) -> None:
+        self.enqueue_on(test_gpu.stream())
+
+
+def postprocess_row(
+    case: nms_cases.Case, source: str, bandwidth: float, replays: int, library: Any, implementation: str
+) -> dict[str, Any]:
     logits_bytes = case.class_logits.nbytes
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     copies = max(1, min(CALLS, -(-2 * cache // logits_bytes)))
-    warm = [test_gpu.GpuPostprocess(case)]
+    warm = [Timed(library, case, test_gpu.to_gpu)]
     warm[0].enqueue()
-    cold = warm + [test_gpu.GpuPostprocess(case) for _ in range(copies - 1)]
+    cold = warm + [Timed(library, case, test_gpu.to_gpu) for _ in range(copies - 1)]
     row = {
         "what": "postprocess",
         "source": source,
@@ -202,7 +212,7 @@ def postprocess_row(case: nms_cases.Case, source: str, bandwidth: float, replays
         "batch": len(case.class_logits),
         "dtype": case.class_logits.dtype.name,
         "detections": int(warm[0].result().num_detections[0]),
-        "implementation": "odtrt",
+        "implementation": implementation,
         **{f"warm_{key}": value for key, value in device_times([c.enqueue for c in warm], replays).items()},
         **device_times([c.enqueue for c in cold], replays),
         "bytes": logits_bytes,
@@ -297,7 +307,9 @@ def main() -> None:
     arguments.add_argument("heads", nargs="?")
     arguments.add_argument("--quick", action="store_true")
     arguments.add_argument("--output")
+    arguments.add_argument("--five", metavar="LIBRARY")
     options = arguments.parse_args()
+    five = native._open(Path(options.five)) if options.five else None
     replays = 30 if options.quick else REPLAYS
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.3f} TB/s", flush=True)
@@ -326,7 +338,9 @@ def main() -> None:
             ]
     for make, arguments_of_case, source in cases:
         case = make(*arguments_of_case)
-        rows.append(postprocess_row(case, source, bandwidth, replays))
+        if five is not None and case.class_logits.dtype == np.float32 and len(case.class_logits) == 1:
+            rows.append(postprocess_row(case, source, bandwidth, replays, five, "odtrt, five kernels"))
+        rows.append(postprocess_row(case, source, bandwidth, replays, test_gpu.library, "odtrt"))
         if has_peer(case) and not options.quick:
             rows.append(
                 {
@@ -338,7 +352,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     rows += preprocess_rows(replays)
     output = options.output or str(ROOT / "results" / f"nms.{gpu_name()}.json")
-    write_results(output, "nms", "python plugins/bench/nms_gpu.py HEADS", rows)
+    write_results(output, "nms", "python plugins/bench/nms_gpu.py HEADS --five LIBRARY", rows)
     print(json.dumps({"rows": len(rows), "written": output}))
 
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <new>
 
 #include "odtrt.h"
@@ -17,8 +19,20 @@ inline bool is_dtype(int32_t value) { return value == ODTRT_FLOAT32 || value == 
 
 inline bool is_positive(float value) { return value > 0.0f && std::isfinite(value); }
 
+// NULL is, too.
+inline bool is_aligned(const void *pointer, size_t alignment) {
+  return reinterpret_cast<uintptr_t>(pointer) % alignment == 0;
+}
+
+template <typename Value>
+bool is_aligned(const Value *pointer) {
+  return is_aligned(pointer, alignof(Value));
+}
+
+inline size_t alignment_of(int32_t dtype) { return dtype == ODTRT_FLOAT16 ? alignof(uint16_t) : alignof(float); }
+
 inline bool is_valid(const odtrt_postprocess_params *params, int32_t batch) {
-  if (params == nullptr || batch < 1) return false;
+  if (params == nullptr || !is_aligned(params) || batch < 1) return false;
   const odtrt_postprocess_params &p = *params;
   if (!is_flag(p.background_column) || !is_flag(p.class_agnostic) || !is_flag(p.change_coordinate_frame)) {
     return false;
@@ -35,14 +49,22 @@ inline bool is_valid(const odtrt_postprocess_params *params, int32_t batch) {
 }
 
 inline bool is_valid(const odtrt_heads *heads, const odtrt_detections *out) {
-  return heads != nullptr && heads->box_encodings != nullptr && heads->class_logits != nullptr &&
+  return heads != nullptr && is_aligned(heads) && is_aligned(out) && heads->box_encodings != nullptr && heads->class_logits != nullptr &&
          heads->anchors != nullptr && is_dtype(heads->dtype) && out != nullptr &&
          out->num_detections != nullptr && out->boxes != nullptr && out->scores != nullptr &&
          out->classes != nullptr;
 }
 
+// Of host arrays.
+inline bool are_aligned(const odtrt_heads &heads, const odtrt_detections &out) {
+  const size_t alignment = alignment_of(heads.dtype);
+  return is_aligned(heads.box_encodings, alignment) && is_aligned(heads.class_logits, alignment) &&
+         is_aligned(heads.anchors) && is_aligned(heads.clip_windows) && is_aligned(out.num_detections) &&
+         is_aligned(out.boxes) && is_aligned(out.scores) && is_aligned(out.classes) && is_aligned(out.anchors);
+}
+
 inline bool is_valid(const odtrt_nms_params *params) {
-  return params != nullptr && params->num_boxes >= 0 && params->num_boxes < kExactInFloat &&
+  return params != nullptr && is_aligned(params) && params->num_boxes >= 0 && params->num_boxes < kExactInFloat &&
          params->max_kept >= 1 && !std::isnan(params->score_threshold) && !std::isnan(params->iou_threshold);
 }
 
@@ -55,7 +77,7 @@ inline bool is_valid_nms_data(const odtrt_nms_params &params, const float *boxes
 inline bool is_side(int32_t pixels) { return pixels >= 1 && pixels < kExactInFloat; }
 
 inline bool is_valid(const odtrt_preprocess_params *params) {
-  if (params == nullptr) return false;
+  if (params == nullptr || !is_aligned(params)) return false;
   const odtrt_preprocess_params &p = *params;
   return is_side(p.image_height) && is_side(p.image_width) && is_side(p.output_height) &&
          is_side(p.output_width) && p.image_pitch >= int64_t{3} * p.image_width && is_flag(p.bgr) &&

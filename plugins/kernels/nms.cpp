@@ -45,7 +45,10 @@ void suppress(const odtrt_nms_params &params, const float *boxes, const float *s
 
 odtrt_status odtrt_nms_cpu(const odtrt_nms_params *params, const float *boxes, const float *scores,
                            const int32_t *classes, int32_t *kept, int32_t *num_kept) {
-  if (!odtrt::is_valid(params) || !odtrt::is_valid_nms_data(*params, boxes, scores, kept, num_kept)) {
+  using odtrt::is_aligned;
+  if (!odtrt::is_valid(params) || !odtrt::is_valid_nms_data(*params, boxes, scores, kept, num_kept) ||
+      !is_aligned(boxes) || !is_aligned(scores) || !is_aligned(classes) || !is_aligned(kept) ||
+      !is_aligned(num_kept)) {
     return ODTRT_INVALID_ARGUMENT;
   }
   return odtrt::status_of([&] { odtrt::suppress(*params, boxes, scores, classes, kept, num_kept); });

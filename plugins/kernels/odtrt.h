@@ -13,7 +13,8 @@
  * for beforehand, and two calls that may run at the same time need one each. Pointers are device pointers
  * there, and host pointers in *_cpu; the structs are read during the call only and always in host memory.
  *
- * Boxes are [ymin, xmin, ymax, xmax]. Arrays are dense, in C order; device arrays are aligned to 16 bytes.
+ * Boxes are [ymin, xmin, ymax, xmax]. Arrays are dense, in C order. Device arrays are aligned to 16 bytes, host
+ * arrays and structs as the compiler aligns them; a host pointer that is not is an invalid argument.
  * Every function returns an odtrt_status: 0, a negative number listed here, or a positive cudaError_t.
  */
 #ifndef ODTRT_H
@@ -38,7 +39,7 @@ typedef int32_t odtrt_status;
 
 enum {
   ODTRT_OK = 0,
-  ODTRT_INVALID_ARGUMENT = -1,    /* a null pointer, a size or a setting out of its range */
+  ODTRT_INVALID_ARGUMENT = -1,    /* a null or misaligned pointer, a size or a setting out of its range */
   ODTRT_WORKSPACE_TOO_SMALL = -2, /* less than *_workspace() says */
   ODTRT_NO_CUDA = -3,             /* this library was built without CUDA */
   ODTRT_OUT_OF_MEMORY = -4        /* host memory; *_cpu only */

@@ -72,10 +72,10 @@ struct Batch {
   std::unique_ptr<float[]> row_max, row_sum;
 };
 
-// The score of a logit, with sigmoid and identity. Never falls as the logit rises; -0 is 0.
+// The score of a logit, with sigmoid and identity. Never falls as the logit rises; -0 and what is subnormal is 0.
 float score_of_logit(const odtrt_postprocess_params &params, float logit) {
   const float value = mul(logit, params.logit_factor);
-  return params.score_converter == ODTRT_SIGMOID ? sigmoid(value) : add(value, 0.0f);
+  return params.score_converter == ODTRT_SIGMOID ? sigmoid(value) : flushed(value);
 }
 
 float exp_below_max(float logit, float logit_factor, float row_max) {
@@ -130,7 +130,7 @@ void find_best_softmax(const Batch<Number> &batch, size_t first_row, size_t last
     for (const float value : exps) units += softmax_units(value);
     batch.row_max[row] = row_max;
     batch.row_sum[row] = softmax_sum(units);
-    batch.best[row] = divide(best_exp, batch.row_sum[row]);
+    batch.best[row] = normal_or_zero(divide(best_exp, batch.row_sum[row]));
   }
 }
 
@@ -221,7 +221,8 @@ class Image {
     const float logit = logit_of(anchor, c);
     if (!is_softmax_) return score_of_logit(params_, logit);
     const size_t row = first_row_ + anchor;
-    return divide(exp_below_max(logit, params_.logit_factor, batch_.row_max[row]), batch_.row_sum[row]);
+    const float exp = exp_below_max(logit, params_.logit_factor, batch_.row_max[row]);
+    return normal_or_zero(divide(exp, batch_.row_sum[row]));
   }
 
   // False once nothing that follows can be a detection.
@@ -330,7 +331,8 @@ void postprocess(const odtrt_postprocess_params &params, size_t num_images, cons
 
 odtrt_status odtrt_postprocess_cpu(const odtrt_postprocess_params *params, int32_t batch,
                                    const odtrt_heads *heads, const odtrt_detections *out, int32_t num_threads) {
-  if (!odtrt::is_valid(params, batch) || !odtrt::is_valid(heads, out) || num_threads < 0) {
+  if (!odtrt::is_valid(params, batch) || !odtrt::is_valid(heads, out) ||
+      !odtrt::are_aligned(*heads, *out) || num_threads < 0) {
     return ODTRT_INVALID_ARGUMENT;
   }
   return odtrt::status_of([&] {

@@ -186,7 +186,7 @@ __device__ __forceinline__ int shift_for(uint64_t width, int bits) {
 
 template <int kConverter>
 __device__ __forceinline__ float score_of_logit(float scaled) {
-  return kConverter == ODTRT_SIGMOID ? sigmoid(scaled) : add(scaled, 0.0f);
+  return kConverter == ODTRT_SIGMOID ? sigmoid(scaled) : flushed(scaled);
 }
 
 struct Softmax {
@@ -213,7 +213,7 @@ __device__ __forceinline__ Softmax softmax_of(const T *row, const odtrt_postproc
 }
 
 __device__ __forceinline__ float score_of_logit(const Softmax &softmax, float scaled) {
-  return divide(exponential(sub(scaled, softmax.maximum)), softmax.sum);
+  return normal_or_zero(divide(exponential(sub(scaled, softmax.maximum)), softmax.sum));
 }
 
 // Where a pair stands among equal scores. Class by class; class-agnostic: anchor by anchor.

@@ -233,7 +233,8 @@ void preprocess(const odtrt_preprocess_params &params, const uint8_t *image, voi
 
 odtrt_status odtrt_preprocess_cpu(const odtrt_preprocess_params *params, const uint8_t *image, void *output,
                                   int32_t num_threads) {
-  if (!odtrt::is_valid(params) || image == nullptr || output == nullptr || num_threads < 0) {
+  if (!odtrt::is_valid(params) || image == nullptr || output == nullptr ||
+      !odtrt::is_aligned(output, odtrt::alignment_of(params->output_dtype)) || num_threads < 0) {
     return ODTRT_INVALID_ARGUMENT;
   }
   return odtrt::status_of([&] {

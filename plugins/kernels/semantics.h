@@ -3,6 +3,9 @@
 // Every function is written in single IEEE operations, rounded to nearest: no fused multiply-add, no fast
 // division, no library exp. The same bits come out of g++, clang, nvcc and the numpy reference
 // (odtrt_lib/nms.py). Compile host code with -ffp-contract=off; on the device the intrinsics see to it.
+//
+// TensorFlow's threads flush subnormal numbers to zero. Here no mode of the processor is changed: wherever a
+// subnormal number could decide about a detection, `flushed` and its kin say that it is 0.
 #pragma once
 
 #include <cstdint>
@@ -94,7 +97,28 @@ ODTRT_HD float exponential(float x) {
   return mul(p, float_of(static_cast<uint32_t>(whole - half + 127) << 23));
 }
 
-ODTRT_HD float sigmoid(float x) { return divide(1.0f, add(1.0f, exponential(-x))); }
+constexpr float kSmallestNormal = 1.17549435e-38f;  // 2^-126
+
+// 0 where the value is subnormal, and for -0.
+ODTRT_HD float flushed(float value) {
+  return value < kSmallestNormal && value > -kSmallestNormal ? 0.0f : value;
+}
+
+// 0 where the value is subnormal or negative. As all that follows, it leaves NaN as it is.
+ODTRT_HD float normal_or_zero(float value) { return value < kSmallestNormal ? 0.0f : value; }
+
+// flushed(a - b). A subnormal sum is exact, so that the device's flushing instruction gives the same bits.
+ODTRT_HD float flushed_sub(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float difference;
+  asm("sub.rn.ftz.f32 %0, %1, %2;" : "=f"(difference) : "f"(a), "f"(b));
+  return difference;
+#else
+  return flushed(sub(a, b));
+#endif
+}
+
+ODTRT_HD float sigmoid(float x) { return normal_or_zero(divide(1.0f, add(1.0f, exponential(-x)))); }
 
 // softmax: exp(x - max) / sum, the sum in whole units of 2^-40, so that its order does not matter.
 ODTRT_HD uint64_t softmax_units(float exp_of_difference) {
@@ -133,10 +157,17 @@ ODTRT_HD Box decode(const float encoding[4], const float anchor[4], const float 
 ODTRT_HD float smaller(float a, float b) { return b < a ? b : a; }
 ODTRT_HD float larger(float a, float b) { return a < b ? b : a; }
 
-// Height times width; positive too where a box is upside down in both directions, as in the OD API.
-ODTRT_HD float signed_area(const Box &box) { return mul(sub(box.ymax, box.ymin), sub(box.xmax, box.xmin)); }
+// Height times width of flushed corners; positive too where a box is upside down in both directions, as in the OD API.
+ODTRT_HD float signed_area(const Box &box) {
+  return flushed(mul(flushed_sub(box.ymax, box.ymin), flushed_sub(box.xmax, box.xmin)));
+}
 
-ODTRT_HD Box with_ordered_corners(const Box &box) {
+ODTRT_HD Box flushed(const Box &box) {
+  return {flushed(box.ymin), flushed(box.xmin), flushed(box.ymax), flushed(box.xmax)};
+}
+
+ODTRT_HD Box with_ordered_corners(const Box &given) {
+  const Box box = flushed(given);
   return {smaller(box.ymin, box.ymax), smaller(box.xmin, box.xmax), larger(box.ymin, box.ymax),
           larger(box.xmin, box.xmax)};
 }
@@ -148,9 +179,9 @@ ODTRT_HD bool suppresses(const Box &kept, float kept_area, const Box &other, flo
   if (!(kept_area <= 0.0f || other_area <= 0.0f)) {
     const float top = larger(other.ymin, kept.ymin), left = larger(other.xmin, kept.xmin);
     const float bottom = smaller(other.ymax, kept.ymax), right = smaller(other.xmax, kept.xmax);
-    const float height = larger(sub(bottom, top), 0.0f), width = larger(sub(right, left), 0.0f);
-    const float intersection = mul(height, width);
-    iou = divide(intersection, sub(add(other_area, kept_area), intersection));
+    const float height = normal_or_zero(sub(bottom, top)), width = normal_or_zero(sub(right, left));
+    const float intersection = normal_or_zero(mul(height, width));
+    iou = normal_or_zero(divide(intersection, sub(add(other_area, kept_area), intersection)));
   }
   return !(iou <= iou_threshold);
 }
@@ -158,6 +189,7 @@ ODTRT_HD bool suppresses(const Box &kept, float kept_area, const Box &other, flo
 // tf.minimum and tf.maximum as numpy has them: NaN stays NaN.
 ODTRT_HD float clamp(float value, float low, float high) {
   if (value != value) return value;
+  value = flushed(value);
   value = value > high ? high : value;
   return value < low ? low : value;
 }
@@ -169,8 +201,8 @@ ODTRT_HD Box clip(const Box &box, const Box &window) {
 
 ODTRT_HD Box in_frame_of(const Box &window, const Box &box) {
   const float y = divide(1.0f, sub(window.ymax, window.ymin)), x = divide(1.0f, sub(window.xmax, window.xmin));
-  return {mul(sub(box.ymin, window.ymin), y), mul(sub(box.xmin, window.xmin), x),
-          mul(sub(box.ymax, window.ymin), y), mul(sub(box.xmax, window.xmin), x)};
+  return flushed({mul(flushed_sub(box.ymin, window.ymin), y), mul(flushed_sub(box.xmin, window.xmin), x),
+                  mul(flushed_sub(box.ymax, window.ymin), y), mul(flushed_sub(box.xmax, window.xmin), x)});
 }
 
 // The final order as one number, larger first: score down, then `place` up. Never 0.

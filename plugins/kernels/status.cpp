@@ -14,7 +14,7 @@ const char *odtrt_error_string(odtrt_status status) {
     case ODTRT_OK:
       return "no error";
     case ODTRT_INVALID_ARGUMENT:
-      return "invalid argument: a null pointer, or a size or a setting out of its range (odtrt.h names the "
+      return "invalid argument: a null or misaligned pointer, or a size or a setting out of its range (odtrt.h names the "
              "ranges)";
     case ODTRT_WORKSPACE_TOO_SMALL:
       return "the workspace is smaller than the *_workspace function says";

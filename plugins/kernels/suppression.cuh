@@ -74,8 +74,8 @@ __device__ __forceinline__ float cautious_area(float area, float share) {
 }
 
 __device__ __forceinline__ float intersection_of(const Box &a, const Box &b) {  // or something negative
-  return mul(fmaxf(sub(fminf(a.ymax, b.ymax), fmaxf(a.ymin, b.ymin)), 0.0f),
-             sub(fminf(a.xmax, b.xmax), fmaxf(a.xmin, b.xmin)));
+  return mul(fmaxf(flushed_sub(fminf(a.ymax, b.ymax), fmaxf(a.ymin, b.ymin)), 0.0f),
+             flushed_sub(fminf(a.xmax, b.xmax), fmaxf(a.xmin, b.xmin)));
 }
 
 __device__ __forceinline__ bool may_suppress(const Box &a, float cautious_of_a, const Box &b,
