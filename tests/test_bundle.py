@@ -31,7 +31,7 @@ import pytest
 
 from odtrt_lib import bundle, fuse, spec
 from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependencyError, UnsupportedError
-from odtrt_lib.folder import made_from, seal, write_record
+from odtrt_lib.folder import made_from, read_log, seal, sealed, write_record
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
@@ -107,9 +107,9 @@ def unpacked(archive, tmp_path_factory):
 
 
 def contents(path):
-    return {
-        file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()
-    }
+    """All files but the log, which tells when the bundle was unpacked."""
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != "log.jsonl"]
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
 def one_line_error(work, *kinds):
@@ -147,6 +147,7 @@ def test_another_weight_gives_other_bytes(folder, archive, tmp_path):
     anchors[0, 0] += 1e-3
     np.save(copy / "anchors.npy", anchors)
     (copy / "detector.onnx").unlink()
+    seal(copy)
     changed = bundle.pack(copy, tmp_path / "b.zip")
     member = next(m for m in changed.manifest.members if m.path == "model/anchors.npy")
     assert member.sha256 == hashlib.sha256((copy / "anchors.npy").read_bytes()).hexdigest()
@@ -493,6 +494,7 @@ def test_heads_without_a_record_are_compared_with_the_specification(tmp_path, mo
         model = onnx.load(tiny / "heads.onnx")
         change(model)
         onnx.save(model, tiny / "heads.onnx")
+    seal(tiny)
     for is_without_onnx in (False, True):
         if is_without_onnx:
             monkeypatch.setitem(sys.modules, "onnx", None)
@@ -563,6 +565,45 @@ def test_unpacking_over_an_earlier_bundle(folder, archive, tmp_path):
         assert found == {name: zipped.read(name) for name in zipped.namelist()}
     assert not [path for path in found if path.startswith(("triton/", "deepstream/"))]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["device", "plain.zip"]
+
+
+def test_an_unpacked_model_is_sealed_and_an_upgrade_seals_the_new_one(folder, archive, tmp_path):
+    target = tmp_path / "device"
+    bundle.unpack(archive, target)
+    names = ("spec.json", "anchors.npy", "heads.onnx", "detector.onnx")
+    assert sealed(target / "model", *names) == {name: (folder / name).read_bytes() for name in names}
+    heads = target / "model" / "heads.onnx"
+    heads.write_bytes(heads.read_bytes()[:-1] + b"!")
+    message = one_line_error(lambda: sealed(target / "model", "heads.onnx"))
+    assert "heads.onnx: damaged or changed" in message and message.endswith("unpack the bundle again")
+    other = shutil.copytree(folder, tmp_path / "other")
+    other_weights(other)
+    (other / "detector.onnx").unlink()
+    seal(other)
+    bundle.pack(other, tmp_path / "b.zip")
+    bundle.unpack(tmp_path / "b.zip", target, force=True)
+    assert sealed(target / "model", "heads.onnx")["heads.onnx"] == (other / "heads.onnx").read_bytes()
+    assert [one["stage"] for one in read_log(target / "model")] == ["unpack", "unpack"]
+    assert not (target / "model" / "detector.onnx").exists()
+
+
+def test_an_upgrade_through_a_link_or_over_a_folder_changes_nothing(archive, tmp_path):
+    target, outside = tmp_path / "device", tmp_path / "outside"
+    bundle.unpack(archive, target)
+    (target / "model").rename(outside)
+    (target / "model").symlink_to(outside)
+    before = contents(outside)
+    message = one_line_error(lambda: bundle.unpack(archive, target, force=True))
+    assert f"{target / 'model'}: a link, expected a folder; nothing was changed" in message
+    assert contents(outside) == before
+    (target / "model").unlink()
+    outside.rename(target / "model")
+    (target / "README.txt").unlink()
+    (target / "README.txt").mkdir()
+    before = contents(target)
+    message = one_line_error(lambda: bundle.unpack(archive, target, force=True))
+    assert "README.txt: a folder, expected a file; nothing was changed" in message
+    assert contents(target) == before
 
 
 def test_a_folder_with_other_things_is_not_written_over(archive, tmp_path):
@@ -1211,6 +1252,7 @@ def test_what_nvinfer_cannot_do_is_refused_by_its_field(folder, tmp_path, networ
     detector = dataclasses.replace(SPEC, input=dataclasses.replace(SPEC.input, **network))
     (copy / "spec.json").write_text(detector.to_json())
     (copy / "detector.onnx").unlink()
+    seal(copy)
     message = one_line_error(lambda: bundle.pack(copy, tmp_path / "a.zip", deepstream=True), UnsupportedError)
     assert field in message
     bundle.pack(copy, tmp_path / "a.zip", triton=True)
