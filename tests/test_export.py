@@ -112,7 +112,7 @@ def test_a_kernel_that_freezing_changes_by_a_thousandth_is_caught(tiny_model, tm
         return graph
 
     monkeypatch.setattr(export_room, "_freeze", freeze_badly)
-    with pytest.raises(CheckError, match="times the noise of float32 .* the freezing changed the network"):
+    with pytest.raises(CheckError, match=r"times the noise of float32 .* the freezing changed the network"):
         export(tiny_model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
