@@ -2,7 +2,7 @@
 
     python benchmarks/noise.py         writes results/noise.cpu.json
 
-EfficientDet-D0 and D1 from the corpus (the folder that ODTRT_CORPUS names), and a D4 with random weights, made
+EfficientDet-D0 and D1 from the corpus (the folder that ODTRT_CORPUS names), and a D4 with random weights made
 from D0's config. Each is exported and converted as it is, then both gates are run on graphs with one
 defect: a kernel x 1.001 (the first, the middle and the last convolution), two channels of a kernel swapped, a
 Resize with the wrong rule. What was made is kept in out/noise and used again.
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def remember(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The truth about the same graph and pictures is computed once: a defect in heads.onnx leaves it alone."""
+    """The truth about the same graph and pictures is computed once; defects in heads.onnx leave it alone."""
     last: dict[object, Any] = {}
 
     def remembered(graph: Any, pictures: np.ndarray, batch: int | None) -> Any:
@@ -178,7 +178,7 @@ def scaled(kernel: np.ndarray) -> np.ndarray:
 
 
 def swapped(kernel: np.ndarray) -> np.ndarray:
-    """The first two output channels exchanged, in TensorFlow's layout (a depthwise kernel: input channels)."""
+    """The first two output channels exchanged (of a depthwise kernel, input channels); TensorFlow's layout."""
     axis = 3 if kernel.shape[3] > 1 else 2
     order = [1, 0, *range(2, kernel.shape[axis])]
     return np.ascontiguousarray(np.take(kernel, order, axis=axis))
