@@ -151,7 +151,7 @@ def cases(recorded: Optional[Path], quick: bool) -> List[Tuple[Heads, Sequence[f
     found.append((one_class(2000), (0.0,)))
     for path in sorted(recorded.glob("*.npz")) if recorded is not None else []:
         heads = read_heads(path)
-        if heads.spec.scores.converter == "sigmoid" and not heads.spec.heads.background_column:
+        if heads.spec.scores.converter == "sigmoid":
             found.append((heads, THRESHOLDS[:2]))
     return found
 
@@ -178,16 +178,21 @@ def one_class(count: int) -> Heads:
 
 
 def read_heads(path: Path) -> Heads:
-    """The first recorded image; its encodings are divided by the box coder's scales, as the peers want."""
+    """The first recorded image, in the peers' form: no background column, encodings without scales."""
     held = np.load(str(path))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "spec.json").write_text(str(held["spec"]))
         spec = load_spec(Path(folder) / "spec.json")
     coder = spec.box_coder
     scales = np.array([coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale], np.float32)
-    plain = dataclasses.replace(spec, box_coder=BoxCoder(1.0, 1.0, 1.0, 1.0))
     boxes = (held["box_encodings"][:1] / scales).astype(np.float32)
-    return Heads("recorded", path.stem, plain, boxes, held["class_logits"][:1], held["anchors"])
+    logits = held["class_logits"][:1, :, int(spec.heads.background_column) :]
+    plain = dataclasses.replace(
+        spec,
+        box_coder=BoxCoder(1.0, 1.0, 1.0, 1.0),
+        heads=dataclasses.replace(spec.heads, background_column=False),
+    )
+    return Heads("recorded", path.stem, plain, boxes, np.ascontiguousarray(logits), held["anchors"])
 
 
 def row_of(heads: Heads, threshold: float, name: str, measure: Callable[..., Any]) -> Dict[str, Any]:
