@@ -1,0 +1,432 @@
+"""Plans of the full TensorRT on a GPU: builds, memory, latency, and agreement with ONNX Runtime.
+
+    python benchmarks/tensorrt_gpu.py record FOLDER [NAME ...]           on a machine with the corpus, first
+    python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN [NAME ...]       on the GPU machine
+
+writes results/tensorrt<version>.<gpu>.json, each row as soon as it is measured; with names the rows of the
+other models stay. PLUGIN: libodtrt_tensorrt.so. Needs numpy, tensorrt, Polygraphy and odtrt_lib there, on
+Python 3.8 or newer. Each model and arithmetic is a process of its own with an empty timing cache, and gives
+two rows, ``form`` split and fused:
+
+* ``arithmetic``: FP32 is measured with NVIDIA_TF32_OVERRIDE=0, TF32 without; FP16 sets the builder's flag.
+* ``build_cold_seconds``: the first build; ``build_warm_seconds``: the same again with the timing cache of the
+  first. The fused plan is built once, with the timing cache of the split one. ``peak_rss_mb``,
+  ``peak_gpu_mb``: of the first build of that form.
+* ``load_seconds``: from the plan's bytes to the end of a first run. ``device_memory_mb``: what the loaded
+  plan takes besides CUDA's own context; ``device_memory_left_mb``: what is gone after it was closed.
+* ``boxes_relative_err``, ``logits_relative_err``: the largest difference from ONNX Runtime's single
+  precision, divided by the largest value there. Split only: a fused plan shows no heads.
+* ``postprocessing_is_exact``: the kernels find, bit for bit, what the post-processing on the CPU finds in the
+  same heads. Split only.
+* ``detections`` and what follows: ONNX Runtime's detections beside the plan's, by
+  :func:`odtrt_lib.evaluate.agreement`. ``at_threshold``: pairs whose score is as close to the threshold as
+  the tolerance. They say something only where the weights were trained.
+* ``network_graph_*``: device time of one run of the plan, a CUDA graph of 20 runs timed by events and divided
+  by 20. ``device_graph_*``: the same of plan and post-processing. ``network_eager_*``: wall clock of one run
+  that is enqueued and waited for. ``detect_*``: wall clock of ``Detector.detect``, from the decoded image to
+  boxes.
+
+A row passes if FP32 differs by at most 1e-3 and TF32 and FP16 by at most 2e-2, the post-processing is exact,
+and trained weights find the same. The exit status is 1 if a row does not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from odtrt_lib import engine, passport, portability
+from odtrt_lib.detector import Detector, load_anchors
+from odtrt_lib.evaluate import agreement
+from odtrt_lib.nms import postprocess
+from odtrt_lib.results import write_results
+from odtrt_lib.spec import DetectorSpec, load_spec
+
+ROOT = Path(__file__).resolve().parents[1]
+# precision, IoU and score tolerance of a pair of detections. TF32 rounds a product's factors as FP16 does.
+ARITHMETIC = {"FP32": ("fp32", 0.99, 1e-3), "TF32": ("fp32", 0.95, 0.01), "FP16": ("fp16", 0.9, 0.05)}
+LARGEST_RELATIVE_ERROR = {"FP32": 1e-3, "TF32": 2e-2, "FP16": 2e-2}
+FORMS = ("split", "fused")
+CALLS_IN_GRAPH, WARM_UP, RUNS, MAX_SECONDS = 20, 30, 300, 4.0
+ROW_TIMEOUT_SECONDS = 420
+WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
+
+
+def main(arguments: List[str]) -> int:
+    """What the module says."""
+    if len(arguments) >= 2 and arguments[0] == "record":
+        record(Path(arguments[1]), arguments[2:])
+        return 0
+    if len(arguments) == 4 and arguments[0] == "--row":
+        measure(Path(arguments[1]), Path(arguments[2]), arguments[3])
+        return 0
+    if len(arguments) >= 3 and arguments[0] == "run":
+        return run(Path(arguments[1]), Path(arguments[2]), arguments[3:])
+    print(__doc__)
+    return 2
+
+
+# ---- On a machine with the corpus -----------------------------------------------------------------------
+
+
+def record(target: Path, names: Sequence[str]) -> None:
+    """Model folders with both forms, an image, and what ONNX Runtime makes of it (``reference.npz``)."""
+    from engine import MODELS, PARTS, PARTS_640, RECORDED, noise, prepare, scene
+
+    from odtrt_lib.fuse import fuse
+
+    chosen = list(names or RECORDED)
+    corpus = Path(os.environ.get("ODTRT_CORPUS", ROOT.parent / "shared" / "corpus"))
+    prepare(corpus, chosen)
+    for name in chosen:
+        folder = target / name
+        shutil.copytree(MODELS / name, folder, ignore=shutil.ignore_patterns("frozen.pb", "plans"))
+        fuse(folder)
+        detector = Detector.open(folder, "onnxruntime")
+        spec = detector.spec
+        image = scene(spec) if name in (PARTS, PARTS_640) else noise(spec)
+        heads = detector.backend.infer(image)
+        found = postprocess(*heads, detector.anchors, spec, WHOLE_IMAGE)
+        count = found.num_detections[0]
+        anchors = np.unique(np.linspace(0, spec.heads.num_anchors - 1, 4096).astype(np.int64))
+        np.savez_compressed(
+            folder / "reference.npz",
+            weights=RECORDED[name],
+            image=image,
+            anchors=anchors,
+            box_encodings=heads[0][:, anchors],
+            class_logits=heads[1][:, anchors],
+            boxes=found.boxes[0, :count],
+            scores=found.scores[0, :count],
+            classes=found.classes[0, :count],
+        )
+        print(f"{name}: recorded", flush=True)
+
+
+# ---- On the GPU machine ---------------------------------------------------------------------------------
+
+
+def run(recorded: Path, plugin: Path, names: Sequence[str]) -> int:
+    gpu = passport.this_machine().gpu
+    here = portability.here()
+    if gpu is None or here.flavour != "tensorrt":
+        print("no GPU, or no tensorrt here: this script measures both")
+        return 2
+    release = "".join(str(here.version).split(".")[:2])
+    path = ROOT / "results" / f"tensorrt{release}.{gpu.lower().replace('nvidia', '').split()[0]}.json"
+    rows: List[Dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    for name in names or sorted(one.name for one in recorded.iterdir() if one.is_dir()):
+        for arithmetic in ARITHMETIC:
+            for row in rows_of(recorded / name, plugin, arithmetic):
+                same = [one for one in rows if identity(one) == identity(row)]
+                rows = [one for one in rows if one not in same] + [row]
+                print(json.dumps(row), flush=True)
+            write_results(path, "tensorrt", "python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN", rows)
+    return 0 if rows and all(row["passed"] for row in rows) else 1
+
+
+def identity(row: Dict[str, Any]) -> Tuple[str, str, str]:
+    return row["model"], row["arithmetic"], row["form"]
+
+
+def rows_of(folder: Path, plugin: Path, arithmetic: str) -> List[Dict[str, Any]]:
+    """Both forms, measured by a process of their own; ``error`` says why one is missing."""
+    about = {
+        "model": folder.name,
+        "arithmetic": arithmetic,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+    rows: Dict[str, Dict[str, Any]] = {form: {"form": form, **about, "passed": False} for form in FORMS}
+    environment = {name: value for name, value in os.environ.items() if name != engine.TF32_OVERRIDE}
+    if arithmetic == "FP32":
+        environment[engine.TF32_OVERRIDE] = "0"
+    command = [sys.executable, __file__, "--row", str(folder), str(plugin), arithmetic]
+    problem = None
+    with tempfile.TemporaryDirectory() as cache:
+        environment["XDG_CACHE_HOME"] = cache
+        try:
+            answer = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, env=environment, timeout=ROW_TIMEOUT_SECONDS
+            )
+            lines, status = answer.stdout, answer.returncode
+            problem = None if status == 0 else f"exit status {status}"
+        except subprocess.TimeoutExpired as late:
+            lines = (late.stdout or b"").decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+            problem = f"stopped after {ROW_TIMEOUT_SECONDS} s"
+    for line in lines.splitlines():
+        if line.startswith("{"):
+            part = json.loads(line)
+            rows[part["form"]].update(part)
+    for row in rows.values():
+        if problem is not None and not row["passed"] and "error" not in row:
+            row["error"] = problem
+    return list(rows.values())
+
+
+def measure(recorded: Path, plugin: Path, arithmetic: str) -> None:
+    """Prints the parts of both rows as they are measured, each as JSON, and the reason if one fails."""
+    with tempfile.TemporaryDirectory() as work:
+        for form in FORMS:
+            folder = Path(work) / form / recorded.name
+            shutil.copytree(recorded, folder)
+            chosen = plugin if form == "fused" else None
+            try:
+                tell(form, build(folder, ARITHMETIC[arithmetic][0], chosen))
+                tell(form, load_and_run(folder, arithmetic, chosen))
+            except Exception as error:
+                traceback.print_exc()
+                tell(form, {"error": str(error).replace(str(work), "") or type(error).__name__})
+
+
+def tell(form: str, part: Dict[str, Any]) -> None:
+    print(json.dumps({"form": form, **part}), flush=True)
+
+
+def build(folder: Path, precision: str, plugin: Optional[Path]) -> Dict[str, Any]:
+    """A split plan is built twice, the second time with the timing cache of the first, a fused one once."""
+    seconds, attempts = [], []
+    for _ in range(2 if plugin is None else 1):
+        started = time.perf_counter()
+        engine.build(folder, precision=precision, plugin=plugin, force=True)
+        seconds.append(time.perf_counter() - started)
+        (found,) = passport.passports(folder)
+        attempts.append(found.attempts[-1])
+    return {
+        "weights": str(np.load(str(folder / "reference.npz"))["weights"]),
+        "version": found.version,
+        "build_cold_seconds": round(seconds[0], 2) if plugin is None else None,
+        "build_warm_seconds": round(seconds[-1], 2),
+        "peak_rss_mb": attempts[0]["peak_rss_mb"],
+        "peak_gpu_mb": attempts[0]["peak_gpu_mb"],
+        "plan_mb": round(found.plan_bytes / 1e6, 2),
+        "layers_fp32": found.layers.get("fp32", 0),
+        "layers_fp16": found.layers.get("fp16", 0),
+        "layers_other": sum(found.layers.values()) - sum(found.layers.get(k, 0) for k in ("fp32", "fp16")),
+        "layers_counted_in": found.settings["layers_counted_in"],
+        "tf32_flag": found.settings["tf32"],
+        "plugin_interface": None if found.plugin is None else found.plugin.interface,
+    }
+
+
+def load_and_run(folder: Path, arithmetic: str, plugin: Optional[Path]) -> Dict[str, Any]:
+    """Loading, agreement and latency of the one plan in ``folder``."""
+    from odtrt_lib import runtime
+
+    spec = load_spec(folder / "spec.json")
+    anchors = load_anchors(folder / "anchors.npy", spec)
+    (found,) = passport.passports(folder)
+    reference = np.load(str(folder / "reference.npz"))
+    before = free_device_mb()
+    started = time.perf_counter()
+    plan = runtime.load(folder, found, spec, anchors, plugin=plugin)
+    row: Dict[str, Any] = {
+        "load_seconds": round(time.perf_counter() - started, 2),
+        "device_memory_mb": round(before - free_device_mb(), 1),
+        "postprocessing": plan.postprocessing,
+    }
+    try:
+        detections = plan.run(reference["image"], WHOLE_IMAGE)
+        if plugin is None:
+            row.update(heads_against(reference, plan, detections, anchors, spec))
+        agrees, counts = same_detections(reference, detections, spec, arithmetic)
+        row.update(counts)
+        row.update(device_times(plan))
+        row.update(renamed("network_eager", wall_times(plan.run_again)))
+    finally:
+        plan.close()
+    row["device_memory_left_mb"] = round(before - free_device_mb(), 1)
+    row.update(detect_times(folder, found, plugin))
+    errors = [row[name] for name in ("boxes_relative_err", "logits_relative_err") if name in row]
+    row["passed"] = (
+        max(errors, default=0.0) <= LARGEST_RELATIVE_ERROR[arithmetic]
+        and row.get("postprocessing_is_exact") is not False
+        and (agrees or str(reference["weights"]) != "trained")
+    )
+    return row
+
+
+def heads_against(
+    reference: Any, plan: Any, detections: Any, anchors: np.ndarray, spec: DetectorSpec
+) -> Dict[str, Any]:
+    heads = plan.infer(reference["image"])
+    row: Dict[str, Any] = {}
+    for name, array, key in zip(("boxes", "logits"), heads, ("box_encodings", "class_logits")):
+        expected = reference[key].astype(np.float64)
+        difference = np.abs(array[:, reference["anchors"]] - expected)
+        worst = float(difference.max()) if np.isfinite(difference).all() else float("inf")
+        row[f"{name}_relative_err"] = min(worst / float(np.abs(expected).max()), 1e9)
+    on_cpu = postprocess(*heads, anchors, spec, WHOLE_IMAGE)
+    fields = ("num_detections", "boxes", "scores", "classes", "anchors")
+    row["postprocessing_is_exact"] = all(
+        np.array_equal(getattr(detections, name), getattr(on_cpu, name)) for name in fields
+    )
+    return row
+
+
+def same_detections(
+    reference: Any, detections: Any, spec: DetectorSpec, arithmetic: str
+) -> Tuple[bool, Dict[str, Any]]:
+    """Whether the detections agree, and how many of ONNX Runtime's there are and were found."""
+    _, iou, tolerance = ARITHMETIC[arithmetic]
+    count = int(detections.num_detections[0])
+    own = {name: getattr(detections, name)[0, :count] for name in ("boxes", "scores", "classes")}
+    compared = agreement(
+        coco_form(reference),
+        coco_form(own),
+        score_threshold=spec.nms.score_threshold,
+        iou=iou,
+        score_tolerance=tolerance,
+        max_detections=spec.nms.max_total_detections,
+    )
+    return compared.agrees, {
+        "detections": compared.references,
+        "matched": compared.matched,
+        "at_threshold": compared.at_threshold,
+        "missing": len(compared.missing),
+        "extra": len(compared.extra),
+        "max_score_difference": compared.max_score_difference,
+    }
+
+
+def coco_form(found: Any) -> List[Dict[str, Any]]:
+    """Detections of one image in COCO's results form, boxes in shares of it."""
+    ymin, xmin, ymax, xmax = np.asarray(found["boxes"], np.float64).T
+    boxes = np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=1)
+    return [
+        {"image_id": 0, "category_id": int(column), "bbox": box.tolist(), "score": float(score)}
+        for column, box, score in zip(found["classes"], boxes, found["scores"])
+    ]
+
+
+def detect_times(folder: Path, found: passport.Passport, plugin: Optional[Path]) -> Dict[str, float]:
+    rng = np.random.default_rng(0)
+    with Detector.open(folder, "tensorrt", plugin=plugin, precision=found.precision) as detector:
+        network = detector.spec.input
+        image = rng.integers(0, 256, (network.height, network.width, 3), dtype=np.uint8)
+        return renamed("detect", wall_times(lambda: detector.detect(image)))
+
+
+def renamed(prefix: str, times: Dict[str, float]) -> Dict[str, float]:
+    return {f"{prefix}_{name}": value for name, value in times.items()}
+
+
+def wall_times(once: Callable[[], Any]) -> Dict[str, float]:
+    """Percentiles of one call, microseconds of the wall clock."""
+    return percentiles(elapsed(once, lambda begun: 1e6 * (time.perf_counter() - begun), time.perf_counter))
+
+
+def elapsed(once: Callable[[], Any], since: Callable[[Any], float], now: Callable[[], Any]) -> List[float]:
+    """RUNS figures after WARM_UP calls; fewer, but at least 20, where they take longer than MAX_SECONDS."""
+    for _ in range(WARM_UP):
+        once()
+    times: List[float] = []
+    begun = time.perf_counter()
+    while len(times) < RUNS and (len(times) < 20 or time.perf_counter() - begun < MAX_SECONDS):
+        start = now()
+        once()
+        times.append(since(start))
+    return times
+
+
+def percentiles(times: Sequence[float]) -> Dict[str, float]:
+    shares = (("p50_us", 50), ("p95_us", 95), ("p99_us", 99))
+    return {name: round(float(np.percentile(times, share)), 2) for name, share in shares}
+
+
+# ---- CUDA, by ctypes ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Timer:
+    """Two CUDA events on one stream."""
+
+    stream: int
+    start: ctypes.c_void_p
+    end: ctypes.c_void_p
+
+
+def cuda(name: str, *arguments: Any) -> None:
+    """Calls one function of the CUDA runtime library; RuntimeError, naming it, if it fails."""
+    from polygraphy import cuda as polygraphy_cuda
+
+    status = getattr(polygraphy_cuda.wrapper().handle, name)(*arguments)
+    if status != 0:
+        raise RuntimeError(f"{name}: CUDA error {status}")
+
+
+def device_times(plan: Any) -> Dict[str, float]:
+    """Device time of the plan alone and with its post-processing, in CUDA graphs."""
+    stream = plan._device.stream.ptr
+    windows = WHOLE_IMAGE
+
+    def with_postprocessing() -> None:
+        plan._start()
+        plan._enqueue_postprocess(plan._kernels, windows)
+
+    rows = renamed("network_graph", graph_times(plan._start, stream))
+    if plan._kernels is not None:
+        rows.update(renamed("device_graph", graph_times(with_postprocessing, stream)))
+    elif plan.is_fused:
+        rows.update({name.replace("network", "device"): value for name, value in rows.items()})
+    return rows
+
+
+def graph_times(enqueue: Callable[[], None], stream: int) -> Dict[str, float]:
+    """Percentiles of one of CALLS_IN_GRAPH calls that were captured together, microseconds."""
+    handle = ctypes.c_void_p(stream)
+    graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+    timer = Timer(stream, ctypes.c_void_p(), ctypes.c_void_p())
+    for event in (timer.start, timer.end):
+        cuda("cudaEventCreate", ctypes.byref(event))
+    enqueue()
+    cuda("cudaStreamSynchronize", handle)
+    cuda("cudaStreamBeginCapture", handle, 1)  # this thread only
+    try:
+        for _ in range(CALLS_IN_GRAPH):
+            enqueue()
+    finally:
+        cuda("cudaStreamEndCapture", handle, ctypes.byref(graph))
+    cuda("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+
+    def once() -> None:
+        cuda("cudaEventRecord", timer.start, handle)
+        cuda("cudaGraphLaunch", executable, handle)
+        cuda("cudaEventRecord", timer.end, handle)
+        cuda("cudaEventSynchronize", timer.end)
+
+    def since(_: Any) -> float:
+        milliseconds = ctypes.c_float()
+        cuda("cudaEventElapsedTime", ctypes.byref(milliseconds), timer.start, timer.end)
+        return 1000.0 * milliseconds.value / CALLS_IN_GRAPH
+
+    try:
+        return percentiles(elapsed(once, since, lambda: None))
+    finally:
+        cuda("cudaGraphExecDestroy", executable)
+        cuda("cudaGraphDestroy", graph)
+        for event in (timer.start, timer.end):
+            cuda("cudaEventDestroy", event)
+
+
+def free_device_mb() -> float:
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    cuda("cudaFree", None)  # makes the context, which is nobody's plan
+    cuda("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+    return free.value / 2**20
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
