@@ -336,24 +336,26 @@ def main() -> None:
                 for threshold in THRESHOLDS
                 for dtype in (np.float32, np.float16)[: 1 if options.quick else 2]
             ]
-    for make, arguments_of_case, source in cases:
-        case = make(*arguments_of_case)
-        if five is not None and case.class_logits.dtype == np.float32 and len(case.class_logits) == 1:
-            rows.append(postprocess_row(case, source, bandwidth, replays, five, "odtrt, five kernels"))
-        rows.append(postprocess_row(case, source, bandwidth, replays, test_gpu.library, "odtrt"))
-        if has_peer(case) and not options.quick:
-            rows.append(
-                {
-                    **{key: rows[-1][key] for key in KEYS_OF_CASE},
-                    "implementation": "PyTorch, torchvision.ops.batched_nms",
-                    **wall_times(torch_postprocess(case)),
-                }
-            )
-            print(rows[-1], flush=True)
-    rows += preprocess_rows(replays)
     output = options.output or str(ROOT / "results" / f"nms.{gpu_name()}.json")
-    write_results(output, "nms", "python plugins/bench/nms_gpu.py HEADS --five LIBRARY", rows)
-    print(json.dumps({"rows": len(rows), "written": output}))
+    try:
+        rows += preprocess_rows(replays)
+        for make, arguments_of_case, source in cases:
+            case = make(*arguments_of_case)
+            if five is not None and case.class_logits.dtype == np.float32 and len(case.class_logits) == 1:
+                rows.append(postprocess_row(case, source, bandwidth, replays, five, "odtrt, five kernels"))
+            rows.append(postprocess_row(case, source, bandwidth, replays, test_gpu.library, "odtrt"))
+            if has_peer(case) and not options.quick:
+                rows.append(
+                    {
+                        **{key: rows[-1][key] for key in KEYS_OF_CASE},
+                        "implementation": "PyTorch, torchvision.ops.batched_nms",
+                        **wall_times(torch_postprocess(case)),
+                    }
+                )
+                print(rows[-1], flush=True)
+    finally:  # a visit to the GPU can end before the last row
+        write_results(output, "nms", "python plugins/bench/nms_gpu.py HEADS --five LIBRARY", rows)
+        print(json.dumps({"rows": len(rows), "written": output}))
 
 
 if __name__ == "__main__":
