@@ -184,6 +184,28 @@ def test_a_damaged_file_is_named(tiny, tmp_path, name, content):
     assert str(folder / name) in open_error(folder)
 
 
+@pytest.mark.parametrize("command", ["detect", "eval"])
+def test_one_flipped_bit_ends_the_commands_in_one_line(tiny, tmp_path, capsys, command):
+    from PIL import Image
+
+    from odtrt_lib import cli
+
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    content = bytearray((folder / "heads.onnx").read_bytes())
+    content[len(content) // 2] ^= 64
+    (folder / "heads.onnx").write_bytes(content)
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    images = [{"id": 1, "file_name": "a.png", "height": 30, "width": 40}]
+    coco = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "bolt"}]}
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    given = [tmp_path / "a.png"] if command == "detect" else ["--annotations", tmp_path / "a.json"]
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, str(folder), *map(str, given)])
+    said = capsys.readouterr().err
+    assert caught.value.code == 1 and said.count("\n") == 1
+    assert f"{folder / 'heads.onnx'}: damaged or changed" in said and "run `odtrt convert` again" in said
+
+
 def test_a_truncated_network_is_named(tiny, tmp_path):
     folder = shutil.copytree(tiny, tmp_path / "copy")
     path = folder / "heads.onnx"

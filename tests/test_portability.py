@@ -247,6 +247,19 @@ def test_a_rebuild_that_failed_is_not_tried_again_unless_asked_or_something_chan
     assert [failure["is_final"] for failure in record["failures"].values()] == [True, True]
 
 
+def test_a_damaged_model_makes_no_plan_stale_and_is_not_built_from(folder, gate):
+    one = install(folder)
+    (folder / "heads.onnx").write_bytes(b"rotten")
+    verdict = portability.check(folder, one, HERE)
+    assert verdict.action is Action.OK and any("heads.onnx is damaged" in each for each in verdict.reasons)
+    assert portability.start_rebuild(folder, one, command=["true"], force=True) is not None
+    status = portability.wait_for_rebuild(folder)
+    assert status.state == "failed" and "heads.onnx: damaged or changed" in status.message
+    assert passport.verify(folder, one) is None
+    seal(folder)  # somebody trained again
+    assert Case(folder, one, HERE).changed == ("heads.onnx",)
+
+
 def test_two_deaths_of_the_same_rebuild_are_enough(folder, gate):
     command, _ = gate
     one = install(folder)
@@ -408,7 +421,8 @@ def campaign(tmp_path, *arguments):
 
 @needs_tensorrt_rtx
 def test_a_small_fault_campaign(tmp_path):
-    rows, total = campaign(tmp_path, "--corruptions", "28", "--kills", "6", "--builds", "1")
+    numbers = ["--corruptions", "28", "--kills", "6", "--builds", "1", "--models", "40"]
+    rows, total = campaign(tmp_path, *numbers)
     assert total == dict.fromkeys(faults.COLUMNS, 0), [
         row for row in rows if any(map(row.get, faults.COLUMNS))
     ]
@@ -428,8 +442,12 @@ def test_a_small_fault_campaign(tmp_path):
         ("no-checksum", "corruptions", ["wrong_loads"]),
         ("no-lock", "company", ["lost_records"]),
         ("any-lock", "company", ["crashes"]),
+        ("no-seal", "models", ["wrong_loads"]),
     ],
 )
 def test_the_campaign_finds_a_known_defect(tmp_path, defect, group, columns):
-    _, total = campaign(tmp_path, "--defect", defect, "--only", group, "--kills", "16", "--corruptions", "28")
+    numbers = (
+        ["--kills", "16", "--corruptions", "28"] if group != "models" else ["--kills", "1", "--models", "80"]
+    )
+    _, total = campaign(tmp_path, "--defect", defect, "--only", group, *numbers)
     assert all(total[column] > 0 for column in columns)
