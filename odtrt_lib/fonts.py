@@ -14,7 +14,8 @@ from PIL import ImageFont, features
 from odtrt_lib.errors import printable
 
 _TRIAL_SIZE = 20
-_ABSENT = "\U0010ffff"  # no character, so that every font shows its sign for a missing one
+# No characters, so that every font shows its sign for a missing one; a font of last resort shows two signs.
+_ABSENT, _ABSENT_TOO = "\U0010ffff", "\u0378"
 _UNLIKE_TEXT = ("bold", "italic", "oblique", "mono", "serif", "light", "thin", "condensed", "black", "emoji")
 
 
@@ -73,7 +74,9 @@ def _can_shape() -> bool:
 
 def _has(font: Any, letters: FrozenSet[str]) -> bool:
     absent = _drawn(font, _ABSENT)
-    return all(one.isspace() or not one.isprintable() or _drawn(font, one) != absent for one in letters)
+    return absent == _drawn(font, _ABSENT_TOO) and all(
+        one.isspace() or not one.isprintable() or _drawn(font, one) != absent for one in letters
+    )
 
 
 def _drawn(font: Any, letter: str) -> Tuple[Any, bytes]:

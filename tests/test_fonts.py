@@ -1,5 +1,7 @@
 """Names in any script on a picture: with a font that has the letters, else spelt so that they differ."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,17 @@ def test_a_font_of_the_machine_is_found(chinese_font):
     assert fonts.spelling("螺母 0.90") == ("螺母 0.90", chinese_font)
     assert not (drawn("螺母") == drawn("母螺")).all()
     assert fonts.undrawable(["螺母", "齿轮", "bolt", "齿轮"]) == ["齿轮"]
+
+
+def test_a_font_of_last_resort_has_no_letters(monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "LastResortHE-Regular.ttf"
+    if not font.is_file():
+        pytest.skip("this matplotlib has no font of last resort")
+    monkeypatch.setattr(fonts, "_font_files", lambda: (font,))
+    clear()
+    assert fonts.spelling("螺母") == (r"\u87ba\u6bcd", None)
+    clear()
 
 
 @pytest.mark.parametrize(
