@@ -178,7 +178,7 @@ def scaled(kernel: np.ndarray) -> np.ndarray:
 
 
 def swapped(kernel: np.ndarray) -> np.ndarray:
-    """The first two output channels exchanged (of a depthwise kernel, input channels); TensorFlow's layout."""
+    """The first two output channels exchanged (of a depthwise kernel, its input channels)."""
     axis = 3 if kernel.shape[3] > 1 else 2
     order = [1, 0, *range(2, kernel.shape[axis])]
     return np.ascontiguousarray(np.take(kernel, order, axis=axis))

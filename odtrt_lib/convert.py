@@ -219,7 +219,7 @@ def _compare(frozen: Any, onnx_path: Path, spec: DetectorSpec, images: int) -> P
                     f"[batch, {expected[0]}, {expected[1]}]; run `odtrt export` again"
                 )
     distances = noise.compare(yardstick, candidate)
-    heads = [
+    box_encodings, class_logits = (
         HeadParity(
             max_abs_err=float(np.abs(candidate[name] - yardstick.exact[name]).max()),
             max_relative_err=distances[name].max_relative,
@@ -230,9 +230,14 @@ def _compare(frozen: Any, onnx_path: Path, spec: DetectorSpec, images: int) -> P
             std=float(yardstick.exact[name].std()),
         )
         for name in OUTPUTS
-    ]
+    )
     return Parity(
-        *heads, images, noise.FACTOR, yardstick.sees_kernel_change, is_decisive=yardstick.is_decisive
+        box_encodings,
+        class_logits,
+        images,
+        max_times_noise=noise.FACTOR,
+        sees_kernel_change=yardstick.sees_kernel_change,
+        is_decisive=yardstick.is_decisive,
     )
 
 
