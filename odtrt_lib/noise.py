@@ -242,7 +242,7 @@ class _Session:
 
     def kernels(self) -> list[str]:
         """The constants that are kernels of convolutions, in the order of the graph."""
-        found = {}
+        found: dict[str, None] = {}
         for operation in self._graph.get_operations():
             if operation.type in _CONVOLUTIONS:
                 source = operation.inputs[1].op
