@@ -7,8 +7,8 @@ from D0's config. Each is exported and converted as it is, then both gates are r
 defect: a kernel x 1.001 (the first, the middle and the last convolution), two channels of a kernel swapped,
 every Resize with the wrong rule. What was made is kept in out/noise and used again.
 
-The corpus's values are synthetic, and so are the weights of EfficientDet's fusion: many are zero, and then what
-a Resize computes counts for nothing. Where running the network shows nothing, the Resize audit does.
+The corpus's values are synthetic, and so are the weights of EfficientDet's fusion: many are zero, and then it
+does not matter what a Resize computes. Where running the network shows nothing, the Resize audit does.
 """
 
 from __future__ import annotations
