@@ -411,8 +411,8 @@ def decoded(heads: Heads) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def constant(network: Any, values: np.ndarray) -> Any:
-    values = np.ascontiguousarray(values)
-    return network.add_constant(values.shape, trt.Weights(values)).get_output(0)
+    weights = trt.Weights(np.ascontiguousarray(values))  # which has one dimension at least, a scalar none
+    return network.add_constant(values.shape, weights).get_output(0)
 
 
 def creator_of(name: str, version: str, namespace: str) -> Any:

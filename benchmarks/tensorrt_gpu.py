@@ -217,7 +217,7 @@ def build(folder: Path, precision: str, plugin: Optional[Path]) -> Dict[str, Any
         "layers_other": sum(found.layers.values()) - sum(found.layers.get(k, 0) for k in ("fp32", "fp16")),
         "layers_counted_in": found.settings["layers_counted_in"],
         "tf32_flag": found.settings["tf32"],
-        "plugin_interface": None if found.plugin is None else found.plugin.interface,
+        "plugin_interface": None if found.plugin is None else found.plugin.abi,
     }
 
 

@@ -98,15 +98,14 @@ def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> fold
     folder = Path(folder)
     started = time.monotonic()
     frozen_path = folders.require(folder, "frozen.pb", "export")
-    files = folders.sealed(folder, "frozen.pb", "spec.json")
-    spec = load_spec(folder / "spec.json", files["spec.json"])
-    inputs = folders.made_from("heads.onnx", files)
+    spec = load_spec(folders.require(folder, "spec.json", "export"))
+    inputs = {path.name: folders.sha256(path) for path in (frozen_path, folder / "spec.json")}
     settings = {"opset": opset}
     record = None if force else folders.up_to_date(folder, "convert", inputs, settings)
     if record is not None:
         return folders.StageResult(record, is_up_to_date=True)
 
-    frozen = load_frozen(frozen_path, files["frozen.pb"])
+    frozen = load_frozen(frozen_path)
     refuse_unconvertible(frozen_path, frozen)
     with folders.staging(folder) as staged:
         model = to_onnx(frozen, opset)
@@ -117,29 +116,28 @@ def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> fold
         _require_valid(folder / "heads.onnx", path)
         parity = _compare(frozen, path, spec, images=4)
         _require_parity(folder / "heads.onnx", parity)
-        operations = Counter(node.op_type for node in model.graph.node)
-        record = folders.write_record(
-            folder,
-            "convert",
-            staged=staged,
-            inputs=inputs,
-            settings=settings,
-            outputs=["heads.onnx"],
-            versions={name: _version(name) for name in _VERSIONED},
-            seconds=time.monotonic() - started,
-            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            checks={
-                "opset": model.opset_import[0].version,
-                "ir_version": model.ir_version,
-                "nodes": sum(operations.values()),
-                "transposes": operations["Transpose"],
-                "batch_norms": operations["BatchNormalization"],
-                "resizes": [dataclasses.asdict(finding) for finding in findings],
-                "resizes_agree": all(finding.agrees for finding in findings),
-                "onnx_checker": "full check passed",
-                "parity": dataclasses.asdict(parity),
-            },
-        )
+    operations = Counter(node.op_type for node in model.graph.node)
+    record = folders.write_record(
+        folder,
+        "convert",
+        inputs=inputs,
+        settings=settings,
+        outputs=["heads.onnx"],
+        versions={name: _version(name) for name in _VERSIONED},
+        seconds=time.monotonic() - started,
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        checks={
+            "opset": model.opset_import[0].version,
+            "ir_version": model.ir_version,
+            "nodes": sum(operations.values()),
+            "transposes": operations["Transpose"],
+            "batch_norms": operations["BatchNormalization"],
+            "resizes": [dataclasses.asdict(finding) for finding in findings],
+            "resizes_agree": all(finding.agrees for finding in findings),
+            "onnx_checker": "full check passed",
+            "parity": dataclasses.asdict(parity),
+        },
+    )
     return folders.StageResult(record, is_up_to_date=False)
 
 
@@ -175,17 +173,14 @@ def check_parity(folder: str | Path, *, images: int = 4) -> Parity:
     return parity
 
 
-def load_frozen(path: str | Path, content: bytes | None = None) -> Any:
-    """The ``GraphDef`` in ``path``; InputError if it is damaged or lacks the nodes that export writes.
-
-    content: the bytes of the file, where they were read already.
-    """
+def load_frozen(path: str | Path) -> Any:
+    """The ``GraphDef`` in ``path``; InputError if it is damaged or lacks the nodes that export writes."""
     tf = odapi.tensorflow()
     from google.protobuf.message import DecodeError
 
     graph_def = tf.compat.v1.GraphDef()
     try:
-        graph_def.ParseFromString(Path(path).read_bytes() if content is None else content)
+        graph_def.ParseFromString(Path(path).read_bytes())
     except DecodeError as error:
         raise InputError(f"{path}: not a TensorFlow GraphDef ({error}); run `odtrt export` again") from error
     missing = {INPUT, *OUTPUTS} - {node.name for node in graph_def.node}
@@ -219,22 +214,23 @@ def _compare(frozen: Any, onnx_path: Path, spec: DetectorSpec, images: int) -> P
                     f"[batch, {expected[0]}, {expected[1]}]; run `odtrt export` again"
                 )
     distances = noise.compare(yardstick, candidate)
-    box_encodings, class_logits = (
-        HeadParity(
+
+    def head_parity(name: str) -> HeadParity:
+        distance = distances[name]
+        return HeadParity(
             max_abs_err=float(np.abs(candidate[name] - yardstick.exact[name]).max()),
-            max_relative_err=distances[name].max_relative,
-            rms_relative_err=distances[name].rms_relative,
-            noise_max_relative=distances[name].noise_max_relative,
-            noise_rms_relative=distances[name].noise_rms_relative,
-            times_noise=distances[name].times_noise,
+            max_relative_err=distance.max_relative,
+            rms_relative_err=distance.rms_relative,
+            noise_max_relative=distance.noise_max_relative,
+            noise_rms_relative=distance.noise_rms_relative,
+            times_noise=distance.times_noise,
             std=float(yardstick.exact[name].std()),
         )
-        for name in OUTPUTS
-    )
+
     return Parity(
-        box_encodings,
-        class_logits,
-        images,
+        box_encodings=head_parity("box_encodings"),
+        class_logits=head_parity("class_logits"),
+        images=images,
         max_times_noise=noise.FACTOR,
         sees_kernel_change=yardstick.sees_kernel_change,
         is_decisive=yardstick.is_decisive,

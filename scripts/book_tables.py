@@ -102,6 +102,17 @@ TABLES = {
             Column("largest class difference, std", "onnx_logits_max_err_in_std", ".1e"),
         ),
     ),
+    "noise": Table(
+        "noise.cpu.json",
+        (
+            Column("model", "model"),
+            Column("gate", "gate"),
+            Column("defect", "defect"),
+            Column("times the noise, at most 10", "times_noise", ",.1f", is_optional=True),
+            Column("smallest change of a kernel that is seen", "sees_kernel_change", ".0e", is_optional=True),
+            Column("verdict", "verdict"),
+        ),
+    ),
     "agreement": Table(
         "agreement.cpu.json",
         (

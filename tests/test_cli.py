@@ -275,6 +275,23 @@ class TestSingleStages:
         assert (status, stages.calls) == (1, {})
         assert err == f"error: --batch {batch}: expected a number of at least 1, or `dynamic`\n"
 
+    @pytest.mark.parametrize("is_decisive", [True, False])
+    def test_a_gate_that_rounding_made_blind_is_named(self, capsys, stages, monkeypatch, is_decisive):
+        parity = {"is_decisive": is_decisive, "sees_kernel_change": 0.25}
+
+        def convert_blindly(folder, **options):
+            (folder / "heads.onnx").write_bytes(b"heads")
+            return finish(folder, "convert", ["heads.onnx"], parity=parity)
+
+        odtrt(capsys, "export", "my_model")
+        monkeypatch.setattr(convert, "convert", convert_blindly)
+        status, out, _ = odtrt(capsys, "convert", "out/my_model")
+        assert status == 0
+        said = (
+            "convert: parity is not decisive: these weights magnify rounding so much that a kernel wrong by"
+        )
+        assert (said in " ".join(out.split())) is not is_decisive
+
     def test_convert_and_build(self, capsys, stages):
         odtrt(capsys, "export", "my_model")
         status, out, _ = odtrt(capsys, "convert", "out/my_model", "--opset", "15")
