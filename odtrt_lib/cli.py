@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from odtrt_lib.detector import Detections, Detector
-    from odtrt_lib.export import ModelFiles
     from odtrt_lib.folder import StageResult
 
 _OUT = Path("out")
@@ -376,7 +375,6 @@ def run(
     size = _parse_size(input_size)
     results: Dict[str, StageResult] = {}
     skipped: Dict[str, str] = {}
-    _say_checkpoint(export_stage.find_model(model, pipeline))
     results["export"] = _work_on(
         "export",
         lambda: export_stage.export(
@@ -437,7 +435,6 @@ def export(
     _require_utf8(model, output, pipeline, label_map)
     folder = output or _OUT / _model_name(model)
     size, batch_size = _parse_size(input_size), _parse_batch(batch)
-    _say_checkpoint(export_stage.find_model(model, pipeline))
     result = _work_on(
         "export",
         lambda: export_stage.export(
@@ -1070,12 +1067,8 @@ def _work_on(name: str, work: Callable[[], StageResult]) -> StageResult:
 def _say_done(name: str, result: StageResult) -> None:
     how = "up to date" if result.is_up_to_date else f"{result.record['seconds']:.1f} s"
     _out().print(f"[green]✓[/] {name}: {how}", soft_wrap=True, highlight=False)
-
-
-def _say_checkpoint(files: ModelFiles) -> None:
-    _out().print(
-        f"checkpoint: {files.checkpoint} ({files.choice})", soft_wrap=True, markup=False, highlight=False
-    )
+    if result.note:
+        _out().print(result.note, soft_wrap=True, markup=False, highlight=False)
 
 
 def _say_skipped(name: str, reason: str) -> None:

@@ -145,9 +145,10 @@ def export(
         "input_size": list(size),
         "labels_sha256": hashlib.sha256(names.encode()).hexdigest(),
     }
+    note = f"checkpoint: {files.checkpoint} ({files.choice})"
     record = None if force else up_to_date(folder, "export", inputs, options)
     if record is not None:
-        return StageResult(record, True)
+        return StageResult(record, True, note)
 
     made = _make(files, settings, size, batch, inputs, folder.resolve().name)
     with staging(folder) as out:
@@ -166,7 +167,7 @@ def export(
             peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             checks=made.checks,
         )
-    return StageResult(record, False)
+    return StageResult(record, False, note)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,10 +65,14 @@ _digests: Dict[Tuple[int, ...], str] = {}
 
 @dataclasses.dataclass(frozen=True)
 class StageResult:
-    """What a stage function returns: its record in ``log.jsonl``, and whether it had nothing to do."""
+    """What a stage function returns: its record in ``log.jsonl``, and whether it had nothing to do.
+
+    ``note`` is a line that the user should read in either case, or nothing.
+    """
 
     record: Dict[str, Any]
     is_up_to_date: bool
+    note: str = ""
 
 
 def sha256(path: Union[str, Path]) -> str:

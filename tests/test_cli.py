@@ -50,7 +50,7 @@ def odtrt(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-def finish(folder, stage, outputs, up_to_date=False, **checks):
+def finish(folder, stage, outputs, up_to_date=False, note="", **checks):
     record = last_record(folder, stage) if up_to_date else None
     if record is None:
         record = write_record(
@@ -64,7 +64,7 @@ def finish(folder, stage, outputs, up_to_date=False, **checks):
             peak_rss_mb=10.0,
             checks=checks,
         )
-    return StageResult(record, up_to_date)
+    return StageResult(record, up_to_date, note)
 
 
 class Stages:
@@ -79,13 +79,9 @@ class Stages:
         (folder / "frozen.pb").write_bytes(b"graph" * 1000)
         (folder / "anchors.npy").write_bytes(b"anchors")
         (folder / "spec.json").write_text(self.detector_spec.to_json())
-        return finish(
-            folder,
-            "export",
-            ["frozen.pb", "anchors.npy", "spec.json"],
-            self.up_to_date,
-            variables_restored=412,
-        )
+        note = "checkpoint: train/ckpt-3 (the one that train/checkpoint names)"
+        names = ["frozen.pb", "anchors.npy", "spec.json"]
+        return finish(folder, "export", names, self.up_to_date, note, variables_restored=412)
 
     def convert(self, folder, **options):
         self.calls["convert"] = options
@@ -267,6 +263,7 @@ class TestSingleStages:
         status, out, _ = odtrt(capsys, "export", "my_model", "--batch", "dynamic")
         assert status == 0
         assert stages.calls["export"]["batch"] is None
+        assert "checkpoint: train/ckpt-3 (the one that train/checkpoint names)\n" in out
         assert "next: odtrt convert out/my_model" in out
 
     @pytest.mark.parametrize("batch", ["0", "-1", "many", "1.5"])
