@@ -1237,14 +1237,14 @@ def test_nvinfer_finds_what_it_is_told(unpacked, folder):
     assert float(thresholds["pre-cluster-threshold"]) == SPEC.nms.score_threshold
 
 
-PADDED = spec.Resizer("keep_aspect_ratio", 16, 24, True)
+NOT_STRETCHED = spec.Resizer("keep_aspect_ratio", 16, 24)
 
 
 @pytest.mark.parametrize(
     ("network", "field"),
     [
         ({"scale": (0.017, 0.0175, 0.0174)}, "input.scale is [0.017, 0.0175, 0.0174]"),
-        ({"resizer": PADDED}, "input.resizer.kind is keep_aspect_ratio"),
+        ({"resizer": NOT_STRETCHED}, "input.resizer.kind is keep_aspect_ratio"),
     ],
 )
 def test_what_nvinfer_cannot_do_is_refused_by_its_field(folder, tmp_path, network, field):

@@ -35,7 +35,9 @@ SPEC = spec.DetectorSpec(
     labels=(spec.Label(1, "cat"), spec.Label(2, "dog")),
 )
 PARTS = dataclasses.replace(
-    SPEC, labels=tuple(spec.Label(i, name) for i, name in enumerate(datasets.PARTS_CLASSES, 1))
+    SPEC,
+    heads=dataclasses.replace(SPEC.heads, num_classes=len(datasets.PARTS_CLASSES)),
+    labels=tuple(spec.Label(i, name) for i, name in enumerate(datasets.PARTS_CLASSES, 1)),
 )
 
 

@@ -108,7 +108,7 @@ def write_folder(folder: Path, frozen: bytes) -> Path:
         box_coder=spec_module.BoxCoder(10, 10, 5, 5),
         scores=spec_module.ScoreSpec("sigmoid", 1.0),
         nms=spec_module.NmsSpec(0.1, 0.5, 10, 10, False, False),
-        labels=(),
+        labels=tuple(spec_module.Label(i, str(i)) for i in range(1, CLASSES)),
     )
     (folder / "spec.json").write_text(spec.to_json())
     seal(folder)

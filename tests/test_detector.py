@@ -237,7 +237,7 @@ def with_spec(tiny: Path, tmp_path: Path, part: str, **changes) -> Path:
         ("input", {"batch": None}, "[1, 3, 96, 128]", "[any, 3, 96, 128]"),
         ("input", {"name": "pixels"}, "inputs image", "expected pixels"),
         ("heads", {"class_logits": "scores"}, "class_logits", "expected box_encodings, scores"),
-        ("heads", {"num_classes": 7}, "class_logits is tensor(float)", "8]"),
+        ("heads", {"background_column": False}, "class_logits is tensor(float)", "3]"),
         ("heads", {"num_anchors": 5}, "anchors.npy: float32", "float32 [5, 4]"),
     ],
 )

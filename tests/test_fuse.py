@@ -99,7 +99,8 @@ def carrier(spec: DetectorSpec) -> onnx.ModelProto:
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, heads.num_anchors, columns])
         for name, columns in (("box_encodings", 4), ("class_logits", heads.num_columns))
     ]
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [batch, 3, 1, spec.input.width])
+    shape = [batch, 3, spec.input.height, spec.input.width]
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)
     initializers = [numpy_helper.from_array(np.array(v, np.int64), name) for name, v in constants.items()]
     graph = helper.make_graph(nodes, "heads", [image], outputs, initializers)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -165,6 +166,10 @@ def shapes(values: Any) -> dict[str, tuple[int, list[Any]]]:
 @pytest.mark.parametrize("batch", [1, None])
 def test_one_node_with_the_attributes_of_the_spec(tmp_path, resizer, batch):
     spec = detector(background=True, scores=ScoreSpec("softmax", 2.0), resizer=resizer, batch=batch)
+    if resizer is PADDED:
+        side = spec.input.width
+        square = dataclasses.replace(PADDED, min_dimension=side, max_dimension=side)
+        spec = dataclasses.replace(spec, input=dataclasses.replace(spec.input, height=side, resizer=square))
     folder = model_folder(tmp_path / "m", spec)
     record = fuse.fuse(folder).record
     heads, fused = onnx.load(folder / "heads.onnx"), onnx.load(folder / "detector.onnx")
