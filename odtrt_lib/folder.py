@@ -611,6 +611,23 @@ def check_seal(folder: Union[str, Path], *names: str) -> Dict[str, str]:
     return {name: digests[name] for name in names}
 
 
+def is_outdated(folder: Union[str, Path], name: str) -> bool:
+    """Whether a model was made from other files than those that the newest records tell of.
+
+    The model's own file is not read: a plan that was built from it can be all that is left.
+    """
+    folder = Path(folder)
+    with undisturbed(folder):
+        known = recorded(folder)
+        if name not in known:
+            return False
+        try:
+            _compare_origins(folder, name, known, _content(folder, "spec.json"))
+        except InputError:
+            return True
+    return False
+
+
 def seal(folder: Union[str, Path]) -> Dict[str, Any]:
     """Records the files of :data:`SEALED` as they are now: for files of your own that no stage wrote.
 
