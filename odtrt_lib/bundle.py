@@ -207,7 +207,8 @@ def unpack(archive: Union[str, Path], folder: Union[str, Path], *, force: bool =
 
     Every member is checked against the manifest before the first one appears. force: unpack over an earlier
     bundle; what was built in it (plans, compiled libraries) stays, files that the new bundle lacks go, and
-    each file is replaced whole. Only a folder that a bundle was unpacked into is written over.
+    whoever opens the model meanwhile gets the old one or the new one. Only a folder that a bundle was
+    unpacked into is written over. The model is sealed: ``model/log.jsonl`` names the bundle's hashes.
 
     Raises InputError, naming the member, where the archive is damaged or is not what its manifest says, and
     where ``folder`` is in the way or cannot be written.
