@@ -437,7 +437,7 @@ def read_log(folder: Union[str, Path]) -> List[Dict[str, Any]]:
 def _log_bytes(path: Path) -> bytes:
     try:
         return read_whole(path, _LARGEST[LOG])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as error:
         raise InputError(
