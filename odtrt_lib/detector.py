@@ -350,7 +350,10 @@ def _read_contract(folder: Path) -> Tuple[DetectorSpec, np.ndarray]:
 
 def _is_contract_of(folder: Path, spec: DetectorSpec, anchors: np.ndarray) -> bool:
     """Whether the folder still holds the model that these were read from."""
-    found = _read_contract(folder)
+    try:
+        found = _read_contract(folder)
+    except InputError:
+        return False
     return found[0] == spec and np.array_equal(found[1], anchors)
 
 

@@ -440,7 +440,7 @@ def read_log(folder: Union[str, Path]) -> List[Dict[str, Any]]:
 def _log_bytes(path: Path) -> bytes:
     try:
         return read_whole(path, _LARGEST[LOG])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return b""
     except OSError as error:
         raise InputError(
@@ -612,6 +612,23 @@ def check_seal(folder: Union[str, Path], *names: str) -> Dict[str, str]:
         for name in names:
             _compare_origins(folder, name, known, spec)
     return {name: digests[name] for name in names}
+
+
+def is_outdated(folder: Union[str, Path], name: str) -> bool:
+    """Whether a model was made from other files than those that the newest records tell of.
+
+    The model's own file is not read: a plan that was built from it can be all that is left.
+    """
+    folder = Path(folder)
+    with undisturbed(folder):
+        known = recorded(folder)
+        if name not in known:
+            return False
+        try:
+            _compare_origins(folder, name, known, _content(folder, "spec.json"))
+        except InputError:
+            return True
+    return False
 
 
 def seal(folder: Union[str, Path]) -> Dict[str, Any]:

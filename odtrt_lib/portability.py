@@ -41,7 +41,16 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 
 from odtrt_lib import passport as passports
 from odtrt_lib.errors import BuildError, CheckError, InputError, OdtrtError, one_line
-from odtrt_lib.folder import SPEC_PARTS, atomic_write, check_seal, known_sha256, part_sha256, recorded, sha256
+from odtrt_lib.folder import (
+    SPEC_PARTS,
+    atomic_write,
+    check_seal,
+    is_outdated,
+    known_sha256,
+    part_sha256,
+    recorded,
+    sha256,
+)
 from odtrt_lib.passport import FLAVOURS, Machine, Passport, PluginIdentity
 
 LOCK, STATUS, OUTPUT = ".rebuild.lock", ".rebuild.json", ".rebuild.log"
@@ -144,13 +153,16 @@ class Case:
     def changed(self) -> Tuple[str, ...]:
         """The files that the plan was built from and that are others now.
 
-        A damaged file counts as what its stage wrote. In ``spec.json`` only what goes into the plan counts.
+        A damaged file counts as what its stage wrote. In ``spec.json`` only what goes into the plan counts. A
+        model that belongs to an earlier export counts as changed.
         """
         expected = {self.passport.model: self.passport.onnx_sha256, "spec.json": self.passport.spec_sha256}
         found = {name: self._sealed.get(name) or self._sha256(name) for name in expected}
         changed = [name for name in expected if found[name] not in (None, expected[name])]
         if "spec.json" in changed and self._has_same_part:
             changed.remove("spec.json")
+        if self.passport.model not in changed and self._is_outdated:
+            changed.append(self.passport.model)
         return tuple(changed)
 
     @cached_property
@@ -301,6 +313,13 @@ class Case:
             return {name: one.sha256 for name, one in recorded(self.folder).items()}
         except InputError:
             return {}
+
+    @cached_property
+    def _is_outdated(self) -> bool:
+        try:
+            return is_outdated(self.folder, self.passport.model)
+        except InputError:
+            return False
 
     @cached_property
     def _has_same_part(self) -> bool:

@@ -389,7 +389,7 @@ def anchors_file():
 
 def other_threshold():
     return (
-        dataclasses.replace(SPEC, nms=dataclasses.replace(SPEC.nms, score_threshold=0.25)).to_json().encode()
+        dataclasses.replace(SPEC, nms=dataclasses.replace(SPEC.nms, score_threshold=0.125)).to_json().encode()
     )
 
 
@@ -456,12 +456,14 @@ def test_a_file_that_its_stage_did_not_write_is_not_packed(tmp_path, change, nam
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_without_the_log_the_same_change_is_not_noticed(tmp_path):
+def test_without_the_log_nothing_is_packed_until_somebody_vouches_for_the_files(tmp_path):
     """So it is the record that the refusals above come from."""
     recorded_folder(tmp_path / "tiny")
     (tmp_path / "tiny" / "log.jsonl").unlink()
     (tmp_path / "tiny" / "detector.onnx").unlink()
     other_weights(tmp_path / "tiny")
+    assert "not sealed" in one_line_error(lambda: bundle.pack(tmp_path / "tiny", tmp_path / "a.zip"))
+    seal(tmp_path / "tiny")
     assert not bundle.pack(tmp_path / "tiny", tmp_path / "a.zip").has_postprocessing
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from odtrt_lib import engine, passport, portability
-from odtrt_lib.folder import seal
+from odtrt_lib.folder import seal, write_record
 from odtrt_lib.portability import Action, Case, Here
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,6 +259,22 @@ def test_a_damaged_model_makes_no_plan_stale_and_is_not_built_from(folder, gate)
     assert passport.verify(folder, one) is None
     seal(folder)  # somebody trained again
     assert Case(folder, one, HERE).changed == ("heads.onnx",)
+
+
+def test_a_plan_of_an_earlier_export_is_stale_before_its_model_is_converted_again(folder):
+    one = install(folder)
+    about = {"settings": {}, "versions": {}, "seconds": 0.0, "peak_rss_mb": 0.0, "checks": {}}
+    for weights in (b"first", b"second"):
+        (folder / "frozen.pb").write_bytes(weights)
+        write_record(
+            folder, "export", inputs={"checkpoint": "1"}, outputs=["frozen.pb", "spec.json"], **about
+        )
+        if weights == b"first":
+            inputs = {"frozen.pb": hashlib.sha256(weights).hexdigest()}
+            write_record(folder, "convert", inputs=inputs, outputs=["heads.onnx"], **about)
+            assert portability.check(folder, one, HERE).action is Action.OK
+    assert Case(folder, one, HERE).changed == ("heads.onnx",)
+    assert portability.check(folder, one, HERE).action is Action.REBUILD
 
 
 def test_two_deaths_of_the_same_rebuild_are_enough(folder, gate):

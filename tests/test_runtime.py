@@ -1174,6 +1174,22 @@ def test_a_rebuild_that_fails_is_said_and_not_repeated(folder, trt, flavour, ker
         assert Detector.open(folder).wait_for_rebuild().rebuild == "failed"
 
 
+def test_a_plan_of_a_model_that_was_replaced_meanwhile_does_not_take_over(
+    folder, trt, flavour, kernels, rebuild
+):
+    """Its boxes would be decoded with the anchors that this detector was opened with."""
+    install_plan(folder, flavour, version=older(flavour))
+    rebuilt = rebuild()
+    with pytest.warns(RuntimeWarning, match="the folder holds another model now: open it again"):
+        detector = Detector.open(folder)
+        np.save(folder / "anchors.npy", np.load(folder / "anchors.npy") + np.float32(0.125))
+        seal(folder)
+        rebuilt.finish()
+        status = detector.wait_for_rebuild()
+    assert (status.rebuild, status.backend) == ("failed", "onnxruntime")
+    assert Detector.open(folder).status.plan == rebuilt.result.fingerprint
+
+
 def test_a_rebuild_that_leaves_an_unusable_plan_behind(folder, trt, flavour, kernels, rebuild):
     install_plan(folder, flavour, version=older(flavour))
     rebuilt = rebuild(content=TAGS[flavour] + b"no plan" * 9)
