@@ -43,7 +43,7 @@ Build = Callable[..., native.Library]
 
 @functools.cache
 def some_cases() -> tuple[nms_cases.Case, ...]:
-    extreme = map(nms_cases.extreme_case, range(150))
+    extreme = map(nms_cases.extreme_case, (*range(150), 265, 343))
     return (*map(nms_cases.random_case, range(400)), *extreme, *nms_cases.chosen_cases())
 
 
@@ -393,8 +393,12 @@ DEFECTS = {
          "return (mul(flushed_sub(box.ymax, box.ymin)"),
     ),
     "a subnormal side is shared": (
-        ("semantics.h", "const float height = normal_or_zero(sub(bottom, top))",
+        ("semantics.h", "const float height = flush(sub(bottom, top))",
          "const float height = larger(sub(bottom, top), 0.0f)"),
+    ),
+    "every box is a usual one": (("semantics.h", "value <= -least || value == 0.0f;", "true;"),),
+    "an overlap with less area than a float has": (
+        ("semantics.h", "if (flushed(iou_threshold) == 0.0f) iou_threshold = kGreatestSubnormal;", ""),
     ),
     "a subnormal score is above 0": (
         ("semantics.h", "return normal_or_zero(divide(1.0f, add(1.0f, exponential(-x))));",

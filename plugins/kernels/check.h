@@ -49,7 +49,8 @@ inline bool is_valid(const odtrt_postprocess_params *params, int32_t batch) {
 }
 
 inline bool is_valid(const odtrt_heads *heads, const odtrt_detections *out) {
-  return heads != nullptr && is_aligned(heads) && is_aligned(out) && heads->box_encodings != nullptr && heads->class_logits != nullptr &&
+  return heads != nullptr && is_aligned(heads) && is_aligned(out) &&
+         heads->box_encodings != nullptr && heads->class_logits != nullptr &&
          heads->anchors != nullptr && is_dtype(heads->dtype) && out != nullptr &&
          out->num_detections != nullptr && out->boxes != nullptr && out->scores != nullptr &&
          out->classes != nullptr;

@@ -15,15 +15,8 @@ class KeptBoxes {
 
   // box: with ordered corners; area: its signed_area.
   bool suppress(const Box &box, float area, float iou_threshold) const {
-    for (const Block &block : blocks_) {
-      int hits = 0;
-      for (int i = 0; i < kLanes; ++i) {
-        const Box kept{block.ymin[i], block.xmin[i], block.ymax[i], block.xmax[i]};
-        hits |= suppresses(kept, block.area[i], box, area, iou_threshold);
-      }
-      if (hits) return true;
-    }
-    return false;
+    return is_usual(box, area, iou_threshold) ? any_suppresses<true>(box, area, iou_threshold)
+                                              : any_suppresses<false>(box, area, iou_threshold);
   }
 
   void keep(const Box &box, float area) {
@@ -44,6 +37,19 @@ class KeptBoxes {
   }
 
  private:
+  template <bool kIsUsual>
+  bool any_suppresses(const Box &box, float area, float iou_threshold) const {
+    for (const Block &block : blocks_) {
+      int hits = 0;
+      for (int i = 0; i < kLanes; ++i) {
+        const Box kept{block.ymin[i], block.xmin[i], block.ymax[i], block.xmax[i]};
+        hits |= suppresses<kIsUsual>(kept, block.area[i], box, area, iou_threshold);
+      }
+      if (hits) return true;
+    }
+    return false;
+  }
+
   static constexpr int kLanes = 8;
   struct Block {
     float ymin[kLanes], xmin[kLanes], ymax[kLanes], xmax[kLanes], area[kLanes];

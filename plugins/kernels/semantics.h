@@ -98,6 +98,7 @@ ODTRT_HD float exponential(float x) {
 }
 
 constexpr float kSmallestNormal = 1.17549435e-38f;  // 2^-126
+constexpr float kGreatestSubnormal = 1.17549421e-38f;
 
 // 0 where the value is subnormal, and for -0.
 ODTRT_HD float flushed(float value) {
@@ -157,7 +158,7 @@ ODTRT_HD Box decode(const float encoding[4], const float anchor[4], const float 
 ODTRT_HD float smaller(float a, float b) { return b < a ? b : a; }
 ODTRT_HD float larger(float a, float b) { return a < b ? b : a; }
 
-// Height times width of flushed corners; positive too where a box is upside down in both directions, as in the OD API.
+// Height times width of flushed corners; positive too where a box is upside down both ways, as in the OD API.
 ODTRT_HD float signed_area(const Box &box) {
   return flushed(mul(flushed_sub(box.ymax, box.ymin), flushed_sub(box.xmax, box.xmin)));
 }
@@ -172,17 +173,30 @@ ODTRT_HD Box with_ordered_corners(const Box &given) {
           larger(box.xmin, box.xmax)};
 }
 
+// Whether nothing that `suppresses` computes of this box and any other is subnormal, or it does not matter. The
+// difference of two coordinates is only where both are below 2^-102, or as the side of a box, whose area is 0 then.
+ODTRT_HD bool is_usual(const Box &box, float area, float iou_threshold) {
+  const float least = 1.9721523e-31f;  // 2^-102
+  const auto is_far = [&](float value) { return value >= least || value <= -least || value == 0.0f; };
+  return is_far(box.ymin) && is_far(box.xmin) && is_far(box.ymax) && is_far(box.xmax) && area >= 1e-30f &&
+         iou_threshold >= 1e-6f;
+}
+
 // NonMaxSuppressionV5: does `kept` suppress the weaker `other`? Both with ordered corners, and their areas.
+template <bool kIsUsual = false>
 ODTRT_HD bool suppresses(const Box &kept, float kept_area, const Box &other, float other_area,
                          float iou_threshold) {
   float iou = 0.0f;
   if (!(kept_area <= 0.0f || other_area <= 0.0f)) {
     const float top = larger(other.ymin, kept.ymin), left = larger(other.xmin, kept.xmin);
     const float bottom = smaller(other.ymax, kept.ymax), right = smaller(other.xmax, kept.xmax);
-    const float height = normal_or_zero(sub(bottom, top)), width = normal_or_zero(sub(right, left));
-    const float intersection = normal_or_zero(mul(height, width));
-    iou = normal_or_zero(divide(intersection, sub(add(other_area, kept_area), intersection)));
+    const auto flush = [](float value) { return kIsUsual ? larger(value, 0.0f) : normal_or_zero(value); };
+    const float height = flush(sub(bottom, top)), width = flush(sub(right, left));
+    const float intersection = kIsUsual ? mul(height, width) : flush(mul(height, width));
+    iou = divide(intersection, sub(add(other_area, kept_area), intersection));
   }
+  // A subnormal overlap is 0: not above a threshold that is 0.
+  if (flushed(iou_threshold) == 0.0f) iou_threshold = kGreatestSubnormal;
   return !(iou <= iou_threshold);
 }
 
