@@ -27,6 +27,7 @@ from odtrt_lib.datasets import load_coco
 from odtrt_lib.detector import Detector
 from odtrt_lib.evaluate import agreement, coco_metrics, coco_results
 from odtrt_lib.export import export, find_model
+from odtrt_lib.folder import seal
 from odtrt_lib.preprocess import load_image
 from odtrt_lib.results import write_results
 from odtrt_lib.rewrite import means_in_two_steps
@@ -65,6 +66,7 @@ def main() -> None:
                     exact = odapi_detections(source, images)
                 heads = folder / "heads.onnx"
                 onnx.save(means_in_two_steps(onnx.load(heads)), heads)
+                seal(folder)
                 own_exact = detections_of(Detector.open(folder, "onnxruntime"), images)
                 for names, pair in {
                     (ODAPI, EXACT.format(ODAPI)): (reference, exact),

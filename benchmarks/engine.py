@@ -39,6 +39,7 @@ from corpus import D1_FROM_D0
 from odtrt_lib import engine, passport
 from odtrt_lib.datasets import TEST_SEEDS, render_scene
 from odtrt_lib.errors import BuildError
+from odtrt_lib.folder import seal
 from odtrt_lib.preprocess import preprocess
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import DetectorSpec
@@ -157,6 +158,7 @@ def model_folder(name: str, work: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     for file in ("heads.onnx", "spec.json", "anchors.npy"):
         shutil.copy(MODELS / name / file, folder / file)
+    seal(folder)
     try:
         yield folder
     finally:
@@ -292,6 +294,7 @@ def record(target: Path) -> None:
             model = onnx.load(str(MODELS / name / "heads.onnx"))
             half = engine.half_precision(model) if precision == "fp16" else model
             onnx.save(half, str(folder / "heads.onnx"))
+            seal(folder)
         single, half = (
             Detector.open(target / precision / name, "onnxruntime") for precision in engine.PRECISIONS
         )

@@ -11,7 +11,7 @@ import json
 import resource
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from odtrt_lib.detector import Detections, Detector
 from odtrt_lib.errors import InputError
 from odtrt_lib.evaluate import coco_results, iou_matrix
 from odtrt_lib.spec import load_spec
+
+if TYPE_CHECKING:
+    from odtrt_lib.datasets import Scene
 
 MIN_SCORE = 0.3
 _SCENES = 4
@@ -57,18 +60,22 @@ def unseen_scenes(folder: Path) -> List[Picture]:
     scenes = []
     for seed in datasets.TEST_SEEDS[:_SCENES]:
         scene = datasets.render_scene(seed)
-        truth = [
-            {
-                "image_id": seed,
-                "category_id": int(scene.class_ids[i]),
-                "bbox": [xmin, ymin, xmax - xmin, ymax - ymin],
-                "score": 1.0,
-            }
-            for i, (ymin, xmin, ymax, xmax) in enumerate(scene.boxes.tolist())
-        ]
         digest = hashlib.sha256(scene.image.tobytes()).hexdigest()
-        scenes.append(Picture(f"scene {seed}", scene.image, digest, truth))
+        scenes.append(Picture(f"scene {seed}", scene.image, digest, truth_of(scene, seed)))
     return scenes
+
+
+def truth_of(scene: Scene, image_id: int = 0) -> List[Dict[str, Any]]:
+    """What is in a rendered scene, in COCO's results form."""
+    return [
+        {
+            "image_id": image_id,
+            "category_id": int(class_id),
+            "bbox": [xmin, ymin, xmax - xmin, ymax - ymin],
+            "score": 1.0,
+        }
+        for class_id, (ymin, xmin, ymax, xmax) in zip(scene.class_ids, scene.boxes.tolist())
+    ]
 
 
 def keep(folder: Path, scenes: Sequence[Picture]) -> Path:
@@ -94,7 +101,7 @@ def look_at(folder: Path, pictures: Sequence[Picture]) -> Tuple[folders.StageRes
     rows = [row for i, picture in enumerate(pictures) for row in as_rows(picture.title, detections[i])]
     checks: Dict[str, Any] = {"pictures": len(pictures), "detections": len(rows)}
     if all(picture.truth is not None for picture in pictures):
-        checks.update(_counted([picture.truth or [] for picture in pictures], detections))
+        checks.update(count_found([picture.truth or [] for picture in pictures], detections))
     with folders.staging(folder) as staged:
         (staged / "detections.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         record = folders.write_record(
@@ -115,7 +122,7 @@ def look_at(folder: Path, pictures: Sequence[Picture]) -> Tuple[folders.StageRes
     return folders.StageResult(record, False), detections
 
 
-def _counted(truth: Sequence[List[Dict[str, Any]]], detections: Sequence[Detections]) -> Dict[str, int]:
+def count_found(truth: Sequence[List[Dict[str, Any]]], detections: Sequence[Detections]) -> Dict[str, int]:
     """How many objects were found, by the name that their best detection gives them.
 
     Within a picture each detection, best score first, whatever its class, goes to the object that it overlaps

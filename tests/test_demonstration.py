@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from odtrt_lib.demonstration import _counted
+from odtrt_lib.demonstration import count_found
 from odtrt_lib.detector import Detections
 
 
@@ -28,7 +28,7 @@ def test_a_box_of_the_wrong_class_with_a_higher_score_is_no_find():
         names=tuple("ab"[class_id - 1] for _, _, class_id in rows),
     )
     none = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), ())
-    assert _counted([truth, [], truth[:1]], [found, none, none]) == {
+    assert count_found([truth, [], truth[:1]], [found, none, none]) == {
         "objects_in_the_pictures": 5,
         "objects_found": 1,
         "objects_taken_for_another_class": 2,
