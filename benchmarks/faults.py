@@ -33,6 +33,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import random
 import resource
@@ -41,6 +42,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -792,11 +794,16 @@ def fill_disks(bench: Bench, trials: int, chance: random.Random) -> list[Row]:
     return [row for row in (tmpfs, limit, read_only) if row["trials"]]
 
 
+MEETING: multiprocessing.synchronize.Barrier | None = None  # of the processes of the latest `together`
+
+
 def together(works: Sequence[Callable[[], Any]]) -> list[int]:
     """Runs each in a process of its own, all from the same moment on; their exit codes.
 
     0: it returned something false, 1: something true, 3: it failed.
     """
+    global MEETING
+    MEETING = multiprocessing.Barrier(len(works))
     waiting, gate = os.pipe()
     processes = []
     for work in works:
@@ -1269,9 +1276,21 @@ def without_hash(path: Path, passport: Passport) -> str | None:
 
 
 def without_lock() -> None:
-    """Folders that are never locked."""
+    """Folders that are never locked. Whoever writes a log first waits until its company has read it, so that
+    the defect does not depend on luck."""
     for module in (folders, passports):
         module.exclusive = lambda _: contextlib.nullcontext()
+    write = folders.atomic_write
+
+    @contextlib.contextmanager
+    def write_after_all_have_read(path: Path) -> Iterator[Path]:
+        if path.name == folders.LOG and MEETING is not None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                MEETING.wait(timeout=SECONDS_A_READER / 3)
+        with write(path) as temporary:
+            yield temporary
+
+    folders.atomic_write = write_after_all_have_read
 
 
 def without_seal() -> None:
