@@ -138,13 +138,7 @@ def export(
     if batch is not None and batch < 1:
         raise InputError(f"batch {batch}: expected at least 1, or none for a dynamic batch")
     inputs = {"pipeline.config": sha256(files.pipeline), "checkpoint": _checkpoint_sha256(files.checkpoint)}
-    names = json.dumps([label.name for label in settings.labels])
-    options = {
-        "checkpoint": files.checkpoint.name,
-        "batch": batch,
-        "input_size": list(size),
-        "labels_sha256": hashlib.sha256(names.encode()).hexdigest(),
-    }
+    options = _options(files, settings, size, batch)
     note = f"checkpoint: {files.checkpoint} ({files.choice})"
     record = None if force else up_to_date(folder, "export", inputs, options)
     if record is not None:
@@ -168,6 +162,18 @@ def export(
             checks=made.checks,
         )
     return StageResult(record, False, note)
+
+
+def _options(
+    files: ModelFiles, settings: PipelineSettings, size: tuple[int, int], batch: int | None
+) -> dict[str, Any]:
+    names = json.dumps([label.name for label in settings.labels])
+    return {
+        "checkpoint": files.checkpoint.name,
+        "batch": batch,
+        "input_size": list(size),
+        "labels_sha256": hashlib.sha256(names.encode()).hexdigest(),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
