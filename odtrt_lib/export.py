@@ -224,7 +224,7 @@ def _make(
     )
     _check_head_shapes(settings, spec, eager)
     _check_values(settings, spec, anchors)
-    agreement = compare_with_odapi(model, eager, spec, anchors, graph)
+    agreement = compare_with_odapi(model, eager, spec, anchors, graph, settings.label_map)
     checks = {
         "variables_restored": num_variables,
         "graph_nodes": len(graph.node),
