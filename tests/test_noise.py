@@ -115,7 +115,7 @@ def test_tensorflow_itself_is_noise_and_a_thousandth_of_a_kernel_is_not(calm, pi
     node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values * np.float32(1.001)))
     other = noise.measure(broken, pictures, None)
     worst = max(distance.times_noise for distance in noise.compare(calm, other.rounded).values())
-    assert worst > 10 * noise.FACTOR
+    assert worst > 20 * noise.FACTOR
 
 
 def test_an_error_of_one_anchor_in_a_small_level_does_not_drown(calm):
