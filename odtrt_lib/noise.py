@@ -53,8 +53,8 @@ class Yardstick:
         runs, whose inputs differ by one unit in the last place, and never less than a few roundings of the
         result.
     sees_kernel_change: the smallest relative change of a kernel, be it that of the first, the middle or the
-        last convolution, which moves some group by more than FACTOR times the noise on the first picture; at
-        most 1, which means that nothing is seen.
+        last convolution over feature maps, which moves some group by more than FACTOR times the noise on the
+        first picture; at most 1, which means that nothing is seen.
     """
 
     exact: Heads
@@ -241,10 +241,14 @@ class _Session:
         return self._session.run(tensor)
 
     def kernels(self) -> list[str]:
-        """The constants that are kernels of convolutions, in the order of the graph."""
+        """The constants that are kernels of convolutions over feature maps, in the order of the graph.
+
+        Those of squeeze-and-excitation, whose input is one value a channel, are left out: behind a sigmoid
+        many of them hardly touch the outputs.
+        """
         found: dict[str, None] = {}
         for operation in self._graph.get_operations():
-            if operation.type in _CONVOLUTIONS:
+            if operation.type in _CONVOLUTIONS and operation.inputs[0].shape[1:3] != [1, 1]:
                 source = operation.inputs[1].op
                 while source.type == "Identity":
                     source = source.inputs[0].op
