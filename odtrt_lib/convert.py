@@ -157,7 +157,7 @@ def check_parity(folder: str | Path, *, images: int = 4) -> Parity:
     programs that add the n products of a convolution in another order differ by about u * sqrt(n), and
     every layer behind it multiplies that by its own gain. How much is left at the end depends on the weights
     and on the image: 1e-6 of the scale in the root mean square (the shipped detector), 2e-5 (FPNLite and
-    EfficientDet-D0, synthetic weights), 2e-4 (D1). ``results/noise.cpu.json`` has how far ONNX Runtime and
+    EfficientDet-D0, synthetic weights), 1e-4 (D1). ``results/noise.cpu.json`` has how far ONNX Runtime and
     graphs with seeded defects are. Weights that were never trained can be chaotic, moving by 0.2 of the
     scale for one unit in the input's last place: then nothing can be proved, and ``is_decisive`` says so.
 
