@@ -27,8 +27,8 @@ FACTOR = 5.0
 """How many times as far from the truth as TensorFlow's float32 a correct program may be.
 
 Measured: the eager model is 1 to 1.4 times as far, ONNX Runtime 0.1 to 2; 3.5 times where a picture repeats
-one value and long sums drift, for which the gates' pictures have grain. A kernel x 1.001 is 10 to 3,000
-times as far (EfficientDet-D0 and D1).
+one value and long sums drift, for which the gates' pictures have grain. A kernel x 1.001 is 100 to 4,000
+times as far (EfficientDet-D0 and D1, see results/noise.cpu.json).
 """
 
 KERNEL_CHANGE = 1e-3
