@@ -4,8 +4,9 @@
 
 EfficientDet-D0 and D1 from the corpus (the folder that ODTRT_CORPUS names), and a D4 with random weights made
 from D0's config. Each is exported and converted as it is, then both gates are run on graphs with one
-defect: a kernel x 1.001 (the first, the middle and the last convolution), two channels of a kernel swapped,
-every Resize with the wrong rule. What was made is kept in out/noise and used again.
+defect: a kernel x 1.001 (the first, the middle and the last convolution over feature maps, and the middle
+one of squeeze-and-excitation, which may touch the outputs less than rounding does), two channels of a kernel
+swapped, every Resize with the wrong rule. What was made is kept in out/noise and used again.
 
 The corpus's values are synthetic, and so are the weights of EfficientDet's fusion: many are zero, and then it
 does not matter what a Resize computes. Where running the network shows nothing, the Resize audit does.
@@ -143,7 +144,9 @@ def eager_rows(source: Path, frozen: Any, spec: DetectorSpec) -> Iterator[Row]:
         kernels = [
             node.attr["value"].tensor
             for node in graph.node
-            if node.op == "Const" and len(node.attr["value"].tensor.tensor_shape.dim) == 4
+            if node.op == "Const"
+            and len(node.attr["value"].tensor.tensor_shape.dim) == 4
+            and "/se_" not in node.name
         ]
         kernel = kernels[len(kernels) // 2]
         kernel.CopyFrom(tf.make_tensor_proto(break_it(tf.make_ndarray(kernel))))
@@ -186,11 +189,19 @@ def swapped(kernel: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.take(kernel, order, axis=axis))
 
 
-def edit_kernel(part: float, edit: Callable[[np.ndarray], np.ndarray]) -> Callable[[Any], None]:
-    """Changes the kernel of the convolution that comes after ``part`` of all convolutions."""
+def edit_kernel(
+    part: float, edit: Callable[[np.ndarray], np.ndarray], of_excitation: bool = False
+) -> Callable[[Any], None]:
+    """Changes the kernel of the convolution that comes after ``part`` of all convolutions of its sort."""
 
     def apply(model: Any) -> None:
-        names = list(dict.fromkeys(node.input[1] for node in model.graph.node if node.op_type == "Conv"))
+        names = list(
+            dict.fromkeys(
+                node.input[1]
+                for node in model.graph.node
+                if node.op_type == "Conv" and ("/se_" in node.name) is of_excitation
+            )
+        )
         wanted = names[min(int(part * len(names)), len(names) - 1)]
         tensor = next(tensor for tensor in model.graph.initializer if tensor.name == wanted)
         values = np.ascontiguousarray(edit(onnx.numpy_helper.to_array(tensor)), np.float32)
@@ -213,6 +224,7 @@ ONNX_DEFECTS: dict[str, Callable[[Any], None]] = {
     "kernel x 1.001, first": edit_kernel(0, scaled),
     "kernel x 1.001, middle": edit_kernel(0.5, scaled),
     "kernel x 1.001, last": edit_kernel(1, scaled),
+    "kernel x 1.001, squeeze-and-excitation": edit_kernel(0.5, scaled, of_excitation=True),
 }
 FROZEN_DEFECTS = {"kernel x 1.001, middle": scaled, "two channels swapped": swapped}
 

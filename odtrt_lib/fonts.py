@@ -9,8 +9,6 @@ import unicodedata
 from pathlib import Path
 from typing import Any, FrozenSet, Iterable, List, NamedTuple, Optional, Tuple
 
-from PIL import ImageFont, features
-
 from odtrt_lib.errors import printable
 
 _TRIAL_SIZE = 20
@@ -28,6 +26,8 @@ class Spelling(NamedTuple):
 
 def font(path: Optional[Path], size: int) -> Any:
     """Pillow's font of ``size`` pixels: the file's, or the built-in one."""
+    from PIL import ImageFont
+
     return ImageFont.load_default(size) if path is None else ImageFont.truetype(str(path), size)
 
 
@@ -36,13 +36,13 @@ def spelling(text: str) -> Spelling:
     """How ``text`` can be drawn here: as it is, else without accents, else with escapes such as \\u87ba."""
     text = printable(text)
     letters = frozenset(text)
-    if _has(ImageFont.load_default(_TRIAL_SIZE), letters) and not _needs_shaping(text):
+    builtin = font(None, _TRIAL_SIZE)
+    if _has(builtin, letters) and not _needs_shaping(text):
         return Spelling(text, None)
     if _can_shape() or not _needs_shaping(text):
         path = _system_font(letters)
         if path is not None:
             return Spelling(text, path)
-    builtin = ImageFont.load_default(_TRIAL_SIZE)
     return Spelling("".join(_respelt(one, builtin) for one in text), None)
 
 
@@ -69,6 +69,8 @@ def _needs_shaping(text: str) -> bool:
 
 
 def _can_shape() -> bool:
+    from PIL import features
+
     return bool(features.check("raqm") and features.check("fribidi"))
 
 
@@ -88,7 +90,7 @@ def _drawn(font: Any, letter: str) -> Tuple[Any, bytes]:
 def _system_font(letters: FrozenSet[str]) -> Optional[Path]:
     for path in _font_files():
         try:
-            if _has(ImageFont.truetype(str(path), _TRIAL_SIZE), letters):
+            if _has(font(path, _TRIAL_SIZE), letters):
                 return path
         except (OSError, ValueError):  # no font, or one of bitmaps in other sizes
             continue

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from PIL import Image, ImageDraw
 
 from odtrt_lib import fonts
 from odtrt_lib.detector import Detections
@@ -29,6 +30,8 @@ def draw_detections(image: np.ndarray, detections: Detections, min_score: float 
     along its edge, and labels stay inside it; lines and letters grow with the picture. A name that no font of
     this machine can show is drawn in another spelling, see :func:`odtrt_lib.fonts.spelling`.
     """
+    from PIL import Image, ImageDraw
+
     height, width = image.shape[:2]
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
@@ -52,7 +55,7 @@ def _inside(box: np.ndarray, image: np.ndarray) -> tuple[float, float, float, fl
 
 
 def _draw_box(
-    draw: ImageDraw.ImageDraw,
+    draw: Any,
     edges: tuple[float, float, float, float],
     colour: tuple[int, int, int],
     line: int,
@@ -65,7 +68,7 @@ def _draw_box(
 
 
 def _draw_label(
-    draw: ImageDraw.ImageDraw,
+    draw: Any,
     text: str,
     corner: tuple[float, float],
     size: tuple[int, int],

@@ -108,7 +108,7 @@ TABLES = {
             Column("model", "model"),
             Column("gate", "gate"),
             Column("defect", "defect"),
-            Column("times the noise, at most 10", "times_noise", ",.1f", is_optional=True),
+            Column("times the noise, at most 5", "times_noise", ",.1f", is_optional=True),
             Column("smallest change of a kernel that is seen", "sees_kernel_change", ".0e", is_optional=True),
             Column("verdict", "verdict"),
         ),

@@ -18,7 +18,7 @@ import pytest
 
 from odtrt_lib import builder, engine, passport
 from odtrt_lib.errors import BuildError, CheckError, InputError, UnsupportedError
-from odtrt_lib.folder import exclusive
+from odtrt_lib.folder import exclusive, seal
 
 onnx = pytest.importorskip("onnx")
 from test_engine import SPEC, files_in, heads_model, model_folder  # noqa: E402
@@ -374,7 +374,7 @@ def test_a_builder_that_ignores_half_precision_is_caught(install, tmp_path, vers
     folder = model_folder(tmp_path / "tiny")
     with pytest.raises(CheckError, match=r"fp16 was asked for, but of 4 .*4 are not .*as the engine says"):
         engine.build(folder, precision=precision)
-    assert files_in(folder) == ["heads.onnx", "spec.json"]
+    assert files_in(folder) == ["heads.onnx", "log.jsonl", "spec.json"]
     engine.build(folder, precision="fp32")
 
 
@@ -417,6 +417,7 @@ def detector_folder(path):
     del model.graph.output[:]
     model.graph.output.extend(outputs)
     onnx.save(model, folder / "detector.onnx")
+    seal(folder)
     return folder
 
 
@@ -467,7 +468,7 @@ def test_what_a_version_cannot_do_is_said(install, tmp_path, version, asked, wor
     with pytest.raises(UnsupportedError, match=words) as caught:
         engine.build(folder, **asked)
     assert "\n" not in str(caught.value)
-    assert files_in(folder) == ["heads.onnx", "spec.json"]
+    assert files_in(folder) == ["heads.onnx", "log.jsonl", "spec.json"]
 
 
 def test_hardware_compatibility_where_it_is_known(install, tmp_path):
@@ -486,6 +487,7 @@ def test_an_onnx_with_q_and_dq_builds_as_it_is(install, tmp_path, version):
     model = onnx.load(folder / "heads.onnx")
     model.graph.node.add(op_type="QuantizeLinear", input=["x1"], output=["q"])
     onnx.save(model, folder / "heads.onnx")
+    seal(folder)
     engine.build(folder)
     assert tensorrt.calls("set_flag") == ([["BuilderFlag.INT8"]] if version in OLD else [])
 
@@ -569,7 +571,7 @@ def test_a_kill_is_reported_as_one_and_does_not_end_this_process(install, tmp_pa
     assert "lowest optimisation level" not in message, "8.5 has none"
     assert "allow half precision (--may-give-up fp32), which changes the numbers" in message
     assert len(tensorrt.calls("create_network")) == 4
-    assert files_in(folder) == ["heads.onnx", "spec.json"]
+    assert files_in(folder) == ["heads.onnx", "log.jsonl", "spec.json"]
 
 
 def test_a_crash_is_not_taken_for_a_lack_of_memory(install, tmp_path):

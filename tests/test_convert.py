@@ -450,7 +450,7 @@ def test_the_record_says_what_was_checked(small):
     assert checks["resizes_agree"] is True and len(checks["resizes"]) == 1
     parity = checks["parity"]
     head = parity["class_logits"]
-    assert 0 < head["times_noise"] < parity["max_times_noise"] == 10
+    assert 0 < head["times_noise"] < parity["max_times_noise"] == 5
     assert 0 < head["rms_relative_err"] < head["max_relative_err"] < 1e-4
     assert 0 < head["noise_rms_relative"] < head["noise_max_relative"] < 1e-4
     assert parity["is_decisive"] is True and 0 < parity["sees_kernel_change"] < 1e-3
@@ -475,7 +475,7 @@ def test_with_chaotic_weights_the_record_says_that_nothing_was_seen(tmp_path):
 def test_nothing_is_done_twice_unless_something_changed(copy_of_small):
     assert convert_module.convert(copy_of_small).is_up_to_date
     assert not convert_module.convert(copy_of_small, opset=16).is_up_to_date
-    (copy_of_small / "frozen.pb").write_bytes(frozen_network(seed=1))
+    (copy_of_small / "frozen.pb").write_bytes(frozen_network(seed=2))
     with pytest.raises(InputError, match=r"frozen\.pb: damaged or changed"):
         convert_module.convert(copy_of_small)
     seal(copy_of_small)
@@ -508,9 +508,9 @@ def test_a_graph_without_the_heads_is_an_input_error(copy_of_small):
 
 def test_a_spec_of_another_detector_is_an_input_error(copy_of_small):
     path = copy_of_small / "spec.json"
-    path.write_text(path.read_text().replace('"num_classes": 4', '"num_classes": 7'))
+    path.write_text(path.read_text().replace('"num_anchors": 600', '"num_anchors": 601'))
     seal(copy_of_small)
-    with pytest.raises(InputError, match=r"class_logits .* spec\.json says \[batch, 600, 8\]"):
+    with pytest.raises(InputError, match=r"spec\.json says \[batch, 601, "):
         convert_module.convert(copy_of_small)
 
 

@@ -579,7 +579,7 @@ def test_tensorrt_is_absent(tmp_path, monkeypatch):
     for flavour in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, flavour, None)
     assert engine.available_runtimes() == []
-    with pytest.raises(MissingDependencyError, match=r"no TensorRT .*pip install -e '\.\[gpu\]'"):
+    with pytest.raises(MissingDependencyError, match=r"no TensorRT .*pip install -e '\.\[engine\]'"):
         engine.build(folder)
 
 

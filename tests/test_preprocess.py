@@ -424,7 +424,7 @@ def test_needs_numpy_only():
         native.load = lambda: None
         print(preprocess(image, spec)[0][0].tolist())
         try:
-            load_image("x.png")
+            load_image("README.md")
         except MissingDependencyError as error:
             print(error)
     """
