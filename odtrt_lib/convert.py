@@ -98,14 +98,15 @@ def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> fold
     folder = Path(folder)
     started = time.monotonic()
     frozen_path = folders.require(folder, "frozen.pb", "export")
-    spec = load_spec(folders.require(folder, "spec.json", "export"))
-    inputs = {path.name: folders.sha256(path) for path in (frozen_path, folder / "spec.json")}
+    files = folders.sealed(folder, "frozen.pb", "spec.json")
+    spec = load_spec(folder / "spec.json", files["spec.json"])
+    inputs = folders.made_from("heads.onnx", files)
     settings = {"opset": opset}
     record = None if force else folders.up_to_date(folder, "convert", inputs, settings)
     if record is not None:
         return folders.StageResult(record, is_up_to_date=True)
 
-    frozen = load_frozen(frozen_path)
+    frozen = load_frozen(frozen_path, files["frozen.pb"])
     refuse_unconvertible(frozen_path, frozen)
     with folders.staging(folder) as staged:
         model = to_onnx(frozen, opset)
@@ -116,28 +117,29 @@ def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> fold
         _require_valid(folder / "heads.onnx", path)
         parity = _compare(frozen, path, spec, images=4)
         _require_parity(folder / "heads.onnx", parity)
-    operations = Counter(node.op_type for node in model.graph.node)
-    record = folders.write_record(
-        folder,
-        "convert",
-        inputs=inputs,
-        settings=settings,
-        outputs=["heads.onnx"],
-        versions={name: _version(name) for name in _VERSIONED},
-        seconds=time.monotonic() - started,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        checks={
-            "opset": model.opset_import[0].version,
-            "ir_version": model.ir_version,
-            "nodes": sum(operations.values()),
-            "transposes": operations["Transpose"],
-            "batch_norms": operations["BatchNormalization"],
-            "resizes": [dataclasses.asdict(finding) for finding in findings],
-            "resizes_agree": all(finding.agrees for finding in findings),
-            "onnx_checker": "full check passed",
-            "parity": dataclasses.asdict(parity),
-        },
-    )
+        operations = Counter(node.op_type for node in model.graph.node)
+        record = folders.write_record(
+            folder,
+            "convert",
+            staged=staged,
+            inputs=inputs,
+            settings=settings,
+            outputs=["heads.onnx"],
+            versions={name: _version(name) for name in _VERSIONED},
+            seconds=time.monotonic() - started,
+            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            checks={
+                "opset": model.opset_import[0].version,
+                "ir_version": model.ir_version,
+                "nodes": sum(operations.values()),
+                "transposes": operations["Transpose"],
+                "batch_norms": operations["BatchNormalization"],
+                "resizes": [dataclasses.asdict(finding) for finding in findings],
+                "resizes_agree": all(finding.agrees for finding in findings),
+                "onnx_checker": "full check passed",
+                "parity": dataclasses.asdict(parity),
+            },
+        )
     return folders.StageResult(record, is_up_to_date=False)
 
 
@@ -173,14 +175,17 @@ def check_parity(folder: str | Path, *, images: int = 4) -> Parity:
     return parity
 
 
-def load_frozen(path: str | Path) -> Any:
-    """The ``GraphDef`` in ``path``; InputError if it is damaged or lacks the nodes that export writes."""
+def load_frozen(path: str | Path, content: bytes | None = None) -> Any:
+    """The ``GraphDef`` in ``path``; InputError if it is damaged or lacks the nodes that export writes.
+
+    content: the bytes of the file, where they were read already.
+    """
     tf = odapi.tensorflow()
     from google.protobuf.message import DecodeError
 
     graph_def = tf.compat.v1.GraphDef()
     try:
-        graph_def.ParseFromString(Path(path).read_bytes())
+        graph_def.ParseFromString(Path(path).read_bytes() if content is None else content)
     except DecodeError as error:
         raise InputError(f"{path}: not a TensorFlow GraphDef ({error}); run `odtrt export` again") from error
     missing = {INPUT, *OUTPUTS} - {node.name for node in graph_def.node}

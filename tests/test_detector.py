@@ -601,8 +601,9 @@ def test_newer_syntax_is_caught():
 
 
 def import_all_rooms() -> str:
-    """Those that need numpy alone: all but the command line, which is made with typer and rich."""
-    names = [room.stem for room in device_rooms() if room.stem not in ("__init__", "cli")]
+    """Those that need numpy alone: all but the command line's, made with typer and rich."""
+    command_line = ("__init__", "__main__", "cli", "terminal")
+    names = [room.stem for room in device_rooms() if room.stem not in command_line]
     return "import " + ", ".join(f"odtrt_lib.{name}" for name in names)
 
 
