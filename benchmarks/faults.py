@@ -213,7 +213,7 @@ def make_bench(scratch: Path, plans: Sequence[bytes]) -> Bench:
     folder.mkdir()
     (folder / "heads.onnx").write_bytes(onnx_model(0))
     (folder / "spec.json").write_text(SPEC.to_json())
-    np.save(folder / "anchors.npy", np.zeros((SPEC.heads.num_anchors, 4), np.float32))
+    np.save(folder / "anchors.npy", np.full((SPEC.heads.num_anchors, 4), 0.5, np.float32))
     folders.seal(folder)
     installed = {}
     for fingerprint, plan in ((VICTIM, plans[0]), (OTHER, plans[1])):
