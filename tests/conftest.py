@@ -92,6 +92,23 @@ def compiler() -> str:
     return found
 
 
+# ONNX Runtime sends nothing if one of these is set, whatever its own switch says.
+CI_VARIABLES = [
+    "CI",
+    "TF_BUILD",
+    "GITHUB_ACTIONS",
+    "GITLAB_CI",
+    "CIRCLECI",
+    "TRAVIS",
+    "JENKINS_URL",
+    "CODEBUILD_BUILD_ID",
+    "BUILDKITE",
+    "TEAMCITY_VERSION",
+    "APPVEYOR",
+    "BITBUCKET_BUILD_NUMBER",
+]
+
+
 class Offline:
     """Processes with ``environment`` reach no network and have a home folder of their own.
 
@@ -105,7 +122,7 @@ class Offline:
             **{
                 name: value
                 for name, value in os.environ.items()
-                if name != "ORT_DISABLE_TELEMETRY" and not name.startswith("XDG_")
+                if name not in ("ORT_DISABLE_TELEMETRY", *CI_VARIABLES) and not name.startswith("XDG_")
             },
             "LD_PRELOAD": str(library),
             "ODTRT_ATTEMPTS": str(self._attempts),

@@ -350,7 +350,11 @@ def test_a_callback_submits_while_other_threads_fill_every_place(tiny):
 
 def test_what_callbacks_submit_is_bounded_and_they_cannot_close(tiny):
     image, most, raised = pictures(1)[0], detector_room.MOST_WAITING, []
-    all_in, places = threading.Event(), []
+    registered, all_in, places = threading.Event(), threading.Event(), []
+
+    def infer(images: np.ndarray, run):
+        assert registered.wait(60), "else the callback runs at once, in this thread"
+        return run(images)
 
     def flood(done) -> None:
         with pytest.raises(InputError, match=r"cannot wait for them in a callback") as caught:
@@ -361,8 +365,9 @@ def test_what_callbacks_submit_is_bounded_and_they_cannot_close(tiny):
             detector.close()
         all_in.set()
 
-    detector = Detector.open(tiny)
+    detector = background_detector(tiny, infer)
     detector.submit(image).add_done_callback(flood)
+    registered.set()
     assert all_in.wait(60)
     assert len(places) == 2 * most and "\n" not in str(raised[0])
     assert all(len(future.result().scores) > 3 for future in places), "close() in the callback did nothing"
