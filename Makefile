@@ -95,7 +95,7 @@ INSTALL := $(UV) pip install --quiet --python $(BIN)/python
 	$(INSTALL) --require-hashes -r requirements/run.lock
 	$(INSTALL) --require-hashes --no-deps --no-build-isolation -r requirements/odapi.lock
 	$(INSTALL) --no-deps --no-build-isolation -e .
-	$(BIN)/python -m odtrt_lib.odapi
+	$(BIN)/python -m odtrt_lib.export.odapi
 	@touch $@
 
 .venv/.dev: .venv/.run requirements/dev.lock

@@ -21,16 +21,15 @@ from typing import Any
 import numpy as np
 import onnx
 
-from odtrt_lib import odapi
 from odtrt_lib.convert import convert
-from odtrt_lib.datasets import load_coco
+from odtrt_lib.convert.rewrite import means_in_two_steps
 from odtrt_lib.detector import Detector
 from odtrt_lib.evaluate import agreement, coco_metrics, coco_results
-from odtrt_lib.export import export, find_model
+from odtrt_lib.export import export, find_model, odapi
 from odtrt_lib.folder import seal
 from odtrt_lib.preprocess import load_image
 from odtrt_lib.results import write_results
-from odtrt_lib.rewrite import means_in_two_steps
+from odtrt_lib.scenes import load_coco
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = {"coco_ssd_mnv1": 128}

@@ -51,14 +51,16 @@ from typing import Any
 
 import numpy as np
 
-from odtrt_lib import engine, passport, portability, runtime
+from odtrt_lib import engine, portability
+from odtrt_lib.anchors import load_anchors
 from odtrt_lib.detector import Detections, Detector
+from odtrt_lib.engine import passport, runtime
 from odtrt_lib.errors import OdtrtError
 from odtrt_lib.evaluate import agreement, coco_results
+from odtrt_lib.machine import this_machine
 from odtrt_lib.preprocess import load_image
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import load_spec
-from odtrt_lib.tensors import load_anchors
 
 ROOT = Path(__file__).resolve().parents[1]
 # Arithmetic: the plan's precision, and the IoU and the score tolerance that its detections are held to.
@@ -78,7 +80,7 @@ def main() -> int:
     if arguments.row is not None:
         print(json.dumps(serve(arguments.folders[0], arguments)))
         return 0
-    gpu = (passport.this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
+    gpu = (this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
     path = ROOT / "results" / f"backends.{gpu}.json"
     rows: list[dict[str, Any]] = []
 
@@ -182,7 +184,7 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     images = read_images(folder, arguments.images)
     expected = detections(Detector.open(folder, "onnxruntime"), images)
     engine.build(folder, precision=precision, plugin=plugin)
-    here = portability.here(plugin)
+    here = portability.this_environment(plugin)
     model = "heads.onnx" if plugin is None else "detector.onnx"
     plan = portability.best_plan(folder, here, model, precision)
     if plan is None or here.flavour is None:
@@ -329,7 +331,7 @@ def start(arguments: argparse.Namespace) -> dict[str, float]:
     """What a service does when it comes up; the library's import is part of it."""
     image = np.zeros((480, 640, 3), np.uint8)
     started = time.perf_counter()
-    flavour = portability.here(arguments.plugin).flavour
+    flavour = portability.this_environment(arguments.plugin).flavour
     imported = time.perf_counter()
     precision, _, _ = ARITHMETIC[arguments.start]
     detector = Detector.open(

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from odtrt_lib import datasets, evaluate, odapi
+from odtrt_lib import evaluate
 from odtrt_lib.convert import OPSETS, convert
 from odtrt_lib.detector import Detections, Detector
-from odtrt_lib.export import export
+from odtrt_lib.export import export, odapi
 from odtrt_lib.results import write_results
+from odtrt_lib.scenes import PARTS_CLASSES, TEST_SEEDS, Scene, render_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ROOT / "models" / "parts"
@@ -64,7 +65,7 @@ def graph() -> Iterator[Row]:
     from object_detection import exporter_lib_v2
     from object_detection.builders import model_builder
 
-    from odtrt_lib.spec import read_pipeline
+    from odtrt_lib.export.pipeline import read_pipeline
 
     config = read_pipeline(PARTS / "pipeline.config").message
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +140,7 @@ def camera_resize() -> Iterator[Row]:
         convert(folder)
         detector = Detector.open(folder)
     height, width = detector.spec.input.height, detector.spec.input.width
-    scenes = {seed: datasets.render_scene(seed) for seed in datasets.TEST_SEEDS[:SCENES]}
+    scenes = {seed: render_scene(seed) for seed in TEST_SEEDS[:SCENES]}
     truth = ground_truth(scenes)
     rules = {
         "as the Object Detection API": lambda image: image,
@@ -194,11 +195,11 @@ def shifts(reference: Detections, found: Detections) -> np.ndarray:
     return np.array(moved, np.float32).reshape(-1, 2)
 
 
-def ground_truth(scenes: dict[int, datasets.Scene]) -> dict[str, Any]:
+def ground_truth(scenes: dict[int, Scene]) -> dict[str, Any]:
     """The scenes' boxes as the content of a COCO instances file."""
     return {
         "images": [{"id": seed, "height": 480, "width": 640} for seed in scenes],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(datasets.PARTS_CLASSES, 1)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(PARTS_CLASSES, 1)],
         "annotations": [
             {
                 "image_id": seed,

@@ -18,11 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from odtrt_lib import odapi
 from odtrt_lib.errors import UnsupportedError
+from odtrt_lib.export import odapi
+from odtrt_lib.export.pipeline import read_pipeline
 from odtrt_lib.folder import last_record
 from odtrt_lib.results import write_results
-from odtrt_lib.spec import load_spec, read_pipeline
+from odtrt_lib.spec import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = {"coco_ssd_mnv1": "trained", "ft_fpnlite320_tfjs1": "trained"}
@@ -66,7 +67,7 @@ def with_random_weights(corpus: Path, work: Path) -> dict[str, tuple[Path, str]]
         except UnsupportedError as error:
             print(f"{name}: left out: {error}")
             continue
-        make = "import sys; from odtrt_lib.odapi import write_random_checkpoint as w; w(*sys.argv[1:])"
+        make = "import sys; from odtrt_lib.export.odapi import write_random_checkpoint as w; w(*sys.argv[1:])"
         subprocess.run(
             [sys.executable, "-c", make, folder / "pipeline.config", folder / "checkpoint"],
             check=True,
@@ -78,7 +79,7 @@ def with_random_weights(corpus: Path, work: Path) -> dict[str, tuple[Path, str]]
 
 def measure(name: str, source: Path, weights: str, work: Path) -> dict[str, object]:
     folder = work / "out" / name
-    odtrt = [sys.executable, "-m", "odtrt_lib.cli"]
+    odtrt = [sys.executable, "-m", "odtrt_lib"]
     started = time.perf_counter()
     subprocess.run([*odtrt, "run", source, "--output", folder], check=True)
     wall = time.perf_counter() - started

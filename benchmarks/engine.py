@@ -36,12 +36,13 @@ from typing import Any
 import numpy as np
 from corpus import D1_FROM_D0
 
-from odtrt_lib import engine, passport
-from odtrt_lib.datasets import TEST_SEEDS, render_scene
+from odtrt_lib import engine
+from odtrt_lib.engine import passport
 from odtrt_lib.errors import BuildError
 from odtrt_lib.folder import seal
 from odtrt_lib.preprocess import preprocess
 from odtrt_lib.results import write_results
+from odtrt_lib.scenes import TEST_SEEDS, render_scene
 from odtrt_lib.spec import DetectorSpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,9 +93,9 @@ def main(arguments: list[str]) -> None:
                 print(rows[-1], flush=True)
         for name in dict.fromkeys(name for name, _, _ in LADDERS):
             rows += setting_rows(name, Path(work))
-        for name, share, may_give_up in LADDERS:
+        for name, share, allow in LADDERS:
             has_samples = not any(row["kind"] == "sample" for row in rows)
-            rows += ladder_rows(name, share, may_give_up, Path(work), rows, has_samples)
+            rows += ladder_rows(name, share, allow, Path(work), rows, has_samples)
     write_results(RESULTS, "engine", "python benchmarks/engine.py", rows)
 
 
@@ -107,7 +108,7 @@ def prepare(corpus: Path, names: Iterable[str]) -> None:
         with tempfile.TemporaryDirectory() as work:
             source, pipeline = sources(corpus, name, Path(work))
             chosen = [] if pipeline is None else ["--pipeline", str(pipeline)]
-            odtrt = [sys.executable, "-m", "odtrt_lib.cli"]
+            odtrt = [sys.executable, "-m", "odtrt_lib"]
             subprocess.run([*odtrt, "export", str(source), "--output", str(folder), *chosen], check=True)
             subprocess.run([*odtrt, "convert", str(folder)], check=True)
         (folder / "frozen.pb").unlink()
@@ -137,7 +138,7 @@ def sources(corpus: Path, name: str, work: Path) -> tuple[Path, Path | None]:
         "ssd_resnet50_fpn_640": r50.read_text(),
     }[name]
     (work / "pipeline.config").write_text(text)
-    make = "import sys; from odtrt_lib.odapi import write_random_checkpoint as w; w(*sys.argv[1:])"
+    make = "import sys; from odtrt_lib.export.odapi import write_random_checkpoint as w; w(*sys.argv[1:])"
     command = [sys.executable, "-c", make, work / "pipeline.config", work / "checkpoint"]
     subprocess.run(command, check=True, capture_output=True)
     return work, None
@@ -194,14 +195,14 @@ def build_row(name: str, precision: str, work: Path) -> dict[str, Any]:
 def setting_rows(name: str, work: Path) -> list[dict[str, Any]]:
     """Each setting of the ladder alone."""
     rows = []
-    whole = engine.RUNGS
+    whole = engine.FALLBACK
     for rung in (one for one in whole if one.concession is None):
         with model_folder(name, work) as folder:
-            engine.RUNGS = (rung,)
+            engine.FALLBACK = (rung,)
             try:
                 engine.build(folder)
             finally:
-                engine.RUNGS = whole
+                engine.FALLBACK = whole
             (found,) = passport.passports(folder)
         rows.append(
             {
@@ -220,7 +221,7 @@ def setting_rows(name: str, work: Path) -> list[dict[str, Any]]:
 def ladder_rows(
     name: str,
     share: float,
-    may_give_up: tuple[str, ...],
+    allow: tuple[str, ...],
     work: Path,
     rows: list[dict[str, Any]],
     has_samples: bool,
@@ -231,7 +232,7 @@ def ladder_rows(
     attempts: list[dict[str, Any]] = []
     with model_folder(name, work) as folder:
         try:
-            engine.build(folder, memory=f"{limit}MiB", may_give_up=may_give_up)
+            engine.build(folder, memory=f"{limit}MiB", allow=allow)
             attempts += passport.passports(folder)[0].attempts
         except BuildError as error:
             pattern = r"([a-z][a-zA-Z ]+): ([^;]*?) \(peak (\d+) MiB\)"
@@ -242,10 +243,10 @@ def ladder_rows(
     made = [
         {
             "kind": "ladder",
-            "case": f"{name} less {share:.0%}" + ", may give up ".join(["", *may_give_up]),
+            "case": f"{name} less {share:.0%}" + ", may give up ".join(["", *allow]),
             "model": name,
             "precision": "fp16" if "half precision" in attempt["name"] else "fp32",
-            "may_give_up": " ".join(may_give_up),
+            "allow": " ".join(allow),
             "limit_mb": limit,
             "number": number,
             "rung": attempt["name"],

@@ -50,12 +50,14 @@ from typing import Any
 import numpy as np
 from backends_gpu import ARITHMETIC, free_device_mb, in_a_process
 
-from odtrt_lib import builder, engine, passport
+from odtrt_lib import engine
+from odtrt_lib.anchors import load_anchors
+from odtrt_lib.engine import builder, passport
 from odtrt_lib.evaluate import agreement
+from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import postprocess
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import DetectorSpec, load_spec
-from odtrt_lib.tensors import load_anchors
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_RELATIVE_ERROR = {"FP32": 1e-3, "TF32": 2e-2, "FP16": 2e-2}
@@ -73,7 +75,7 @@ def main(arguments: list[str]) -> int:
         measure(Path(arguments[1]), arguments[2])
         return 0
     recorded, chosen = Path(arguments[0]), arguments[1:]
-    gpu = passport.this_machine().gpu
+    gpu = this_machine().gpu
     if gpu is None:
         print("no GPU here: this script measures one")
         return 2
@@ -139,7 +141,7 @@ def build(folder: Path, precision: str) -> dict[str, Any]:
 
 def run(folder: Path, arithmetic: str) -> dict[str, Any]:
     """Loading, latency and agreement of the one plan in ``folder``."""
-    from odtrt_lib import runtime
+    from odtrt_lib.engine import runtime
 
     spec = load_spec(folder / "spec.json")
     anchors = load_anchors(folder / "anchors.npy", spec)

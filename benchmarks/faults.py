@@ -53,11 +53,13 @@ import numpy as np
 
 from odtrt_lib import bundle, portability, spec
 from odtrt_lib import folder as folders
-from odtrt_lib import passport as passports
+from odtrt_lib.bundle import archive as archives
+from odtrt_lib.bundle import install as installs
+from odtrt_lib.engine import passport as passports
+from odtrt_lib.engine.passport import Machine, Passport, PluginIdentity
 from odtrt_lib.errors import InputError, OdtrtError
 from odtrt_lib.folder import atomic_write, read_log, sha256, staging, write_record
-from odtrt_lib.passport import Machine, Passport, PluginIdentity
-from odtrt_lib.portability import Action, Here
+from odtrt_lib.portability import Action, Environment, policy, rebuild
 from odtrt_lib.results import write_results
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "faults.json"
@@ -178,7 +180,7 @@ def describe(plan: bytes, fingerprint: str, folder: Path, **changes: Any) -> Pas
     return Passport(**{**fields, **changes})
 
 
-HERE = Here(
+HERE = Environment(
     Machine("Linux", "x86_64", "NVIDIA RTX 4090", "8.9", 128, 24564, "580.1", "13.0"), "tensorrt_rtx", RTX
 )
 
@@ -317,7 +319,8 @@ def step(at_line: int | None) -> list[int]:
     counted = [0]
     if at_line is None:
         return counted
-    watched = {module.__file__ for module in (folders, passports, portability, bundle)} | {__file__}
+    modules = (folders, passports, policy, rebuild, archives, installs)
+    watched = {module.__file__ for module in modules} | {__file__}
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         if frame.f_code.co_filename not in watched:
@@ -370,7 +373,7 @@ def half_written(folder: Path) -> int:
     count = 0
     for path in (folder / "plans").glob("*.plan"):
         count += sha256(path)[:8] != path.stem.split("-")[-1]
-    for path in [*(folder / "plans").glob("[!.]*.json"), folder / "plans" / portability.STATUS]:
+    for path in [*(folder / "plans").glob("[!.]*.json"), folder / "plans" / rebuild.STATUS]:
         with contextlib.suppress(FileNotFoundError):
             try:
                 json.loads(path.read_text())
@@ -502,7 +505,7 @@ def corruptions() -> dict[str, Callable[[Path, Path, Bench, random.Random], None
         "passport: a named pipe": lambda _, paper, *__: in_place_of(paper, os.mkfifo),
         "folder: strange names": lambda plan, _, __, chance: strange_names(plan.parent, chance),
         "folder: rebuild record damaged": lambda plan, _, __, chance: (
-            plan.parent / portability.STATUS
+            plan.parent / rebuild.STATUS
         ).write_bytes(
             chance.choice((b"", b"{", b"[]", b'{"state": 1}', b'{"state": "done", "failures": 3}', b"\xff"))
         ),
@@ -578,10 +581,10 @@ def works(bench: Bench) -> list[Work]:
         ) -> int:
             request = {"folder": str(folder), "fingerprint": passport.fingerprint, "inputs": inputs}
             rest = {"plugin": None, "command": None, "force": True, "lock": None}
-            return portability.main([json.dumps({**request, **rest})])
+            return rebuild.main([json.dumps({**request, **rest})])
 
-        portability._spawn = main
-        portability.here = lambda plugin=None: HERE
+        rebuild._spawn = main
+        rebuild.this_environment = lambda plugin=None: HERE
         engine.build = lambda folder, **_: replace(Path(folder))
         with contextlib.redirect_stdout(None):
             portability.start_rebuild(folder, bench.installed[VICTIM])
@@ -670,7 +673,7 @@ def after_kill(bench: Bench, folder: Path, work: Work, row: Row) -> None:
     count(row, {**tally, "crashes": tally["crashes"] + (status != 0 or is_stuck)})
     row["left_over"] += sum(
         path.name.startswith((".staging-", ".commit-"))
-        or (path.suffix == ".tmp" and portability.STATUS not in path.name)
+        or (path.suffix == ".tmp" and rebuild.STATUS not in path.name)
         for path in folder.rglob("*")
     )
 
@@ -841,7 +844,7 @@ def crowd(bench: Bench, trials: int) -> list[Row]:
         install(folder, bench.plans[2] + bytes([number]), others[number])
 
     def start(folder: Path, command: Sequence[str]) -> bool:
-        portability.here = lambda plugin=None: HERE
+        rebuild.this_environment = lambda plugin=None: HERE
         return portability.start_rebuild(folder, bench.installed[VICTIM], command=command) is not None
 
     def write(folder: Path) -> None:
@@ -909,8 +912,8 @@ PLUGIN = PluginIdentity("libodtrt_tensorrt.so", "a" * 64, "IPluginV3")
 class Mismatch:
     """A plan and a place that one row of the policy is about, and what must come out, written by hand.
 
-    built, place: changes to the passport and to :class:`Here`; the rest is a plan of TensorRT 10.3.0 built on
-    an A100, looked at from the same machine. helps: whether a rebuild does. harm: done to the folder.
+    built, place: changes to the passport and to :class:`Environment`; the rest is a plan of TensorRT 10.3.0
+    built on an A100, checked on the same machine. helps: whether a rebuild does. harm: done to the folder.
     """
 
     rule: str
@@ -1048,8 +1051,8 @@ def look_at(mismatch: Mismatch, folder: Path) -> tuple[portability.Verdict, list
     passport = describe(plan, VICTIM, folder, **{**machine, **mismatch.built})
     install(folder, plan, passport)
     mismatch.harm(folder, folder / "plans" / passport.plan)
-    place = Here(**{"machine": A100, "flavour": "tensorrt", "version": "10.3.0", **mismatch.place})
-    case = portability.Case(folder, passport, place)
+    place = Environment(**{"machine": A100, "flavour": "tensorrt", "version": "10.3.0", **mismatch.place})
+    case = policy.PlanCheck(folder, passport, place)
     applying = [rule.name for rule in portability.POLICY if rule.applies(case)]
     return portability.check(folder, passport, place), applying
 

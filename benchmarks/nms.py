@@ -132,10 +132,9 @@ def corpus_folder() -> Path:
 
 def corpus_heads(name: str, images: int) -> Heads:
     """What one model of the corpus says about its first photographs; needs TensorFlow and the OD API."""
-    from odtrt_lib import odapi
-    from odtrt_lib.export import find_model
+    from odtrt_lib.export import find_model, odapi
+    from odtrt_lib.export.pipeline import read_pipeline
     from odtrt_lib.preprocess import load_image
-    from odtrt_lib.spec import read_pipeline
 
     tf = odapi.tensorflow()
     photographs = sorted((corpus_folder() / "coco128" / "images" / "val2017").glob("*.jpg"))[:images]
@@ -184,7 +183,7 @@ def by_tensorflow(heads: Heads) -> Callable[[], Any] | None:
     """TensorFlow has no float16 here; its result is checked against the reference's counts."""
     if heads.class_logits.dtype != np.float32:
         return None
-    from odtrt_lib import odapi
+    from odtrt_lib.export import odapi
 
     tf = odapi.tensorflow()
     from object_detection.box_coders.faster_rcnn_box_coder import FasterRcnnBoxCoder
@@ -347,7 +346,7 @@ def plain_rows() -> Iterator[dict[str, Any]]:
     corners = centres + rng.normal(0, 0.01, centres.shape)
     boxes = np.concatenate([corners, corners + rng.uniform(0.05, 0.15, corners.shape)], 1).astype(np.float32)
     scores = rng.random(PLAIN_BOXES).astype(np.float32)
-    from odtrt_lib import odapi
+    from odtrt_lib.export import odapi
 
     tf = odapi.tensorflow()
     tensors = tf.constant(boxes), tf.constant(scores)

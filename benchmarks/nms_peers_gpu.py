@@ -44,10 +44,13 @@ import scenes
 import tensorrt as trt
 from tensorrt_gpu import cuda, elapsed, graph_times, percentiles
 
-from odtrt_lib import fuse, passport, runtime
+from odtrt_lib import fuse
+from odtrt_lib.engine.bindings import load_plugin
+from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import decode_boxes, postprocess
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import BoxCoder, DetectorSpec, NmsSpec, load_spec
+from odtrt_lib.tensors import DOMAIN, PLUGIN, PLUGIN_VERSION
 
 SIZES = (1917, 12804, 49104)
 THRESHOLDS = (0.3, 0.05, 1e-8)
@@ -132,8 +135,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     plugin, recorded = Path(files[0]), Path(files[1]) if len(files) > 1 else None
     trt.init_libnvinfer_plugins(trt.Logger(trt.Logger.ERROR), "")
-    runtime._load_plugin(trt, plugin, "the benchmark", runtime._ears(trt))
-    gpu = (passport.this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
+    load_plugin(trt.get_plugin_registry(), plugin)
+    gpu = (this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
     path = ROOT / "results" / f"nms_peers.{gpu}.json"
     rows: List[Dict[str, Any]] = []
     for heads, thresholds in cases(recorded, quick="--quick" in arguments):
@@ -259,7 +262,7 @@ def ours(heads: Heads) -> Tuple[Found, float, str, Dict[str, float]]:
     attributes = fuse.plugin_attributes(heads.spec)
 
     def add(network: Any, tensors: Dict[str, Any]) -> List[str]:
-        creator = creator_of(fuse.PLUGIN, fuse.PLUGIN_VERSION, fuse.DOMAIN)
+        creator = creator_of(PLUGIN, PLUGIN_VERSION, DOMAIN)
         anchors = constant(network, heads.anchors)
         return add_plugin(
             network,

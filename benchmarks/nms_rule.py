@@ -30,12 +30,14 @@ from typing import Any
 import numpy as np
 from claims import ground_truth
 
-from odtrt_lib import datasets, evaluate, nms
+from odtrt_lib import evaluate, nms
+from odtrt_lib.coco import load_coco
 from odtrt_lib.convert import convert
 from odtrt_lib.detector import Detections, Detector
 from odtrt_lib.export import export
 from odtrt_lib.preprocess import Frame, boxes_to_pixels, load_image, preprocess
 from odtrt_lib.results import write_results
+from odtrt_lib.scenes import TEST_SEEDS, render_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS, TRAINED = "parts", "coco_ssd_mnv1"
@@ -231,12 +233,12 @@ def opened(source: Path) -> Detector:
 def main() -> None:
     corpus = Path(os.environ.get("ODTRT_CORPUS", ROOT.parent / "shared" / "corpus"))
     detector = opened(ROOT / "models" / PARTS)
-    scenes = {seed: datasets.render_scene(seed) for seed in datasets.TEST_SEEDS[:SCENES]}
+    scenes = {seed: render_scene(seed) for seed in TEST_SEEDS[:SCENES]}
     seen = list(pictures(detector, ((seed, scene.image) for seed, scene in scenes.items())))
     rows = list(measure(PARTS, detector, seen, ground_truth(scenes)))
     if corpus.is_dir():
         detector = opened(corpus / TRAINED)
-        coco = datasets.load_coco(
+        coco = load_coco(
             corpus / "coco128" / "instances_val128.json", corpus / "coco128" / "images" / "val2017"
         )
         files = zip(coco.image_ids, coco.paths, strict=True)

@@ -24,8 +24,9 @@ from unittest import mock
 import cv2
 import numpy as np
 
-from odtrt_lib import native, odapi
+from odtrt_lib import native
 from odtrt_lib import preprocess as room
+from odtrt_lib.export import odapi
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import InputSpec, Resizer
 

@@ -48,9 +48,12 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from odtrt_lib import engine, passport, portability
-from odtrt_lib.detector import Detector, load_anchors
+from odtrt_lib import engine, portability
+from odtrt_lib.anchors import load_anchors
+from odtrt_lib.detector import Detector
+from odtrt_lib.engine import passport
 from odtrt_lib.evaluate import agreement
+from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import postprocess
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import DetectorSpec, load_spec
@@ -120,8 +123,8 @@ def record(target: Path, names: Sequence[str]) -> None:
 
 
 def run(recorded: Path, plugin: Path, names: Sequence[str]) -> int:
-    gpu = passport.this_machine().gpu
-    here = portability.here()
+    gpu = this_machine().gpu
+    here = portability.this_environment()
     if gpu is None or here.flavour != "tensorrt":
         print("no GPU, or no tensorrt here: this script measures both")
         return 2
@@ -223,7 +226,7 @@ def build(folder: Path, precision: str, plugin: Optional[Path]) -> Dict[str, Any
 
 def load_and_run(folder: Path, arithmetic: str, plugin: Optional[Path]) -> Dict[str, Any]:
     """Loading, agreement and latency of the one plan in ``folder``."""
-    from odtrt_lib import runtime
+    from odtrt_lib.engine import runtime
 
     spec = load_spec(folder / "spec.json")
     anchors = load_anchors(folder / "anchors.npy", spec)

@@ -10,14 +10,14 @@ from typing import Any
 
 
 def main() -> None:
-    """Runs the command line; see :func:`odtrt_lib.cli.main`."""
+    """Runs the command line; see :func:`odtrt_lib.app.cli.main`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
-        from odtrt_lib import cli
+        from odtrt_lib.app import cli
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
     else:
-        from odtrt_lib import cli
+        from odtrt_lib.app import cli
     cli.main()
 
 

@@ -5,7 +5,7 @@ same for all of them, and runs in the native library where that was built, else 
 
 * ``onnxruntime`` runs ``heads.onnx`` on the CPU.
 * ``tensorrt`` and ``tensorrt_rtx`` run the newest plan in ``plans/`` that may be used here
-  (:func:`odtrt_lib.portability.check`), split or fused; see :mod:`odtrt_lib.runtime`.
+  (:func:`odtrt_lib.portability.check`), split or fused; see :mod:`odtrt_lib.engine.runtime`.
 * ``auto``, unless another is asked for: the newest plan of the TensorRT that is installed, where there is an
   NVIDIA GPU, else ONNX Runtime. Where that plan is stale, an older one or ONNX Runtime serves while another
   process rebuilds it; the new plan is loaded behind the running detector and takes over between two calls.
@@ -26,21 +26,24 @@ import warnings
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, MutableSet, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, List, MutableSet, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from odtrt_lib.anchors import load_anchors
+from odtrt_lib.engine.passport import PLANS
 from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one_line
 from odtrt_lib.folder import sealed
+from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import Postprocessed, postprocess
-from odtrt_lib.passport import PLANS, PRECISIONS
 from odtrt_lib.preprocess import boxes_to_pixels, preprocess
 from odtrt_lib.spec import DetectorSpec, load_spec
-from odtrt_lib.tensors import load_anchors
+from odtrt_lib.tensors import Tensor, heads_tensors
+from odtrt_lib.variants import FORMS, PRECISIONS, form_of
 
 if TYPE_CHECKING:
-    from odtrt_lib.passport import Passport
-    from odtrt_lib.portability import Here
+    from odtrt_lib.engine.passport import Passport
+    from odtrt_lib.portability import Environment
 
 Heads = Tuple[np.ndarray, np.ndarray]
 
@@ -49,7 +52,7 @@ MOST_WAITING = 16
 """Calls of :meth:`Detector.submit` that may be unfinished; the next one waits. From callbacks: twice that."""
 
 _POLL_SECONDS = 0.5
-_HEADS, _FUSED = "heads.onnx", "detector.onnx"
+_HEADS = FORMS["heads"].file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,16 +386,10 @@ def _run_by_onnxruntime(path: Path, spec: DetectorSpec, model: bytes) -> Backend
         raise InputError(
             f"{path}: ONNX Runtime cannot read it ({_first_line(error)}); run `odtrt convert` again"
         ) from error
-    outputs = [spec.heads.box_encodings, spec.heads.class_logits]
-    batch, num_anchors = spec.input.batch, spec.heads.num_anchors
-    image_shape = [batch, 3, spec.input.height, spec.input.width]
-    _check_tensors(path, "inputs", session.get_inputs(), {spec.input.name: image_shape})
-    _check_tensors(
-        path,
-        "outputs",
-        session.get_outputs(),
-        {outputs[0]: [batch, num_anchors, 4], outputs[1]: [batch, num_anchors, spec.heads.num_columns]},
-    )
+    tensors = heads_tensors(spec)
+    _check_tensors(path, "inputs", session.get_inputs(), tensors.inputs)
+    _check_tensors(path, "outputs", session.get_outputs(), tensors.outputs)
+    outputs = [tensor.name for tensor in tensors.outputs]
 
     def infer(images: np.ndarray) -> Heads:
         box_encodings, class_logits = session.run(outputs, {spec.input.name: images})
@@ -401,12 +398,10 @@ def _run_by_onnxruntime(path: Path, spec: DetectorSpec, model: bytes) -> Backend
     return Backend("onnxruntime", infer, description=f"ONNX Runtime {onnxruntime.__version__} on the CPU")
 
 
-def _check_tensors(
-    path: Path, kind: str, found: Sequence[Any], expected: Dict[str, List[Optional[int]]]
-) -> None:
+def _check_tensors(path: Path, kind: str, found: Sequence[Any], tensors: Sequence[Tensor]) -> None:
     """``found`` are ONNX Runtime's: a dimension that is not fixed is a name or None."""
     again = "as spec.json says; run `odtrt convert` again"
-    names = [tensor.name for tensor in found]
+    names, expected = [tensor.name for tensor in found], {tensor.name: tensor.shape for tensor in tensors}
     if sorted(names) != sorted(expected):
         raise InputError(f"{path}: {kind} {', '.join(names)}, expected {', '.join(expected)} {again}")
     for tensor in found:
@@ -502,7 +497,7 @@ class _Wanted:
     """Which plans come into question."""
 
     folder: Path
-    here: Here
+    here: Environment
     plugin: Union[str, Path, None]
     precision: Optional[str]
 
@@ -516,23 +511,24 @@ class _Found:
     stale: Optional[Passport]
 
 
-def _here(backend: str, plugin: Union[str, Path, None]) -> Optional[Here]:
+def _here(backend: str, plugin: Union[str, Path, None]) -> Optional[Environment]:
     """This machine with the TensorRT that ``backend`` means; None where ``auto`` finds no GPU.
 
     TensorRT is imported only where there is one.
     """
-    from odtrt_lib import passport, portability, runtime
+    from odtrt_lib import portability
+    from odtrt_lib.engine.bindings import import_library
 
-    if passport.this_machine().gpu is None:
+    if this_machine().gpu is None:
         if backend == "auto":
             return None
         raise MissingDependencyError(
             f'backend {backend!r} needs an NVIDIA GPU and its driver, none was found; use "onnxruntime"'
         )
-    here = portability.here(plugin)
+    here = portability.this_environment(plugin)
     if backend in ("auto", here.flavour):
         return here
-    version = runtime.import_library(backend).__version__
+    version = import_library(backend).__version__
     return dataclasses.replace(here, flavour=backend, version=version)
 
 
@@ -545,7 +541,7 @@ def _open_best_plan(
     A plan is stale where no plan of its kind may be used: a folder can hold plans for several machines, and
     those of the others are no reason to rebuild.
     """
-    from odtrt_lib.passport import passports, survey
+    from odtrt_lib.engine.passport import passports, survey
 
     if wanted.here.flavour is None:
         reason = "there is a GPU, but neither tensorrt nor tensorrt_rtx can be imported"
@@ -572,7 +568,7 @@ def _open_best_of(
     if not in_question:
         return _Found(None, (*reasons, f"{wanted.folder} has no plan for it: run `odtrt build`"), None)
     if wanted.plugin is not None:
-        in_question.sort(key=lambda one: one.model != _FUSED)
+        in_question.sort(key=lambda one: form_of(one.model) != "plugin")
     best_kind = [one for one in in_question if _kind(one) == _kind(in_question[0])]
     others = [one for one in in_question if one not in best_kind] if of_any_kind else []
     stale: List[Passport] = []
@@ -600,7 +596,8 @@ def _open_best_of(
 def _comes_into_question(one: Passport, wanted: _Wanted) -> bool:
     if wanted.precision is not None and one.precision != wanted.precision:
         return False
-    return one.model == _HEADS or (one.model == _FUSED and wanted.plugin is not None)
+    form = form_of(one.model)
+    return form == "heads" or (form == "plugin" and wanted.plugin is not None)
 
 
 def _kind(one: Passport) -> Tuple[str, str]:
@@ -608,8 +605,8 @@ def _kind(one: Passport) -> Tuple[str, str]:
 
 
 def _open_plan(wanted: _Wanted, one: Passport, spec: DetectorSpec, anchors: np.ndarray) -> Backend:
-    from odtrt_lib import runtime
-    from odtrt_lib.passport import FLAVOURS
+    from odtrt_lib.engine import runtime
+    from odtrt_lib.engine.passport import FLAVOURS
 
     plan = runtime.load(wanted.folder, one, spec, anchors, plugin=wanted.plugin)
     return Backend(

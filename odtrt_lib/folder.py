@@ -34,27 +34,22 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from odtrt_lib import __version__
 from odtrt_lib.errors import InputError, OdtrtError, one_line
+from odtrt_lib.variants import models
 
 LOG = "log.jsonl"
-SEALED = ("spec.json", "anchors.npy", "frozen.pb", "heads.onnx", "detector.onnx", "detector_onnxnms.onnx")
+SEALED = ("spec.json", "anchors.npy", "frozen.pb", *models())
 """The files that the seal covers. Plans have passports instead."""
 
-_OF_THE_NETWORK = "spec.json: heads, input"
-_OF_THE_DETECTOR = "spec.json: box_coder, heads, input, nms, scores"
-SPEC_PARTS = {
-    "heads.onnx": _OF_THE_NETWORK,
-    "detector.onnx": _OF_THE_DETECTOR,
-    "detector_onnxnms.onnx": _OF_THE_DETECTOR,
-}
+SPEC_PARTS = {model: form.spec_part for model, form in models().items()}
 """Model -> the part of ``spec.json`` that goes into it, as records name it; labels and source are in none."""
 
 _COMMIT, _STAGING, _REMOVED = ".commit-", ".staging-", ".removed.json"
 _MAKE_AGAIN = {
-    "fuse_onnx": "run `odtrt fuse --form onnx` again",
+    "fuse_onnx": "run `odtrt fuse --form onnx_nms` again",
     "unpack": "unpack the bundle again",
     "seal": "put the right file back, or seal the folder again if this is the right one",
 }
-_COMMANDS = {"heads.onnx": "convert", "detector.onnx": "fuse", "detector_onnxnms.onnx": "fuse --form onnx"}
+_COMMANDS = {model: form.command for model, form in models().items()}
 _LARGEST = {"spec.json": 1 << 24, "anchors.npy": 1 << 30, LOG: 1 << 26}
 _LARGEST_MODEL = 1 << 31  # protobuf's own limit
 _DEEPEST_JSON = 20

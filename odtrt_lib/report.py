@@ -105,7 +105,7 @@ def undecided(checks: Mapping[str, Any]) -> Optional[Tuple[str, str]]:
     """Which checks of a record could not see enough (their names' common start), and that in a sentence.
 
     None where all could. What they could have seen is recorded as ``sees_kernel_change``, the smallest
-    relative change of a kernel; see :mod:`odtrt_lib.noise`.
+    relative change of a kernel; see :mod:`odtrt_lib.export.noise`.
     """
     flat = dict(_flat(checks))
     for name, value in flat.items():

@@ -1,82 +1,90 @@
-"""The arrays that a model folder carries beside its networks: the anchors."""
+"""Names, shapes and types of a detector's inputs and outputs, stated once.
+
+ONNX, TensorRT, the kernels, Triton and DeepStream all compare with these. The networks' boxes and scores are
+what :mod:`odtrt_lib.spec` says; ``detector.onnx`` gives what :class:`odtrt_lib.nms.Postprocessed` holds.
+"""
 
 from __future__ import annotations
 
-import io
-import os
-import re
-from pathlib import Path
-from typing import Optional
+import dataclasses
+from typing import Dict, Optional, Tuple
 
-import numpy as np
-
-from odtrt_lib.errors import InputError
 from odtrt_lib.spec import DetectorSpec
 
-_MAGIC = b"\x93NUMPY\x01\x00"
-_AGAIN = "run `odtrt export` again"
-_HEADER = re.compile(
-    rb"\{'descr': '([<>|=]?[A-Za-z]\d{0,3})', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n"
-)
+# The node that stands for the post-processing, and the plugin behind it.
+PLUGIN, DOMAIN, PLUGIN_VERSION = "OdtrtDetect", "odtrt", "1"
+CLIP_WINDOWS = "clip_windows"
+DETECTIONS = ("num_detections", "boxes", "scores", "classes")
+
+Shape = Tuple[Optional[int], ...]
 
 
-def load_anchors(path: Path, spec: DetectorSpec, content: Optional[bytes] = None) -> np.ndarray:
-    """The anchors of a model folder, float32 [N, 4], ``(ycenter, xcenter, height, width)``.
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """An input or output of a network. shape: the batch comes first, None where it is dynamic.
 
-    content: the bytes of the file, if they were read already. Reads what ``numpy.save`` writes for such an
-    array, and nothing else: the header is compared, not evaluated, and no more is read than N anchors take.
-
-    Raises InputError where the file is absent, damaged, not what ``spec`` describes, or holds values that
-    are no anchors (see :func:`anchor_problem`).
+    dtype: numpy's name for it, ``float32`` or ``int32``.
     """
-    shape = (spec.heads.num_anchors, 4)
-    num_bytes = 4 * shape[0] * shape[1]
-    data = b""
-    try:
-        with Path(path).open("rb") if content is None else io.BytesIO(content) as file:
-            start = file.read(len(_MAGIC) + 2)
-            header = file.read(int.from_bytes(start[-2:], "little"))
-            found, expected = _array_of(start, header), f"float32 {list(shape)}"
-            if found != expected:
-                raise InputError(f"{path}: {found}, expected {expected} as spec.json says; {_AGAIN}")
-            size = file.seek(0, os.SEEK_END) - len(start) - len(header)
-            if size == num_bytes:
-                file.seek(len(start) + len(header))
-                data = file.read(num_bytes)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); {_AGAIN}") from error
-    if len(data) != num_bytes:
-        raise InputError(f"{path}: {size} bytes of anchors, expected {num_bytes} for {expected}; {_AGAIN}")
-    anchors = np.frombuffer(data, "<f4").astype(np.float32).reshape(shape)
-    problem = anchor_problem(anchors)
-    if problem:
-        raise InputError(f"{path}: {problem}; {_AGAIN}")
-    return anchors
+
+    name: str
+    shape: Shape
+    dtype: str = "float32"
+
+    def with_batch(self, batch: int) -> Tuple[int, ...]:
+        """The shape of an array that holds ``batch`` images."""
+        return (batch, *(size for size in self.shape[1:] if size is not None))
 
 
-def anchor_problem(anchors: np.ndarray) -> str:
-    """What makes float32 [N, 4] no anchors: values that are not finite, no height or width; else nothing."""
-    is_good = np.isfinite(anchors).all(axis=1) & (anchors[:, 2:] > 0).all(axis=1)
-    if is_good.all():
-        return ""
-    row = int(np.argmin(is_good))
-    return (
-        f"anchor {row} is {anchors[row].tolist()}, expected finite ycenter, xcenter, height and width, "
-        "the last two positive"
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """All inputs and all outputs of a network, in its own order."""
+
+    inputs: Tuple[Tensor, ...]
+    outputs: Tuple[Tensor, ...]
+
+    @property
+    def all(self) -> Tuple[Tensor, ...]:
+        return (*self.inputs, *self.outputs)
+
+    @property
+    def shapes(self) -> Dict[str, Shape]:
+        return {tensor.name: tensor.shape for tensor in self.all}
+
+
+def heads_tensors(spec: DetectorSpec) -> Tensors:
+    """``heads.onnx``: the normalised image to raw heads, float32."""
+    batch, heads = spec.input.batch, spec.heads
+    return Tensors(
+        (_image(spec),),
+        (
+            Tensor(heads.box_encodings, (batch, heads.num_anchors, 4)),
+            Tensor(heads.class_logits, (batch, heads.num_anchors, heads.num_columns)),
+        ),
     )
 
 
-def _array_of(start: bytes, header: bytes) -> str:
-    """The type and shape that the head of an .npy file states, such as ``float32 [1917, 4]``."""
-    match = _HEADER.fullmatch(header) if start[:-2] == _MAGIC else None
-    if match is None:
-        return "an npz archive" if start.startswith(b"PK") else "not a numpy array"
-    descr, is_fortran, sizes = (group.decode() for group in match.groups())
-    try:
-        dtype = np.dtype(descr).name
-    except (TypeError, ValueError):
-        dtype = descr
-    if dtype == "float32" and descr != "<f4":
-        dtype = repr(descr)  # of another byte order, or of this machine's, whichever that is
-    order = " in Fortran order" if is_fortran == "True" else ""
-    return f"{dtype} [{sizes.rstrip(',')}]{order}"
+def detector_tensors(spec: DetectorSpec) -> Tensors:
+    """``detector.onnx``: the normalised image to detections. M is ``nms.max_total_detections``.
+
+    Where the image can cover less than the whole network input, its window is an input too.
+    """
+    batch, most = spec.input.batch, spec.nms.max_total_detections
+    windows = (Tensor(CLIP_WINDOWS, (batch, 4)),) if has_clip_windows(spec) else ()
+    return Tensors(
+        (_image(spec), *windows),
+        (
+            Tensor("num_detections", (batch,), "int32"),
+            Tensor("boxes", (batch, most, 4)),
+            Tensor("scores", (batch, most)),
+            Tensor("classes", (batch, most), "int32"),
+        ),
+    )
+
+
+def has_clip_windows(spec: DetectorSpec) -> bool:
+    """Whether the image can cover less than the whole network input, so that its window must be given."""
+    return spec.input.resizer.kind == "keep_aspect_ratio" and spec.input.resizer.pad_to_max_dimension
+
+
+def _image(spec: DetectorSpec) -> Tensor:
+    return Tensor(spec.input.name, (spec.input.batch, 3, spec.input.height, spec.input.width))

@@ -855,9 +855,8 @@ def policy() -> str:
     rows = [
         [rule.name, rule.condition, f"**{rule.action.value}**", rule.source] for rule in portability.POLICY
     ]
-    return (
-        f"{grid(['rule', 'when', 'verdict', 'source'], rows)}\n\n*`POLICY` in `odtrt_lib/portability.py`.*\n"
-    )
+    table = grid(["rule", "when", "verdict", "source"], rows)
+    return f"{table}\n\n*`POLICY` in `odtrt_lib/portability/policy.py`.*\n"
 
 
 def engine_gaps(results: Path) -> str:

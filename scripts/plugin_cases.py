@@ -19,6 +19,7 @@ import numpy as np
 
 from odtrt_lib import fuse, nms
 from odtrt_lib.spec import BoxCoder, DetectorSpec, HeadsSpec, InputSpec, NmsSpec, Resizer, ScoreSpec, Source
+from odtrt_lib.tensors import DETECTIONS, has_clip_windows
 
 SETS = 3
 _SSD, _EFFICIENTDET = BoxCoder(10.0, 10.0, 5.0, 5.0), BoxCoder(1.0, 1.0, 1.0, 1.0)
@@ -108,7 +109,7 @@ def write_case(path: Path, case: Case, seed: int = 0, sets: int = SETS) -> None:
     """Writes one case with so many sets of heads; see the module."""
     rng = np.random.default_rng(seed)
     spec, heads = case.spec, case.heads
-    has_windows = fuse.has_clip_windows(spec)
+    has_windows = has_clip_windows(spec)
     attributes = fuse.plugin_attributes(spec)
     anchors = np.concatenate(
         [rng.uniform(0, 1, (heads.num_anchors, 2)), rng.uniform(0.05, 0.4, (heads.num_anchors, 2))], axis=1
@@ -142,7 +143,7 @@ def write_case(path: Path, case: Case, seed: int = 0, sets: int = SETS) -> None:
         expected = nms.postprocess_reference(encodings, logits, anchors, spec, windows)
         parts += [encodings.tobytes(), logits.tobytes()]
         parts += [windows.tobytes()] if has_windows else []
-        parts += [getattr(expected, name).tobytes() for name in fuse.OUTPUTS]
+        parts += [getattr(expected, name).tobytes() for name in DETECTIONS]
     path.write_bytes(b"".join(parts))
 
 

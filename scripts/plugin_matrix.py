@@ -35,6 +35,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from odtrt_lib import engine, fuse
+from odtrt_lib.anchors import load_anchors
+from odtrt_lib.engine.half import half_precision
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import (
     BoxCoder,
@@ -48,7 +50,6 @@ from odtrt_lib.spec import (
     Source,
     load_spec,
 )
-from odtrt_lib.tensors import load_anchors
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "plugins" / "tensorrt"
@@ -224,7 +225,7 @@ def detectors(folder: Path, converted: Sequence[Path]) -> dict[tuple[str, str, s
         for precision in engine.PRECISIONS:
             detector = fuse.with_plugin(heads, spec, anchors)
             path = folder / f"{len(models)}.onnx"
-            onnx.save(fuse.half_precision(detector) if precision == "fp16" else detector, path)
+            onnx.save(half_precision(detector) if precision == "fp16" else detector, path)
             models[name, precision, batch] = path
     return models
 

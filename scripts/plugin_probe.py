@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from odtrt_lib import fuse
+from odtrt_lib.engine import bindings
 
 INTEGERS = {
     "background_column": 0,
@@ -67,7 +67,7 @@ def probe_registry(module: str, plugin: str, site: str | None = None) -> dict[st
 
 def probe_build(plugin: str, model: str) -> dict[str, Any]:
     """See the module's docstring."""
-    fuse.let_rtx_find_itself()
+    bindings.let_rtx_find_itself()
     import tensorrt_rtx as trt
 
     messages = []

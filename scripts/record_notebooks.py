@@ -75,7 +75,7 @@ def code_sha256(notebook: Any) -> str:
 
 
 def library_modules(notebook: Any, root: Path) -> list[str]:
-    """The modules of odtrt_lib that the notebook depends on, directly or through another, sorted."""
+    """The files of odtrt_lib that the notebook depends on, directly or through another, sorted."""
     waiting = set()
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -84,14 +84,14 @@ def library_modules(notebook: Any, root: Path) -> list[str]:
     while waiting:
         module = waiting.pop()
         found.add(module)
-        text = (root / "odtrt_lib" / f"{module}.py").read_text(encoding="utf-8")
+        text = (root / module).read_text(encoding="utf-8")
         waiting |= _imported(text, root) - found
     return sorted(found)
 
 
 def library_sha256(modules: Iterable[str], root: Path) -> str:
     """The hash of what these modules do: their source without comments, docstrings and blank lines."""
-    texts = [essential(root / "odtrt_lib" / f"{module}.py") for module in modules]
+    texts = [essential(root / module) for module in modules]
     return _sha256(json.dumps(texts).encode())
 
 
@@ -271,7 +271,8 @@ def _text(output: Any) -> str:
 
 
 def _imported(text: str, root: Path) -> set[str]:
-    modules = set()
+    """The files of odtrt_lib that are imported by name, each with the packages that it is in."""
+    files = set()
     for node in ast.walk(ast.parse(text)):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -279,12 +280,11 @@ def _imported(text: str, root: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("odtrt_lib"):
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         for name in names:
-            package, _, module = name.partition(".")
-            if package == "odtrt_lib":
-                modules.add("__init__")
-                if (root / "odtrt_lib" / f"{module}.py").is_file():
-                    modules.add(module)
-    return modules
+            parts = name.split(".") if name.split(".")[0] == "odtrt_lib" else []
+            for count in range(1, len(parts) + 1):
+                path = "/".join(parts[:count])
+                files |= {one for one in (f"{path}.py", f"{path}/__init__.py") if (root / one).is_file()}
+    return files
 
 
 def _without_magics(source: str) -> str:

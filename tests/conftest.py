@@ -13,6 +13,7 @@ from typing import Dict, List
 import pytest
 
 from odtrt_lib import native
+from odtrt_lib.machine import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,6 +110,20 @@ CI_VARIABLES = [
 ]
 
 
+def pretend_machine(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    """Lets all of odtrt take this machine for another."""
+    for name in (
+        "app.doctor",
+        "bundle.install",
+        "detector",
+        "engine.runtime",
+        "engine.stage",
+        "portability.policy",
+    ):
+        module = importlib.import_module(f"odtrt_lib.{name}")
+        monkeypatch.setattr(module, "this_machine", lambda: machine)
+
+
 class Offline:
     """Processes with ``environment`` reach no network and have a home folder of their own.
 
@@ -178,7 +193,7 @@ def tiny_model(tmp_path_factory) -> Path:
     (folder / "label_map.pbtxt").write_text(
         "".join(f'item {{ id: {i} name: "{n}" }}\n' for i, n in enumerate(("bolt", "nut", "gear"), 1))
     )
-    from odtrt_lib.odapi import write_random_checkpoint
+    from odtrt_lib.export.odapi import write_random_checkpoint
 
     write_random_checkpoint(folder / "pipeline.config", folder / "checkpoint")
     return folder
@@ -197,7 +212,7 @@ def tiny_folder(tiny_model, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def odapi_modules():
     """Imports a module of the OD API, an oracle: ``odapi_modules("utils.label_map_util")``."""
-    from odtrt_lib import odapi
+    from odtrt_lib.export import odapi
 
     odapi.prepare()
     return lambda name: importlib.import_module(f"object_detection.{name}")

@@ -99,7 +99,7 @@ def unknown_messages(page: str, library: str) -> list[str]:
 
 
 def library_text() -> str:
-    return "\n".join(path.read_text() for path in (ROOT / "odtrt_lib").glob("*.py"))
+    return "\n".join(path.read_text() for path in (ROOT / "odtrt_lib").rglob("*.py"))
 
 
 def test_the_messages_on_the_troubleshooting_page_are_those_of_the_library():

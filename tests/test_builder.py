@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import pretend_machine
 
-from odtrt_lib import builder, engine, passport
+from odtrt_lib import engine
+from odtrt_lib.engine import builder, fallback, passport, watch
 from odtrt_lib.errors import BuildError, CheckError, InputError, UnsupportedError
 from odtrt_lib.folder import exclusive, seal
 
@@ -313,7 +315,7 @@ def install(tmp_path, monkeypatch):
         monkeypatch.setenv("STAND_IN_LOG", str(tmp_path / "calls"))
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         if machine is not None:
-            monkeypatch.setattr(passport, "this_machine", lambda: machine)
+            pretend_machine(monkeypatch, machine)
         return StandIn(monkeypatch, tmp_path / "calls")
 
     yield put
@@ -569,7 +571,7 @@ def test_a_kill_is_reported_as_one_and_does_not_end_this_process(install, tmp_pa
     for rung in ("as asked", "small workspace", "no library tactics", "frugal heap"):
         assert f"{rung}: {reason} (peak " in message
     assert "lowest optimisation level" not in message, "8.5 has none"
-    assert "allow half precision (--may-give-up fp32), which changes the numbers" in message
+    assert "allow half precision (--allow fp32), which changes the numbers" in message
     assert len(tensorrt.calls("create_network")) == 4
     assert files_in(folder) == ["heads.onnx", "log.jsonl", "spec.json"]
 
@@ -586,8 +588,8 @@ def test_a_crash_is_not_taken_for_a_lack_of_memory(install, tmp_path):
 def test_a_build_that_hangs_at_its_limit_is_ended(install, tmp_path, monkeypatch):
     tensorrt = install("8.5.2.2")
     tensorrt.knobs(hangs=True)
-    monkeypatch.setattr(engine, "_STALL_SECONDS", 0.3)
-    monkeypatch.setattr(engine, "RUNGS", engine.RUNGS[:1])
+    monkeypatch.setattr(watch, "_STALL_SECONDS", 0.3)
+    monkeypatch.setattr(fallback, "FALLBACK", engine.FALLBACK[:1])
     with pytest.raises(BuildError, match=r"as asked: hung after it met the memory limit"):
         engine.build(model_folder(tmp_path / "tiny"), memory="1GiB")
 
@@ -600,7 +602,7 @@ def test_nothing_is_given_up_unasked(install, tmp_path):
         engine.build(folder)
     assert "static batch:" not in str(caught.value) and "half precision:" not in str(caught.value)
     with pytest.raises(BuildError, match=r"static batch: .*half precision: "):
-        engine.build(folder, may_give_up=("dynamic_batch", "fp32"))
+        engine.build(folder, allow=("dynamic_batch", "fp32"))
     assert [call[1] for call in tensorrt.calls("set_shape")][-1] == [1, 3, 16, 16]
 
 
@@ -609,7 +611,7 @@ def test_what_may_be_given_up_is_given_up_last_and_said(install, tmp_path):
     tensorrt = install("11.4.0")
     tensorrt.knobs(mb=560)
     folder = model_folder(tmp_path / "tiny", DYNAMIC, batch=None)
-    asked = {"memory": "300MiB", "may_give_up": ("fp32", "dynamic_batch"), "batch": (1, 4, 8)}
+    asked = {"memory": "300MiB", "allow": ("fp32", "dynamic_batch"), "batch": (1, 4, 8)}
     record = engine.build(folder, **asked).record
     found = passport_of(folder)
     assert [attempt["name"] for attempt in found.attempts][-1] == "static batch"

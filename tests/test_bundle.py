@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import configparser
 import dataclasses
 import errno
@@ -28,10 +27,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import pretend_machine
 
-from odtrt_lib import bundle, fuse, spec
+from odtrt_lib import __version__, bundle, fuse, spec
+from odtrt_lib.bundle import archive as archives
+from odtrt_lib.bundle import install
 from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependencyError, UnsupportedError
 from odtrt_lib.folder import made_from, read_log, seal, sealed, write_record
+from odtrt_lib.machine import this_machine
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
@@ -165,7 +168,7 @@ def test_the_manifest_describes_every_member(folder, archive):
     assert manifest["schema"] == 1
     assert manifest["name"] == SPEC.name
     assert manifest["spec_sha256"] == hashlib.sha256((folder / "spec.json").read_bytes()).hexdigest()
-    assert manifest["odtrt"] == bundle.__version__
+    assert manifest["odtrt"] == __version__
 
 
 def test_what_travels_and_what_stays(folder, unpacked):
@@ -186,7 +189,7 @@ def test_what_travels_and_what_stays(folder, unpacked):
 
 def test_a_name_in_the_manifest_does_not_act_on_the_terminal(monkeypatch, capsys):
     manifest = SimpleNamespace(name="\x1b]0;evil\x07\ud800", members=())
-    monkeypatch.setattr(bundle, "unpack", lambda *_, **__: manifest)
+    monkeypatch.setattr(archives, "unpack", lambda *_, **__: manifest)
     assert bundle.run_archive(["a.odtrt.zip", "a; touch PWN"]) == 0
     out = capsys.readouterr().out
     assert r"\x1b]0;evil\x07\ud800" in out and "\x1b" not in out
@@ -201,35 +204,8 @@ def test_a_bundle_never_replaces_a_file_that_it_packs(tmp_path):
     assert (tmp_path / "tiny" / "heads.onnx").read_bytes() == before
 
 
-def test_the_device_rooms_are_those_of_pyproject():
-    text = (ROOT / "pyproject.toml").read_text()
-    names = re.search(r'"odtrt_lib/\{(.+)\}\.py" = "py38"', text).group(1).split(",")
-    assert sorted(bundle.DEVICE_ROOMS) == sorted(names)
-
-
-NOT_ON_A_DEVICE = {"export", "convert", "datasets"}
-
-
-def test_a_device_room_imports_device_rooms_only():
-    """Inside of functions too; what a device lacks is imported after a check that says so."""
-    package = Path(bundle.__file__).parent
-    for room in bundle.DEVICE_ROOMS:
-        found = set()
-        for node in ast.walk(ast.parse((package / f"{room}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module == "odtrt_lib":
-                found |= {name.name for name in node.names if (package / f"{name.name}.py").exists()}
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("odtrt_lib."):
-                found.add(node.module.split(".")[1])
-            elif isinstance(node, ast.Import):
-                found |= {
-                    name.name.split(".")[1] for name in node.names if name.name.startswith("odtrt_lib.")
-                }
-        allowed = {"cli": NOT_ON_A_DEVICE, "demonstration": {"datasets"}, "spec": {"label_map", "prototext"}}
-        assert found - set(bundle.DEVICE_ROOMS) <= allowed.get(room, set()), room
-
-
 COMMANDS_ON_A_DEVICE = """
-import contextlib, importlib, io, json, sys
+import contextlib, importlib, io, json, pkgutil, sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -240,10 +216,11 @@ absent = set(sys.argv[1].split(","))
 checkout = [finder for finder in sys.meta_path if "editable" in repr(finder).lower()]
 sys.meta_path[:] = [Absent(), *(finder for finder in sys.meta_path if finder not in checkout)]
 import odtrt_lib
-from odtrt_lib import bundle, cli
+from odtrt_lib.app import cli
 
-for room in bundle.DEVICE_ROOMS:
-    importlib.import_module(f"odtrt_lib.{room}")
+for module in pkgutil.walk_packages(odtrt_lib.__path__, "odtrt_lib."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
 results = [odtrt_lib.__file__]
 for command in json.loads(sys.argv[2]):
     if command[0] == "with":
@@ -263,13 +240,13 @@ def test_every_command_of_an_unpacked_bundle(tmp_path):
     """With what a device has: numpy, Pillow, ONNX Runtime, typer and rich. Each works, or says why not."""
     from PIL import Image
 
-    from odtrt_lib import cli
+    from odtrt_lib.app import cli
 
     device, archive = tmp_path / "device", tmp_path / "a.odtrt.zip"
     detector = dataclasses.replace(SPEC, labels=(spec.Label(1, "a nut"), spec.Label(2, "bolt")))
     bundle.pack(model_folder(tmp_path / "model", detector, fused=False), archive)
     bundle.unpack(archive, device)
-    Image.fromarray(bundle._pattern(SPEC)).save(tmp_path / "a.png")
+    Image.fromarray(install._pattern(SPEC)).save(tmp_path / "a.png")
     content = {
         "images": [{"id": 7, "file_name": "a.png", "height": 16, "width": 24}],
         "categories": [{"id": label.id, "name": label.name} for label in detector.labels],
@@ -298,8 +275,6 @@ def test_every_command_of_an_unpacked_bundle(tmp_path):
     ]
     known = {one.name or one.callback.__name__ for one in cli.app.registered_commands} | {"zoo", "with"}
     assert {command[0] for command, _, _ in expected} == known
-    if "coco" not in bundle.DEVICE_ROOMS:  # eval's reader of annotations
-        del expected[-3:]
     absent = (
         "cv2,tensorflow,tf_keras,keras,onnx,onnx_graphsurgeon,onnxconverter_common,tf2onnx,matplotlib,"
         "pycocotools,object_detection,polygraphy,tensorrt,tensorrt_rtx,scipy"
@@ -1405,10 +1380,10 @@ def test_a_folder_that_was_used_has_no_strangers_but_the_users(archive, tmp_path
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("")
     manifest = bundle.verify(tmp_path / "out")
-    assert bundle._strangers(tmp_path / "out", manifest) == []
+    assert archives.strangers(tmp_path / "out", manifest) == []
     (tmp_path / "out" / "camera_app.py").write_text("")
-    assert bundle._strangers(tmp_path / "out", manifest) == ["camera_app.py"]
-    bundle._refuse_impostors(tmp_path / "out", ["camera_app.py"])
+    assert archives.strangers(tmp_path / "out", manifest) == ["camera_app.py"]
+    archives.refuse_impostors(tmp_path / "out", ["camera_app.py"])
 
 
 def test_a_python_that_is_too_old_is_told_so(archive, unpacked):
@@ -1421,11 +1396,10 @@ def test_a_python_that_is_too_old_is_told_so(archive, unpacked):
 
 @pytest.mark.parametrize("module", ["numpy", "onnxruntime", "onnx", "onnxconverter_common", "polygraphy"])
 def test_a_missing_module_is_named_with_what_installs_it(monkeypatch, module):
-    from odtrt_lib import passport
 
     gpu = "Orin" if module == "polygraphy" else None
-    machine = dataclasses.replace(passport.this_machine(), gpu=gpu)
-    monkeypatch.setattr(passport, "this_machine", lambda: machine)
+    machine = dataclasses.replace(this_machine(), gpu=gpu)
+    pretend_machine(monkeypatch, machine)
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("what fp16 needs depends on the TensorRT that is installed")
     before = bundle.missing_modules("fp16")
@@ -1465,7 +1439,7 @@ BAD_ARGUMENTS = [
     (["--batches", "0,1,2"], "batches 0,1,2: expected smallest, best-tuned and largest"),
     (["--batches", "1,4,8"], "this model's batch is fixed to 1"),
     (
-        ["--may-give-up", "fp32", "--may-give-up", "sleep"],
+        ["--allow", "fp32", "--allow", "sleep"],
         "may give up 'sleep': expected dynamic_batch or fp32",
     ),
     (["--image", "/no/such.png"], "/no/such.png: cannot be read"),
@@ -1475,11 +1449,10 @@ BAD_ARGUMENTS = [
 
 @pytest.fixture
 def without_a_gpu(monkeypatch):
-    from odtrt_lib import passport
 
     pytest.importorskip("tensorrt_rtx")
-    machine = dataclasses.replace(passport.this_machine(), gpu=None, compute_capability=None)
-    monkeypatch.setattr(passport, "this_machine", lambda: machine)
+    machine = dataclasses.replace(this_machine(), gpu=None, compute_capability=None)
+    pretend_machine(monkeypatch, machine)
 
 
 @pytest.mark.parametrize(
@@ -1488,7 +1461,7 @@ def without_a_gpu(monkeypatch):
 def test_arguments_are_looked_at_before_anything_is_compiled(
     unpacked, without_a_gpu, monkeypatch, capsys, arguments, said
 ):
-    monkeypatch.setattr(bundle, "_compile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(install, "_compile", lambda *_: pytest.fail("compiled"))
     assert bundle.run_build_here([str(unpacked / "build_here.py"), *arguments]) == 1
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and errors.count("\n") == 1 and said in errors
@@ -1503,18 +1476,18 @@ def test_the_options_of_the_build_reach_it(unpacked, without_a_gpu, monkeypatch,
         asked.append({key: value for key, value in options.items() if key != "progress"})
         raise BuildError("far enough")
 
-    monkeypatch.setattr(bundle, "_compile", lambda *_: (None, None))
+    monkeypatch.setattr(install, "_compile", lambda *_: (None, None))
     monkeypatch.setattr(engine, "build", build)
-    command = "--force --batches 1,1,1 --may-give-up fp32 --may-give-up dynamic_batch --version-compatible"
+    command = "--force --batches 1,1,1 --allow fp32 --allow dynamic_batch --version-compatible"
     script = str(unpacked / "build_here.py")
     assert bundle.run_build_here([script, *command.split(), "--memory", "2GiB"]) == 1
     assert bundle.run_build_here([script]) == 1
     assert capsys.readouterr().err == "error: far enough\n" * 2
     assert asked == [
         {"precision": "fp32", "plugin": None, "memory": "2GiB", "batch": (1, 1, 1), "force": True,
-         "may_give_up": ["fp32", "dynamic_batch"], "version_compatible": True},
+         "allow": ["fp32", "dynamic_batch"], "version_compatible": True},
         {"precision": "fp32", "plugin": None, "memory": None, "batch": None, "force": False,
-         "may_give_up": [], "version_compatible": False},
+         "allow": [], "version_compatible": False},
     ]  # fmt: skip
 
 
@@ -1564,8 +1537,8 @@ def test_plans_says_of_each_whether_it_may_be_used(archive, tmp_path, monkeypatc
     faults.install(model, content, made)
 
     def verdicts(machine, version="10.3.0"):
-        place = portability.Here(machine, "tensorrt", version)
-        monkeypatch.setattr(portability, "here", lambda plugin: place)
+        place = portability.Environment(machine, "tensorrt", version)
+        monkeypatch.setattr(portability, "this_environment", lambda plugin: place)
         before = contents(tmp_path / "out")
         assert bundle.run_build_here([script, "--plans"]) == 0
         assert contents(tmp_path / "out") == before
@@ -1633,7 +1606,7 @@ def test_what_the_system_refuses_is_one_line(archive, tmp_path, monkeypatch, cap
     def refused(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(bundle, "build_here", refused)
+    monkeypatch.setattr(install, "build_here", refused)
     assert bundle.run_build_here([script]) == 1
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {tmp_path / 'out'}: cannot be written (Read-only file system)")
@@ -1645,13 +1618,13 @@ def test_the_line_that_opens_the_detector_is_the_one_that_was_tried(
     folder, tmp_path, monkeypatch, has_plugin
 ):
     """As on a device with a GPU, which is only pretended, and where fp32 had to be given up."""
-    from odtrt_lib import detector, engine, passport
+    from odtrt_lib import detector, engine
     from odtrt_lib.folder import StageResult
 
     out = tmp_path / "out"
     bundle.pack(folder, tmp_path / "a.zip")
     bundle.unpack(tmp_path / "a.zip", out)
-    machine = dataclasses.replace(passport.this_machine(), gpu="Orin", compute_capability="8.7")
+    machine = dataclasses.replace(this_machine(), gpu="Orin", compute_capability="8.7")
     plugin = out / "plugins" / "build" / "libodtrt_tensorrt.so"
     opened, asked = [], []
 
@@ -1680,15 +1653,15 @@ def test_the_line_that_opens_the_detector_is_the_one_that_was_tried(
         asked.append(options["plugin"])
         return StageResult({"outputs": {"plans/a.plan": "", "plans/a.json": ""}}, False)
 
-    monkeypatch.setattr(bundle, "missing_modules", lambda precision: {})
-    monkeypatch.setattr(bundle, "_place_plans", lambda *_: [])
-    monkeypatch.setattr(bundle, "_compile", lambda *_: (None, plugin if has_plugin else None))
-    monkeypatch.setattr(passport, "this_machine", lambda: machine)
-    monkeypatch.setattr(passport, "passports", lambda folder: [Paper])
+    monkeypatch.setattr(install, "missing_modules", lambda precision: {})
+    monkeypatch.setattr(install, "_place_plans", lambda *_: [])
+    monkeypatch.setattr(install, "_compile", lambda *_: (None, plugin if has_plugin else None))
+    pretend_machine(monkeypatch, machine)
+    monkeypatch.setattr("odtrt_lib.engine.passport.passports", lambda folder: [Paper])
     monkeypatch.setattr(engine, "build", build)
     monkeypatch.setattr(detector, "Detector", Opened)
     said = []
-    built = bundle.build_here(out, say=said.append, may_give_up=("fp32",))
+    built = bundle.build_here(out, say=said.append, allow=("fp32",))
     assert asked == [plugin if has_plugin else None]
     assert said[-2] == "from odtrt_lib.detector import Detector"
     monkeypatch.chdir(out)
@@ -1704,7 +1677,7 @@ def test_a_compiler_that_fails_is_quoted_on_one_line(archive, tmp_path):
     bundle.unpack(archive, tmp_path / "out")
     source = tmp_path / "out" / "plugins" / "kernels" / "status.cpp"
     source.write_text("#error the disk ate this file\n")
-    message = one_line_error(lambda: bundle._compile(tmp_path / "out", lambda line: None), BuildError)
+    message = one_line_error(lambda: install._compile(tmp_path / "out", lambda line: None), BuildError)
     assert (
         "the disk ate this file" in message and str(tmp_path / "out" / "plugins" / "build" / "log") in message
     )
@@ -1716,14 +1689,14 @@ def test_plans_of_tensorrt_go_where_triton_and_nvinfer_look(archive, tmp_path):
     for name, path in plans.items():
         path.write_text(f"plan of {name}")
     said = []
-    placed = bundle._place_plans(tmp_path / "out", plans, "tensorrt", said.append)
+    placed = install._place_plans(tmp_path / "out", plans, "tensorrt", said.append)
     assert {path.relative_to(tmp_path / "out").as_posix(): path.read_text() for path in placed} == {
         "triton/tiny_one/1/model.plan": "plan of heads.onnx",
         "deepstream/detector.plan": "plan of detector.onnx",
     }
     assert said == []
     del plans["detector.onnx"]
-    placed = bundle._place_plans(tmp_path / "out", plans, "tensorrt", said.append)
+    placed = install._place_plans(tmp_path / "out", plans, "tensorrt", said.append)
     assert [path.name for path in placed] == ["model.plan"]
     assert len(said) == 1 and "it must be a plan of detector.onnx, which needs the plugin" in said[0]
 
@@ -1733,7 +1706,7 @@ def test_a_plan_for_smaller_batches_than_triton_is_told_of_is_said(tmp_path, lar
     detector = dataclasses.replace(SPEC, input=dataclasses.replace(SPEC.input, batch=None))
     path, said = tmp_path / "config.pbtxt", []
     path.write_text(bundle.triton_config(detector, "tiny", "tensorrt_plan"))
-    bundle._compare_batch(path, largest, said.append)
+    install._compare_batch(path, largest, said.append)
     assert bool(said) == is_told
     assert not is_told or "max_batch_size is 8, but the plan takes 4 at most" in said[0]
 
@@ -1754,9 +1727,9 @@ def test_detections_that_cannot_be_right_are_caught(broken):
     def detections(boxes=((0, 0, 4, 8),), scores=(0.5,)):
         return Detections(np.float32(boxes), np.float32(scores), np.array([1]), ("a nut",))
 
-    bundle._check_detections(detections(), (16, 24), SPEC)
+    install._check_detections(detections(), (16, 24), SPEC)
     with pytest.raises(CheckError, match="1 detections that cannot be right"):
-        bundle._check_detections(detections(**broken), (16, 24), SPEC)
+        install._check_detections(detections(**broken), (16, 24), SPEC)
 
 
 def test_the_plugin_is_compiled_and_its_plan_built(archive, tmp_path, monkeypatch):
@@ -1765,19 +1738,18 @@ def test_the_plugin_is_compiled_and_its_plan_built(archive, tmp_path, monkeypatc
     if headers is None or shutil.which("nvcc") is None:
         pytest.skip("the plugin is compiled with nvcc and TensorRT's headers: set TENSORRT_INCLUDE_DIR")
     pytest.importorskip("polygraphy")
-    from odtrt_lib import passport
 
     machine, compile_here = (
-        dataclasses.replace(passport.this_machine(), compute_capability="8.7"),
-        bundle._compile,
+        dataclasses.replace(this_machine(), compute_capability="8.7"),
+        install._compile,
     )
 
     def compile_for_a_gpu(*arguments):
         with monkeypatch.context() as pretended:
-            pretended.setattr(passport, "this_machine", lambda: machine)
+            pretend_machine(pretended, machine)
             return compile_here(*arguments)
 
-    monkeypatch.setattr(bundle, "_compile", compile_for_a_gpu)
+    monkeypatch.setattr(install, "_compile", compile_for_a_gpu)
     bundle.unpack(archive, tmp_path / "out")
     said = []
     built = bundle.build_here(tmp_path / "out", say=said.append)
@@ -1835,8 +1807,8 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
     """Elsewhere: another environment without TensorFlow and odtrt, another folder, only the one file."""
     from PIL import Image
 
-    from odtrt_lib.datasets import TEST_SEEDS, render_scene
     from odtrt_lib.detector import Detector
+    from odtrt_lib.scenes import TEST_SEEDS, render_scene
 
     image = render_scene(TEST_SEEDS[0]).image
     device = tmp_path / "device"

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from odtrt_lib import bundle, cli, convert, datasets, detector, doctor, engine, export, passport, spec, zoo
+from odtrt_lib import bundle, convert, detector, engine, export, scenes, spec, zoo
+from odtrt_lib.app import cli, doctor
 from odtrt_lib.detector import Detections
+from odtrt_lib.engine import passport
+from odtrt_lib.engine.passport import Machine
 from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependencyError, UnsupportedError
 from odtrt_lib.folder import StageResult, last_record, sha256, write_record
-from odtrt_lib.passport import Machine
 from odtrt_lib.preprocess import load_image
 
 SPEC = spec.DetectorSpec(
@@ -36,8 +38,8 @@ SPEC = spec.DetectorSpec(
 )
 PARTS = dataclasses.replace(
     SPEC,
-    heads=dataclasses.replace(SPEC.heads, num_classes=len(datasets.PARTS_CLASSES)),
-    labels=tuple(spec.Label(i, name) for i, name in enumerate(datasets.PARTS_CLASSES, 1)),
+    heads=dataclasses.replace(SPEC.heads, num_classes=len(scenes.PARTS_CLASSES)),
+    labels=tuple(spec.Label(i, name) for i, name in enumerate(scenes.PARTS_CLASSES, 1)),
 )
 
 
@@ -211,15 +213,15 @@ class TestRun:
     def test_a_model_of_the_shipped_parts_looks_at_unseen_scenes(self, capsys, stages, monkeypatch):
         stages.detector_spec = PARTS
         rendered = []
-        scene = datasets.Scene(
+        scene = scenes.Scene(
             np.zeros((40, 60, 3), np.uint8),
             np.array([[1, 2, 39, 58], [20, 20, 30, 30]], np.float32),
             np.array([1, 3]),
         )
-        monkeypatch.setattr(datasets, "render_scene", lambda seed: rendered.append(seed) or scene)
+        monkeypatch.setattr(scenes, "render_scene", lambda seed: rendered.append(seed) or scene)
         assert odtrt(capsys, "run", "parts")[0] == 0
         assert len(rendered) == 4
-        assert set(rendered) <= set(datasets.TEST_SEEDS)
+        assert set(rendered) <= set(scenes.TEST_SEEDS)
         checks = last_record("out/parts", "detect")["checks"]
         assert checks["objects_in_the_pictures"] == 8
         assert checks["objects_found"] == 4, "the second object is missed each time"
@@ -309,14 +311,14 @@ class TestSingleStages:
                 "version_compatible": False,
                 "hardware_compatibility": "none",
                 "compute_capabilities": None,
-                "may_give_up": [],
+                "allow": [],
                 "force": False,
             },
         )
         assert "plans/abc.plan 4.0 kB" in out
 
     def test_the_options_of_a_build(self, capsys, stages, tmp_path):
-        limits = ["--memory", "60%", "--may-give-up", "fp32", "--may-give-up", "dynamic_batch"]
+        limits = ["--memory", "60%", "--allow", "fp32", "--allow", "dynamic_batch"]
         carried = [
             "--version-compatible",
             "--hardware-compatible",
@@ -330,7 +332,7 @@ class TestSingleStages:
         assert odtrt(capsys, "build", tmp_path, *arguments)[0] == 0
         asked = stages.calls["build"]
         assert (asked["batch"], asked["memory"], asked["force"]) == ((1, 4, 8), "60%", True)
-        assert asked["may_give_up"] == ["fp32", "dynamic_batch"]
+        assert asked["allow"] == ["fp32", "dynamic_batch"]
         assert (asked["version_compatible"], asked["hardware_compatibility"]) == (True, "ampere_plus")
         assert asked["compute_capabilities"] == ["8.6", "8.9"]
 
@@ -747,7 +749,7 @@ class TestSurroundings:
 
     def test_heavy_packages_wait_for_the_command_that_needs_them(self):
         code = (
-            "import sys; import odtrt_lib.cli; "
+            "import sys; import odtrt_lib.app.cli; "
             "print(sorted({'tensorflow', 'numpy', 'onnx', 'cv2', 'PIL', 'tensorrt_rtx'} & set(sys.modules)))"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -882,7 +884,7 @@ def test_ctrl_c_during_a_real_stage_leaves_nothing(tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(
         "import sys, time\n"
-        "from odtrt_lib import cli, export, folder\n"
+        "from odtrt_lib import export, folder; from odtrt_lib.app import cli\n"
         "def slow(source, target, **options):\n"
         "    with folder.staging(target) as out:\n"
         "        (out / 'frozen.pb').write_bytes(b'half')\n"
@@ -914,7 +916,7 @@ def test_tensorflows_log_is_kept_from_the_terminal_and_nothing_else(tmp_path):
     script = tmp_path / "noisy.py"
     script.write_text(
         "import os\n"
-        "from odtrt_lib import cli, export\n"
+        "from odtrt_lib import export; from odtrt_lib.app import cli\n"
         "def noisy(*_, **__):\n"
         "    os.write(2, b'WARNING: All log messages before absl::InitializeLog() is called ...\\n')\n"
         "    os.write(2, b'I0000 00:00:1795338323.198219   17020 devices.cc:76] Number of GPUs\\n')\n"

@@ -32,7 +32,7 @@ HEIGHT, WIDTH, CLASSES = 48, 80, 5
 
 def upsample_by_stacking(features, size):
     """The OD API's ``ops.nearest_neighbor_upsampling``, by 2."""
-    from odtrt_lib import odapi
+    from odtrt_lib.export import odapi
 
     odapi.prepare()
     from object_detection.utils import ops

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from odtrt_lib.demonstration import count_found
+from odtrt_lib.app.demonstration import count_found
 from odtrt_lib.detector import Detections
 
 

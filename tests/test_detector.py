@@ -18,11 +18,11 @@ import pytest
 from conftest import ROOT
 
 from odtrt_lib import detector as detector_room
-from odtrt_lib import odapi
 from odtrt_lib import preprocess as preprocess_room
 from odtrt_lib.detector import Backend, Detections, Detector
 from odtrt_lib.errors import InputError, MissingDependencyError
 from odtrt_lib.evaluate import agreement, coco_results, load_detections
+from odtrt_lib.export import odapi
 from odtrt_lib.folder import seal
 from odtrt_lib.nms import postprocess
 from odtrt_lib.spec import load_spec
@@ -188,7 +188,7 @@ def test_a_damaged_file_is_named(tiny, tmp_path, name, content):
 def test_one_flipped_bit_ends_the_commands_in_one_line(tiny, tmp_path, capsys, command):
     from PIL import Image
 
-    from odtrt_lib import cli
+    from odtrt_lib.app import cli
 
     folder = shutil.copytree(tiny, tmp_path / "copy")
     content = bytearray((folder / "heads.onnx").read_bytes())
@@ -575,7 +575,7 @@ def test_efficientdet_finds_what_the_odapi_finds_but_for_rounded_means(corpus, c
 def with_means_in_two_steps(folder: Path, copy: Path) -> Path:
     import onnx
 
-    from odtrt_lib.rewrite import means_in_two_steps
+    from odtrt_lib.convert.rewrite import means_in_two_steps
 
     shutil.copytree(folder, copy)
     onnx.save(means_in_two_steps(onnx.load(copy / "heads.onnx")), copy / "heads.onnx")

@@ -12,7 +12,8 @@ import sys
 import numpy as np
 import pytest
 
-from odtrt_lib import engine, passport, portability, spec
+from odtrt_lib import engine, portability, spec
+from odtrt_lib.engine import passport
 from odtrt_lib.errors import (
     BuildError,
     CheckError,
@@ -21,6 +22,7 @@ from odtrt_lib.errors import (
     UnsupportedError,
 )
 from odtrt_lib.folder import read_log, seal, sha256
+from odtrt_lib.portability import policy
 
 onnx = pytest.importorskip("onnx")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
@@ -229,10 +231,10 @@ def test_single_precision_is_given_up_only_where_that_is_allowed(bulky, tmp_path
     limit = f"{int(conversion) + 10}MiB"
     with pytest.raises(BuildError, match="does not get by"):
         engine.build(folder, memory=limit, force=True)
-    record = engine.build(folder, memory=limit, may_give_up=("fp32",), force=True).record
+    record = engine.build(folder, memory=limit, allow=("fp32",), force=True).record
     assert record["settings"]["precision"] == "fp16" and record["settings"]["rung"] == "half precision"
     assert record["checks"]["half_precision_weights"] > 0 == record["checks"]["single_precision_weights"]
-    assert engine.build(folder, memory=limit, may_give_up=("fp32",)).is_up_to_date
+    assert engine.build(folder, memory=limit, allow=("fp32",)).is_up_to_date
     assert engine.build(folder, precision="fp16").is_up_to_date, "it is that plan, however it came about"
     assert not engine.build(folder, memory="1GiB").is_up_to_date
 
@@ -247,7 +249,7 @@ def test_a_limit_that_no_rung_meets_names_every_peak(bulky):
     assert "does not get by with the memory of 150 MiB; as asked: " in message
     for name in ("as asked", "no library tactics", "lowest optimisation level", "frugal heap"):
         assert re.search(rf"{name}: .*?\(peak 1\d\d MiB\)", message), name
-    assert "raise the limit (--memory)" in message and "--may-give-up fp32" in message
+    assert "raise the limit (--memory)" in message and "--allow fp32" in message
     assert files_in(bulky) == before
 
 
@@ -295,8 +297,8 @@ def test_a_plan_is_built_again_where_what_goes_into_it_changed(
         engine.build(copy)
     seal(copy)
     [stale] = [one for one in passport.passports(copy) if one.precision == "fp32"]
-    place = portability.Here(stale.machine, stale.flavour, stale.version)
-    assert bool(portability.Case(copy, stale, place).changed) is is_built_again
+    place = portability.Environment(stale.machine, stale.flavour, stale.version)
+    assert bool(policy.PlanCheck(copy, stale, place).changed) is is_built_again
     result = engine.build(copy)
     assert result.is_up_to_date is not is_built_again
     found = passport.read(copy / next(n for n in result.record["outputs"] if n.endswith(".json")))
@@ -529,7 +531,7 @@ def test_other_targets_make_another_plan(tmp_path):
     [
         ({"batch": (1, 2, 3)}, "batch is fixed to 1"),
         ({"hardware_compatibility": "all"}, "expected one of none, ampere_plus"),
-        ({"may_give_up": ("accuracy",)}, "expected one of dynamic_batch, fp32"),
+        ({"allow": ("accuracy",)}, "expected one of dynamic_batch, fp32"),
         ({"compute_capabilities": ["sm86"]}, "expected a form such as 8.6"),
     ],
 )

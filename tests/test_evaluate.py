@@ -143,7 +143,7 @@ def words_and_nulls(truth):
 def figures_of_the_odapi():
     """What the OD API's evaluator says of ``random_truth_and_detections(60)``."""
     pytest.importorskip("tensorflow")
-    from odtrt_lib import odapi
+    from odtrt_lib.export import odapi
 
     odapi.prepare()
     from object_detection.metrics.coco_evaluation import CocoDetectionEvaluator

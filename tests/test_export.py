@@ -13,11 +13,11 @@ from conftest import TINY_CONFIG
 from spec_cases import SPEC
 
 from odtrt_lib import export as export_room
-from odtrt_lib import odapi
 from odtrt_lib.errors import CheckError, InputError, OdtrtError, UnsupportedError
-from odtrt_lib.export import export, find_model, run_frozen
+from odtrt_lib.export import export, find_model, odapi, run_frozen
+from odtrt_lib.export.pipeline import read_pipeline
 from odtrt_lib.folder import last_record, read_log
-from odtrt_lib.spec import load_spec, read_pipeline
+from odtrt_lib.spec import load_spec
 
 
 def read_graph(folder: Path):

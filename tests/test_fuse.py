@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from odtrt_lib import fuse, native, nms
+from odtrt_lib.engine.half import half_precision
 from odtrt_lib.errors import InputError, MissingDependencyError
 from odtrt_lib.folder import read_log, seal
 from odtrt_lib.spec import (
@@ -25,6 +26,8 @@ from odtrt_lib.spec import (
     ScoreSpec,
     Source,
 )
+from odtrt_lib.tensors import DETECTIONS, has_clip_windows
+from odtrt_lib.variants import FORMS
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx_graphsurgeon")
@@ -227,7 +230,7 @@ def test_half_precision_reaches_the_plugin_without_a_cast():
     spec = detector(anchors=63)
     single = fuse.with_plugin(convolutions(), spec, random_anchors(spec))
     before = single.SerializeToString()
-    fused = fuse.half_precision(single)
+    fused = half_precision(single)
     assert single.SerializeToString() == before
     onnx.checker.check_model(fused, full_check=True)
     node = fused.graph.node[-1]
@@ -246,10 +249,10 @@ def test_half_precision_reaches_the_plugin_without_a_cast():
 # ---- The stage ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", fuse.FORMS)
+@pytest.mark.parametrize("form", fuse.FUSED)
 def test_the_same_inputs_give_the_same_bytes_and_no_work(tmp_path, form):
     folder = model_folder(tmp_path / "m", detector())
-    path = folder / fuse.FORMS[form]
+    path = folder / FORMS[form].file
     assert not fuse.fuse(folder, form=form).is_up_to_date
     first = path.read_bytes()
     assert fuse.fuse(folder, form=form).is_up_to_date
@@ -269,9 +272,9 @@ def test_the_same_inputs_give_the_same_bytes_and_no_work(tmp_path, form):
 
 def test_both_forms_lie_side_by_side(tmp_path):
     folder = model_folder(tmp_path / "m", detector())
-    for form in fuse.FORMS:
+    for form in fuse.FUSED:
         fuse.fuse(folder, form=form)
-    assert all(fuse.fuse(folder, form=form).is_up_to_date for form in fuse.FORMS)
+    assert all(fuse.fuse(folder, form=form).is_up_to_date for form in fuse.FUSED)
     assert [record["stage"] for record in read_log(folder)] == ["seal", "fuse", "fuse_onnx"]
 
 
@@ -378,7 +381,7 @@ def random_heads(spec: DetectorSpec, seed: int, images: int, tied: bool = False)
     if tied:
         encodings, logits = np.zeros_like(encodings), np.round(logits / 2) * 2
     windows = np.tile(np.float32([0, 0, 1, 1]), (images, 1))
-    if fuse.has_clip_windows(spec):
+    if has_clip_windows(spec):
         windows[:, 2:] = rng.uniform(0.5, 1, (images, 2))
     return Heads(encodings.astype(np.float32), logits.astype(np.float32), windows)
 
@@ -394,22 +397,22 @@ def run_onnx(running: Any, spec: DetectorSpec, heads: Heads) -> dict[str, np.nda
     images = len(heads.box_encodings)
     values = [heads.box_encodings.reshape(images, -1), heads.class_logits.reshape(images, -1)]
     feeds = {"image": np.concatenate(values, axis=1).reshape(images, 3, 1, spec.input.width)}
-    if fuse.has_clip_windows(spec):
+    if has_clip_windows(spec):
         feeds["clip_windows"] = heads.clip_windows
-    return dict(zip(fuse.OUTPUTS, running.run(list(fuse.OUTPUTS), feeds), strict=True))
+    return dict(zip(DETECTIONS, running.run(list(DETECTIONS), feeds), strict=True))
 
 
 def run_reference(spec: DetectorSpec, heads: Heads, anchors: np.ndarray) -> dict[str, np.ndarray]:
     found = nms.postprocess_reference(
         heads.box_encodings, heads.class_logits, anchors, spec, heads.clip_windows
     )
-    return {name: getattr(found, name) for name in fuse.OUTPUTS}
+    return {name: getattr(found, name) for name in DETECTIONS}
 
 
 def is_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
     """The same boxes of the same classes in the same order, up to the rounding of exp and sigmoid."""
     return (
-        all(found[name].dtype == expected[name].dtype for name in fuse.OUTPUTS)
+        all(found[name].dtype == expected[name].dtype for name in DETECTIONS)
         and all(np.array_equal(found[name], expected[name]) for name in ("num_detections", "classes"))
         and np.allclose(found["scores"], expected["scores"], rtol=1e-5, atol=1e-7)
         and np.allclose(found["boxes"], expected["boxes"], rtol=1e-5, atol=1e-6)
@@ -497,7 +500,7 @@ def test_a_real_network_with_its_post_processing(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, folder)
     convert(folder)
     fuse.fuse(folder)
-    fuse.fuse(folder, form="onnx")
+    fuse.fuse(folder, form="onnx_nms")
     spec = load_spec(folder / "spec.json")
     heads_session, whole = (
         runtime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
@@ -509,6 +512,6 @@ def test_a_real_network_with_its_post_processing(tiny_folder, tmp_path):
         encodings, logits = heads_session.run(["box_encodings", "class_logits"], {"image": image})
         heads = Heads(encodings, logits, np.float32([[0, 0, 1, 1]]))
         expected = run_reference(spec, heads, np.load(folder / "anchors.npy"))
-        found = dict(zip(fuse.OUTPUTS, whole.run(list(fuse.OUTPUTS), {"image": image}), strict=True))
+        found = dict(zip(DETECTIONS, whole.run(list(DETECTIONS), {"image": image}), strict=True))
         assert expected["num_detections"][0] > 0
         assert is_same(found, expected)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from odtrt_lib.passport import Machine
+from odtrt_lib.engine.passport import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two calls as ncu printed them on an H200, without the columns that are not read and most stalls.

@@ -10,10 +10,10 @@ from conftest import TINY_CONFIG
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from odtrt_lib import label_map
 from odtrt_lib.errors import InputError
+from odtrt_lib.export import label_map
+from odtrt_lib.export.pipeline import read_pipeline
 from odtrt_lib.folder import last_record
-from odtrt_lib.spec import read_pipeline
 
 BOLTS = 'item { id: 1 name: "bolt" }\nitem { id: 2 name: "nut" }\nitem { id: 3 name: "gear" }\n'
 MAX_CLASSES = 5

@@ -19,18 +19,11 @@ import nms_cases
 import numpy as np
 import pytest
 
-from odtrt_lib import doctor, native, nms, preprocess
+from odtrt_lib import native, nms, preprocess
+from odtrt_lib.app import doctor
 from odtrt_lib.errors import InputError, MissingDependencyError
-from odtrt_lib.spec import (
-    DetectorSpec,
-    HeadsSpec,
-    InputSpec,
-    NmsSpec,
-    PipelineSettings,
-    Resizer,
-    Source,
-    read_pipeline,
-)
+from odtrt_lib.export.pipeline import PipelineSettings, read_pipeline
+from odtrt_lib.spec import DetectorSpec, HeadsSpec, InputSpec, NmsSpec, Resizer, Source
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "plugins" / "kernels"
@@ -581,8 +574,7 @@ class RealHeads:
 def real_heads(source: Path, images: list[np.ndarray]) -> RealHeads:
     """All of it is the OD API's own: preprocess, predict, postprocess."""
     tf = pytest.importorskip("tensorflow")
-    from odtrt_lib import odapi
-    from odtrt_lib.export import _centre_size, find_model
+    from odtrt_lib.export import _centre_size, find_model, odapi
 
     files = find_model(source)
     model = odapi.load_model(files.pipeline, files.checkpoint)
@@ -638,7 +630,7 @@ def check_real_heads(library: native.Library, heads: RealHeads, *, at_least: int
 
 
 def test_the_shipped_model_on_its_scenes_is_tensorflows(native_library, parts):
-    from odtrt_lib.datasets import TEST_SEEDS, render_scene
+    from odtrt_lib.scenes import TEST_SEEDS, render_scene
 
     heads = real_heads(parts, [render_scene(seed).image for seed in TEST_SEEDS[:8]])
     check_real_heads(native_library, heads, at_least=40)

@@ -138,7 +138,7 @@ class Cases:
 @functools.cache
 def odapi_nms(num_anchors: int, num_classes: int, nms: NmsSpec) -> Callable[..., Any]:
     pytest.importorskip("tensorflow")
-    from odtrt_lib import odapi
+    from odtrt_lib.export import odapi
 
     odapi.prepare()
     import tensorflow as tf
@@ -615,7 +615,7 @@ def test_the_odapis_count_may_hang_on_the_last_bit_of_a_score() -> None:
 def odapi_boxes_and_scores(heads: Heads, spec: DetectorSpec) -> tuple[np.ndarray, np.ndarray]:
     """The OD API's own box coder and score converter, on the same anchors."""
     pytest.importorskip("tensorflow")
-    from odtrt_lib import odapi
+    from odtrt_lib.export import odapi
 
     odapi.prepare()
     import tensorflow as tf

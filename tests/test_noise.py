@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from odtrt_lib import noise
+from odtrt_lib.export import noise
 
 tf = pytest.importorskip("tensorflow")
 

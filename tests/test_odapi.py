@@ -10,8 +10,8 @@ import pytest
 from conftest import TINY_CONFIG
 from google.protobuf import descriptor_pb2
 
-from odtrt_lib import odapi
 from odtrt_lib.errors import MissingDependencyError
+from odtrt_lib.export import odapi
 
 
 def old_style_module(name: str, dependency: str | None = None) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from odtrt_lib import passport
+from odtrt_lib import machine
+from odtrt_lib.engine import passport
+from odtrt_lib.engine.passport import Machine, Passport, PluginIdentity
 from odtrt_lib.errors import CheckError, InputError
-from odtrt_lib.passport import Machine, Passport, PluginIdentity
 
 FINGERPRINT = "0123456789abcdef"
 # The layout that trtexec's printPlanVersion reads: tag, serialisation version 0, version bytes at 24.
@@ -299,7 +300,7 @@ def test_this_machine_asks_the_driver_library(tmp_path, case):
     define = ["-DOLD"] if case == "OLD" else []
     build = [compiler, "-shared", "-fPIC", *define, "-o", str(library), str(tmp_path / "cuda.c")]
     subprocess.run(build, check=True)
-    code = "import dataclasses, json; from odtrt_lib.passport import this_machine\n"
+    code = "import dataclasses, json; from odtrt_lib.machine import this_machine\n"
     code += "print(json.dumps(dataclasses.asdict(this_machine())))"
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), case: "1"}
     done = subprocess.run(
@@ -315,24 +316,24 @@ def test_a_machine_without_a_driver_has_no_gpu(monkeypatch):
     def missing(name):
         raise OSError(f"{name}: cannot open shared object file")
 
-    monkeypatch.setattr(passport.ctypes, "CDLL", missing)
-    machine = passport.this_machine()
-    assert (machine.gpu, machine.compute_capability, machine.driver, machine.cuda) == (None,) * 4
+    monkeypatch.setattr(machine.ctypes, "CDLL", missing)
+    found = machine.this_machine()
+    assert (found.gpu, found.compute_capability, found.driver, found.cuda) == (None,) * 4
 
 
 def test_the_jetson_release_and_the_driver_version(tmp_path, monkeypatch):
     release, driver = tmp_path / "nv_tegra_release", tmp_path / "version"
-    monkeypatch.setattr(passport, "_L4T_FILE", str(release))
-    monkeypatch.setattr(passport, "_DRIVER_FILES", (str(driver),))
-    assert passport._l4t() is None
+    monkeypatch.setattr(machine, "_L4T_FILE", str(release))
+    monkeypatch.setattr(machine, "_DRIVER_FILES", (str(driver),))
+    assert machine._l4t() is None
     release.write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n")
-    assert passport._l4t() == "R36.4.3"
+    assert machine._l4t() == "R36.4.3"
     driver.write_text(
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar 5 22:23:56 UTC 2024\n"
     )
-    assert passport._driver_version() == "550.54.15"
+    assert machine._driver_version() == "550.54.15"
     driver.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  Release Build\n")
-    assert passport._driver_version() == "540.4.0"
+    assert machine._driver_version() == "540.4.0"
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Offline
 
-from odtrt_lib.datasets import TEST_SEEDS, render_scene
 from odtrt_lib.detector import Detector
 from odtrt_lib.evaluate import agreement, coco_metrics, coco_results, load_detections
 from odtrt_lib.export import find_model
 from odtrt_lib.folder import read_log
+from odtrt_lib.scenes import TEST_SEEDS, render_scene
 from odtrt_lib.spec import load_spec
 
 SOURCES = ("benchmarks", "scripts", "plugins/bench", "odtrt_lib")
@@ -36,7 +36,7 @@ import contextlib, importlib, io, json, pkgutil, sys, threading
 from pathlib import Path
 
 import odtrt_lib
-from odtrt_lib import cli, doctor
+from odtrt_lib.app import cli, doctor
 
 def import_here(statement):
     "In this process, one after the other; doctor makes a process for each."
@@ -61,7 +61,7 @@ print(json.dumps(status))
 @pytest.fixture(scope="module")
 def odtrt(offline):
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "odtrt_lib.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "odtrt_lib", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=offline.environment)
 
     return run
@@ -104,7 +104,7 @@ def test_a_second_run_has_nothing_to_convert(parts, parts_folder, odtrt):
 
 def test_boxes_and_map_are_those_of_the_odapi(parts, parts_folder):
     """On unseen scenes, with the ground truth as pycocotools sees it."""
-    from odtrt_lib import odapi
+    from odtrt_lib.export import odapi
 
     detector = Detector.open(parts_folder)
     scenes = {seed: render_scene(seed) for seed in TEST_SEEDS[:24]}
@@ -170,7 +170,7 @@ def coco_of_one_scene(folder: Path, names: dict[int, str]) -> Path:
 
 def test_no_command_and_no_module_reaches_the_network(parts, parts_folder, offline, tmp_path):
     """`odtrt run` did its work in the fixture; here are the others. Only `zoo get` may try the network."""
-    from odtrt_lib import cli
+    from odtrt_lib.app import cli
 
     model, bundle = str(shutil.copytree(parts_folder, tmp_path / "parts")), str(tmp_path / "a.odtrt.zip")
     labels = load_spec(parts_folder / "spec.json").labels
@@ -202,7 +202,7 @@ def test_no_command_and_no_module_reaches_the_network(parts, parts_folder, offli
 def test_what_reaches_for_the_network_is_seen(no_network, tmp_path):
     seen = Offline(no_network, tmp_path)
     name = "efficientdet_d0_coco17_tpu-32"
-    command = [sys.executable, "-m", "odtrt_lib.cli", "zoo", "get", name, "-o", str(tmp_path / "zoo")]
+    command = [sys.executable, "-m", "odtrt_lib", "zoo", "get", name, "-o", str(tmp_path / "zoo")]
     done = subprocess.run(command, capture_output=True, text=True, env=seen.environment, check=False)
     assert done.returncode == 1 and "cannot be downloaded" in done.stderr
     assert seen.network == ["getaddrinfo download.tensorflow.org"]

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from odtrt_lib import fuse
+from odtrt_lib.tensors import has_clip_windows
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -314,7 +315,7 @@ def test_a_wrong_model_is_refused_with_the_plugins_reason(plugin, detectors, tmp
 @needs_rtx
 def test_too_late_to_let_tensorrt_rtx_find_itself():
     """TensorRT-RTX would end the process at the plugin's node; an error comes first."""
-    code = "import tensorrt_rtx; from odtrt_lib import fuse; fuse.let_rtx_find_itself()"
+    code = "import tensorrt_rtx; from odtrt_lib.engine import bindings; bindings.let_rtx_find_itself()"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert answer.returncode == 1
     assert "MissingDependencyError: tensorrt_rtx is imported already" in answer.stderr
@@ -385,7 +386,7 @@ def test_the_cases_cover_what_the_plugin_takes():
     """Both types, both kinds of window, every score converter that has a case, batches of one and more."""
     specs = [case.spec for case in plugin_cases.CASES]
     assert {case.dtype for case in plugin_cases.CASES} == {np.float16, np.float32}
-    assert {fuse.has_clip_windows(spec) for spec in specs} == {False, True}
+    assert {has_clip_windows(spec) for spec in specs} == {False, True}
     assert {spec.nms.class_agnostic for spec in specs} == {False, True}
     assert {spec.heads.background_column for spec in specs} == {False, True}
     assert {spec.scores.converter for spec in specs} >= {"sigmoid", "softmax"}

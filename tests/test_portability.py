@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from odtrt_lib import engine, passport, portability
+from odtrt_lib import engine, portability
+from odtrt_lib.engine import passport
 from odtrt_lib.folder import seal, write_record
-from odtrt_lib.portability import Action, Case, Here
+from odtrt_lib.portability import Action, Case, Environment, policy, rebuild
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = importlib.util.spec_from_file_location("faults", ROOT / "benchmarks" / "faults.py")
@@ -29,7 +30,7 @@ faults = importlib.util.module_from_spec(SPEC)
 sys.modules["faults"] = faults
 SPEC.loader.exec_module(faults)
 
-HERE = Here(faults.A100, "tensorrt", "10.3.0")
+HERE = Environment(faults.A100, "tensorrt", "10.3.0")
 needs_tensorrt_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
     reason="no TensorRT-RTX: run `pip install -e '.[engine]'`",
@@ -78,7 +79,7 @@ def test_no_row_is_without_a_test_and_no_name_is_twice():
 
 @pytest.mark.parametrize("name", [rule.name for rule in portability.POLICY if rule.action is not Action.OK])
 def test_without_its_row_a_mismatch_passes(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(portability, "POLICY", tuple(r for r in portability.POLICY if r.name != name))
+    monkeypatch.setattr(policy, "POLICY", tuple(r for r in portability.POLICY if r.name != name))
     mismatch = next(one for one in faults.MISMATCHES if one.rule == name)
     assert faults.look_at(mismatch, tmp_path)[0].action is Action.OK
 
@@ -118,7 +119,7 @@ def test_every_place_meets_one_row_about_the_library_and_one_about_the_gpu(folde
         }
         plan = dataclasses.replace(one, **changes)
         for library in libraries:
-            case = Case(folder, plan, Here(place, *library))
+            case = Case(folder, plan, Environment(place, *library))
             for group, rules in groups.items():
                 names = [rule.name for rule in rules if rule.applies(case)]
                 assert len(names) == 1, (group, names, changes, place, library)
@@ -126,14 +127,14 @@ def test_every_place_meets_one_row_about_the_library_and_one_about_the_gpu(folde
 
 def test_what_the_environment_says_about_tf32_belongs_to_the_place(monkeypatch):
     monkeypatch.setenv(engine.TF32_OVERRIDE, "0")
-    assert portability.here().tf32_override == "0"
+    assert portability.this_environment().tf32_override == "0"
     monkeypatch.delenv(engine.TF32_OVERRIDE)
-    assert portability.here().tf32_override is None
+    assert portability.this_environment().tf32_override is None
 
 
 def test_the_reasons_name_what_was_found_and_the_gravest_comes_first(folder):
     one = install(folder)
-    place = Here(faults.RTX_4090, "tensorrt", "10.13.3")
+    place = Environment(faults.RTX_4090, "tensorrt", "10.13.3")
     assert portability.check(folder, one, place).reasons == (
         "built by TensorRT 10.3.0, here is TensorRT 10.13.3: not version-compatible, so only the same "
         "version loads it",
@@ -150,12 +151,12 @@ def test_memory_that_the_driver_reserves_is_no_other_gpu(folder):
     a_little_less = dataclasses.replace(faults.A100, gpu_memory_mb=faults.A100.gpu_memory_mb - 500)
     unknown = dataclasses.replace(faults.A100, gpu_memory_mb=None, sm_count=None)
     for machine in (a_little_less, unknown):
-        assert portability.check(folder, one, Here(machine, "tensorrt", "10.3.0")).action is Action.OK
+        assert portability.check(folder, one, Environment(machine, "tensorrt", "10.3.0")).action is Action.OK
 
 
 def test_a_plan_before_8_6_has_no_header_that_could_disagree(folder):
     one = install(folder, version="8.5.2")
-    assert portability.check(folder, one, Here(faults.A100, "tensorrt", "8.5.2")).action is Action.OK
+    assert portability.check(folder, one, Environment(faults.A100, "tensorrt", "8.5.2")).action is Action.OK
 
 
 # ---- the best plan -------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def test_the_best_plan_is_the_newest_that_may_be_used(folder):
 
 def test_a_plan_that_is_replaced_while_it_is_looked_at_is_looked_at_again(folder, monkeypatch):
     install(folder, 1)
-    real, calls = portability._verdict, []
+    real, calls = policy._verdict, []
 
     def replaced_meanwhile(case, rules):
         if not calls:
@@ -188,7 +189,7 @@ def test_a_plan_that_is_replaced_while_it_is_looked_at_is_looked_at_again(folder
         return real(case, rules)
 
     made = {"flavour": "tensorrt", "version": "10.3.0", "compute_capabilities": (), "machine": faults.A100}
-    monkeypatch.setattr(portability, "_verdict", replaced_meanwhile)
+    monkeypatch.setattr(policy, "_verdict", replaced_meanwhile)
     found = portability.best_plan(folder, HERE)
     assert found is not None and passport.read_plan(folder, found) == plan_bytes(7)
 
@@ -199,7 +200,7 @@ def test_a_plan_that_is_replaced_while_it_is_looked_at_is_looked_at_again(folder
 @pytest.fixture
 def gate(folder, monkeypatch):
     """A rebuild that goes on until it is told to end: its command, and how to tell it."""
-    monkeypatch.setattr(portability, "here", lambda plugin=None: HERE)
+    monkeypatch.setattr(portability, "this_environment", lambda plugin=None: HERE)
     path = folder / "gate"
     os.mkfifo(path)
     descriptor = os.open(path, os.O_RDWR)  # before anybody reads, so that nothing said is lost
@@ -294,7 +295,7 @@ def test_the_record_is_believed_only_where_the_lock_agrees(folder):
     """Process numbers are used again and clocks go back; a record may be damaged or from another machine."""
     install(folder)
     record = {
-        **portability._IDLE,
+        **rebuild._IDLE,
         "state": "running",
         "pid": os.getpid(),
         "since": "2999-01-01T00:00:00+00:00",
@@ -313,7 +314,7 @@ def test_a_clock_that_went_back_changes_nothing(folder, gate, monkeypatch):
     one = install(folder, 1, built="2999-01-01T00:00:00+00:00")
     assert portability.start_rebuild(folder, one, command=["true"]) is not None
     assert portability.wait_for_rebuild(folder).state == "done"
-    monkeypatch.setattr(portability, "_now", lambda: "1970-01-01T00:00:00+00:00")
+    monkeypatch.setattr(rebuild, "_now", lambda: "1970-01-01T00:00:00+00:00")
     assert portability.start_rebuild(folder, one, command=command) is not None
     assert portability.rebuild_status(folder).state == "running"
     end(3)
@@ -336,7 +337,7 @@ def test_a_rebuild_that_cannot_be_is_not_started(folder, gate):
 def test_a_folder_that_was_removed_meanwhile_does_not_come_back(folder, gate, tmp_path):
     command, end = gate
     one = install(folder)
-    lock = folder / "plans" / portability.LOCK
+    lock = folder / "plans" / rebuild.LOCK
     assert portability.start_rebuild(folder, one, command=command) is not None
     held = os.open(lock, os.O_RDONLY)
     shutil.rmtree(folder)
@@ -351,7 +352,7 @@ def test_the_rebuild_outlives_its_caller(folder, gate):
     one = install(folder)
     code = (
         "import json, os, signal, sys\n"
-        "from odtrt_lib import passport, portability\n"
+        "from odtrt_lib import portability; from odtrt_lib.engine import passport\n"
         "one = passport.passports(sys.argv[1])[0]\n"
         "assert portability.start_rebuild(sys.argv[1], one, command=json.loads(sys.argv[2]))\n"
         "os.kill(0, signal.SIGINT)\n"
@@ -368,11 +369,11 @@ def test_the_rebuild_outlives_its_caller(folder, gate):
 def test_a_rebuild_whose_plan_cannot_be_used_either_counts_as_failed(folder, monkeypatch):
     """Or every start of the program would rebuild once more."""
     one = install(folder, machine=faults.T4)
-    monkeypatch.setattr(portability, "here", lambda plugin=None: HERE)
+    monkeypatch.setattr(portability, "this_environment", lambda plugin=None: HERE)
     monkeypatch.setattr(engine, "build", lambda *_, **__: None)
     request = {"folder": str(folder), "fingerprint": one.fingerprint, "plugin": None, "command": None}
     rest = {"inputs": "x", "force": False, "lock": None}
-    assert portability.main([json.dumps({**request, **rest})]) == 1
+    assert rebuild.main([json.dumps({**request, **rest})]) == 1
     status = portability.rebuild_status(folder)
     assert status.state == "failed" and "no plan may be used here: built on Tesla T4" in status.message
 
@@ -380,17 +381,19 @@ def test_a_rebuild_whose_plan_cannot_be_used_either_counts_as_failed(folder, mon
 def test_what_the_rebuild_asks_the_builder_for(folder):
     def settings(built, place):
         one = install(folder, **built)
-        return portability._settings(folder, one, place)
+        return rebuild._settings(folder, one, place)
 
     assert settings({"version_compatible": True, "hardware_compatibility": "ampere_plus"}, HERE) == {
         "precision": "fp32",
         "version_compatible": True,
         "hardware_compatibility": "ampere_plus",
     }
-    on_orin = settings({"hardware_compatibility": "ampere_plus"}, Here(faults.ORIN, "tensorrt", "10.3.0"))
+    on_orin = settings(
+        {"hardware_compatibility": "ampere_plus"}, Environment(faults.ORIN, "tensorrt", "10.3.0")
+    )
     assert "hardware_compatibility" not in on_orin, "JetPack has no such mode"
     rtx = {"flavour": "tensorrt_rtx", "version": "1.7.1.116", "compute_capabilities": ("8.6",)}
-    ada = Here(faults.RTX_4090, "tensorrt_rtx", "1.7.1.116")
+    ada = Environment(faults.RTX_4090, "tensorrt_rtx", "1.7.1.116")
     assert settings(rtx, ada)["compute_capabilities"] == ["8.9"], "the same targets would not help"
     assert settings({**rtx, "compute_capabilities": ("8.6", "8.9")}, ada)["compute_capabilities"] == [
         "8.6",
@@ -399,7 +402,7 @@ def test_what_the_rebuild_asks_the_builder_for(folder):
     kept = {"batch_min_opt_max": [1, 4, 8], "memory_limit_mb": 900.5}
     assert settings({"settings": kept}, HERE)["batch"] == [1, 4, 8]
     assert settings({"settings": kept}, HERE)["memory"] == "900.5MiB"
-    assert "memory" not in settings({"settings": kept}, Here(faults.A30, "tensorrt", "10.3.0"))
+    assert "memory" not in settings({"settings": kept}, Environment(faults.A30, "tensorrt", "10.3.0"))
 
 
 @needs_tensorrt_rtx

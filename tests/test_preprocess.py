@@ -89,7 +89,7 @@ def input_spec(name: str, height: int, width: int) -> InputSpec:
 
 @functools.lru_cache(maxsize=1)
 def odapi_modules() -> Any:
-    from odtrt_lib import odapi
+    from odtrt_lib.export import odapi
 
     odapi.prepare()
     import tensorflow as tf
@@ -225,7 +225,7 @@ def test_network_size_rounds_as_tensorflow_does():
 def test_whole_model_preprocess(tiny_model, tiny_folder):
     """``model.preprocess`` of the OD API's own model, with the spec.json that stage 1 wrote."""
 
-    from odtrt_lib import odapi
+    from odtrt_lib.export import odapi
 
     tf, *_ = odapi_modules()
     model = odapi.load_model(tiny_model / "pipeline.config", tiny_model / "checkpoint" / "ckpt-0")

@@ -28,15 +28,17 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, pretend_machine
 
 from odtrt_lib import detector as detector_room
-from odtrt_lib import fuse, native, passport, portability, runtime
+from odtrt_lib import fuse, native, portability, tensors
 from odtrt_lib.detector import Detections, Detector
+from odtrt_lib.engine import passport, runtime
+from odtrt_lib.engine.passport import Machine, Passport
 from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, OdtrtError, UnsupportedError
 from odtrt_lib.folder import seal, sha256
-from odtrt_lib.passport import Machine, Passport
-from odtrt_lib.portability import Here
+from odtrt_lib.machine import this_machine
+from odtrt_lib.portability import Environment
 from odtrt_lib.spec import (
     BoxCoder,
     DetectorSpec,
@@ -116,7 +118,7 @@ def write_model(folder: Path, *, batch: int | None = None, padded: bool = True, 
     np.save(folder / "anchors.npy", np.repeat(anchors, PER_CELL, 1).reshape(-1, 4).astype(np.float32))
     onnx.save(model, folder / "heads.onnx")
     seal(folder)
-    fuse.fuse(folder, form="onnx")
+    fuse.fuse(folder, form="onnx_nms")
     fuse.fuse(folder)
     return folder
 
@@ -233,7 +235,7 @@ def stand_in_tensorrt(flavour: str, host: Host) -> ModuleType:
         def load_library(self, path: str) -> None:
             trt.seen.libraries.append(path)
             if Path(path).read_bytes() == b"plugin":
-                creators.add((fuse.PLUGIN, fuse.PLUGIN_VERSION, fuse.DOMAIN))
+                creators.add((tensors.PLUGIN, tensors.PLUGIN_VERSION, tensors.DOMAIN))
 
     registry = Registry()
 
@@ -435,14 +437,14 @@ def pretend_installed(monkeypatch, host: Host, flavour: str) -> ModuleType:
     module = stand_in_tensorrt(flavour, host)
     for name in VERSIONS:
         monkeypatch.setitem(sys.modules, name, module if name == flavour else None)
-    monkeypatch.setattr(passport, "this_machine", lambda: BOARD)
+    pretend_machine(monkeypatch, BOARD)
     monkeypatch.setattr(runtime, "this_machine", lambda: BOARD)
 
-    def here(plugin=None) -> Here:
+    def here(plugin=None) -> Environment:
         identity = None if plugin is None else passport.plugin_identity(plugin)
-        return Here(BOARD, flavour, VERSIONS[flavour], identity)
+        return Environment(BOARD, flavour, VERSIONS[flavour], identity)
 
-    monkeypatch.setattr(portability, "here", here)
+    monkeypatch.setattr(portability, "this_environment", here)
     return module
 
 
@@ -930,7 +932,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(folder, rtx, monkeypatch
 
 def no_stand_in(monkeypatch) -> None:
     """There is no GPU, and whoever asks for TensorRT or a rebuild without one fails."""
-    monkeypatch.setattr(passport, "this_machine", lambda: Machine("Linux", "x86_64"))
+    pretend_machine(monkeypatch, Machine("Linux", "x86_64"))
     for name in VERSIONS:
         monkeypatch.setitem(sys.modules, name, None)
     for name in ("here", "start_rebuild", "check"):
@@ -959,7 +961,7 @@ def test_without_a_gpu_everything_is_as_it_was(folder, monkeypatch):
 
 def test_a_gpu_without_tensorrt_is_said(folder, monkeypatch, host):
     pretend_installed(monkeypatch, host, "tensorrt")
-    monkeypatch.setattr(portability, "here", lambda plugin=None: Here(BOARD, None, None))
+    monkeypatch.setattr(portability, "this_environment", lambda plugin=None: Environment(BOARD, None, None))
     detector = Detector.open(folder)
     assert detector.backend.name == "onnxruntime"
     assert "neither tensorrt nor tensorrt_rtx" in detector.status.reasons[0]
@@ -1097,7 +1099,7 @@ class Rebuild:
 INSTALL = """
 import sys
 from pathlib import Path
-from odtrt_lib import passport
+from odtrt_lib.engine import passport
 gate, source, folder = map(Path, sys.argv[1:])
 assert gate.read_text() == "go"
 if source.name == "none":
@@ -1315,7 +1317,8 @@ REAL = """
 import sys
 from pathlib import Path
 import numpy as np
-from odtrt_lib import fuse, passport, runtime
+from odtrt_lib import fuse
+from odtrt_lib.engine import passport, runtime
 from odtrt_lib.errors import OdtrtError
 from odtrt_lib.spec import load_spec
 folder = Path(sys.argv[1])
@@ -1342,7 +1345,7 @@ print(trt.__version__)
 
 def test_the_real_library_says_on_one_line_that_there_is_no_gpu(models, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    if passport.this_machine().gpu is not None:
+    if this_machine().gpu is not None:
         pytest.skip("there is a GPU here")
     folder, plan = copy(models(1), tmp_path / "small"), tmp_path / "real.plan"
     built = subprocess.run(

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from spec_cases import SPEC
 
 from odtrt_lib.errors import InputError, OdtrtError
+from odtrt_lib.export.pipeline import read_pipeline
 from odtrt_lib.nms import postprocess
 from odtrt_lib.preprocess import preprocess
-from odtrt_lib.spec import MAX_SPEC_BYTES, Resizer, load_spec, problems, read_pipeline
+from odtrt_lib.spec import MAX_SPEC_BYTES, Resizer, load_spec, problems
 
 FUZZ = settings(
     derandomize=True,

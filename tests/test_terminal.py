@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from odtrt_lib import cli, terminal
+from odtrt_lib.app import cli, terminal
 from odtrt_lib.errors import InputError, printable, shell_word
 
 HOSTILE = "a\x1b]0;x\x07\x9b2J\u202eb\ud800\udce8\r\n\u2028c"
@@ -90,7 +90,7 @@ def test_closed_and_full_streams():
             1,
             "error: standard output: cannot be written (No space left on device); redirect it elsewhere\n",
         )
-        command = [sys.executable, "-m", "odtrt_lib.cli", "--version"]
+        command = [sys.executable, "-m", "odtrt_lib", "--version"]
         silent = subprocess.run(command, stdout=full, stderr=full, env={**os.environ})
         assert silent.returncode == 1
 

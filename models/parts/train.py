@@ -43,7 +43,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
-from odtrt_lib import datasets, odapi  # noqa: E402
+from odtrt_lib.export import odapi  # noqa: E402
+from odtrt_lib.scenes import PARTS_CLASSES, TEST_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS, render_scene  # noqa: E402
 
 CHECKPOINT = HERE / "checkpoint"
 RESULTS = ROOT / "results" / "parts.json"
@@ -82,7 +83,7 @@ def resize_tf1(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _render_resized(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     cv2.setNumThreads(1)
-    scene = datasets.render_scene(seed)
+    scene = render_scene(seed)
     height, width = scene.image.shape[:2]
     image = np.round(resize_tf1(scene.image, SIZE, SIZE)).astype(np.uint8)
     return image, scene.boxes / np.float32([height, width, height, width]), scene.class_ids - 1
@@ -90,7 +91,7 @@ def _render_resized(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def rendered_training_set(count: int) -> TrainingSet:
     """Renders the first ``count`` training scenes on all cores; kept in the temporary folder."""
-    looks = b"".join(datasets.render_scene(seed).image.tobytes() for seed in datasets.TRAIN_SEEDS[:3])
+    looks = b"".join(render_scene(seed).image.tobytes() for seed in TRAIN_SEEDS[:3])
     look = hashlib.sha256(looks).hexdigest()[:12]
     cache = Path(tempfile.gettempdir()) / f"odtrt-parts-{count}-{look}.npz"
     if not cache.exists():
@@ -100,7 +101,7 @@ def rendered_training_set(count: int) -> TrainingSet:
         counts = np.zeros(count, np.int64)
         spawn = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
-            seeds = datasets.TRAIN_SEEDS[:count]
+            seeds = TRAIN_SEEDS[:count]
             for number, (image, box, label) in enumerate(pool.map(_render_resized, seeds, chunksize=20)):
                 kept = min(len(label), MAXIMUM_BOXES)
                 images[number], counts[number] = image, kept
@@ -168,7 +169,7 @@ def batches(data: TrainingSet, size: int, seed: int) -> queue.Queue:
             for start in range(0, len(order) - size + 1, size):
                 images = np.zeros((size, SIZE, SIZE, 3), np.float32)
                 boxes = np.zeros((size, MAXIMUM_BOXES, 4), np.float32)
-                one_hot = np.zeros((size, MAXIMUM_BOXES, len(datasets.PARTS_CLASSES)), np.float32)
+                one_hot = np.zeros((size, MAXIMUM_BOXES, len(PARTS_CLASSES)), np.float32)
                 weights = np.zeros((size, MAXIMUM_BOXES), np.float32)
                 for row, index in enumerate(order[start : start + size]):
                     count = data.counts[index]
@@ -317,16 +318,16 @@ def evaluate(split: str, count: int) -> dict:
         inputs, shapes = model.preprocess(image)
         return model.postprocess(model.predict(inputs, shapes), shapes)
 
-    seeds = {"test": datasets.TEST_SEEDS, "validation": datasets.VALIDATION_SEEDS}[split][:count]
+    seeds = {"test": TEST_SEEDS, "validation": VALIDATION_SEEDS}[split][:count]
     truth = {
         "info": {},
         "images": [],
         "annotations": [],
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(datasets.PARTS_CLASSES)],
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(PARTS_CLASSES)],
     }
     found = []
     for seed in seeds:
-        scene = datasets.render_scene(seed)
+        scene = render_scene(seed)
         height, width = scene.image.shape[:2]
         truth["images"].append({"id": seed, "height": height, "width": width, "file_name": f"{seed}.jpg"})
         for box, class_id in zip(scene.boxes.tolist(), scene.class_ids.tolist(), strict=True):
@@ -387,7 +388,7 @@ def _coco_figures(truth: dict, found: list[dict]) -> dict[str, float]:
     figures = {name: round(float(value), 4) for name, value in zip(names, scorer.stats, strict=False)}
     figures["ar100"] = round(float(scorer.stats[8]), 4)
     precision = scorer.eval["precision"][:, :, :, 0, 2]
-    for number, name in enumerate(datasets.PARTS_CLASSES):
+    for number, name in enumerate(PARTS_CLASSES):
         figures[f"ap_{name}"] = round(float(precision[:, :, number].mean()), 4)
     return figures
 

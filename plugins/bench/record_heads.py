@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from odtrt_lib.convert import convert
-from odtrt_lib.datasets import load_coco
 from odtrt_lib.detector import Detector
 from odtrt_lib.export import export
 from odtrt_lib.preprocess import load_image, preprocess
+from odtrt_lib.scenes import load_coco
 
 ROOT = Path(__file__).resolve().parents[2]
 

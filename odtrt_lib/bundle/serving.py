@@ -1,0 +1,222 @@
+"""Files that a serving program takes: a Triton model repository, nvinfer's configuration and parser."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import (
+    Iterator,
+    Tuple,
+    Union,
+)
+
+from odtrt_lib import __version__
+from odtrt_lib.errors import (
+    UnsupportedError,
+    one_line,
+)
+from odtrt_lib.folder import (
+    require,
+)
+from odtrt_lib.spec import DetectorSpec
+
+
+def triton_config(spec: DetectorSpec, name: str, platform: str) -> str:
+    """The ``config.pbtxt`` of one Triton model over ``heads.onnx``: a text-format ``inference.ModelConfig``.
+
+    name: of the model's folder. platform: ``onnxruntime_onnx`` or ``tensorrt_plan``. With a fixed batch size
+    the batch is one more dimension and Triton does no batching.
+
+    Both platforms answer with raw heads, so that a client sees no difference and Triton needs no plugin;
+    :func:`odtrt_lib.nms.postprocess` makes detections of them.
+    """
+    from odtrt_lib.engine import DYNAMIC_BATCH
+
+    network, heads = spec.input, spec.heads
+    tensors = (
+        ("input", network.name, (3, network.height, network.width)),
+        ("output", heads.box_encodings, (heads.num_anchors, 4)),
+        ("output", heads.class_logits, (heads.num_anchors, heads.num_columns)),
+    )
+    lines = [
+        f"# {comment(spec.name)}: written by odtrt {__version__} from spec.json.",
+        f"# `{comment(network.name)}` is what odtrt_lib.preprocess.preprocess makes of an image;",
+        "# the outputs are raw heads, and odtrt_lib.nms.postprocess makes detections of them.",
+    ]
+    if platform == "tensorrt_plan":
+        lines.append("# build_here.py puts the plan at 1/model.plan; until then Triton refuses this model.")
+    lines += [
+        f'name: "{name}"',
+        f'platform: "{platform}"',
+        f"max_batch_size: {DYNAMIC_BATCH[-1] if network.batch is None else 0}",
+    ]
+    for kind, tensor, shape in tensors:
+        dims = shape if network.batch is None else (network.batch, *shape)
+        text = ", ".join(map(str, dims))
+        lines.append(f"{kind} {{\n  name: {_quoted(tensor)}\n  data_type: TYPE_FP32\n  dims: [ {text} ]\n}}")
+    return "\n".join(lines) + "\n"
+
+
+def nvinfer_config(spec: DetectorSpec) -> str:
+    """The configuration file of DeepStream's nvinfer for ``detector.onnx``.
+
+    Raises UnsupportedError, naming the field of ``spec.json``, for what nvinfer cannot express: its
+    normalisation is ``net-scale-factor * (pixel - offset)`` with one factor for all channels, and it pads the
+    image before it normalises, without telling the network where the padding begins.
+    """
+    scale, offset = spec.input.scale, spec.input.offset
+    if spec.input.resizer.kind != "fixed_shape":
+        raise UnsupportedError(
+            f"spec.json: input.resizer.kind is {spec.input.resizer.kind}, but nvinfer pads before it "
+            "normalises and gives the network no clip_windows; expected fixed_shape: use odtrt's own Detector"
+        )
+    if len(set(scale)) != 1:
+        raise UnsupportedError(
+            f"spec.json: input.scale is {list(scale)}, but nvinfer has one net-scale-factor for all "
+            "channels; use odtrt's own Detector"
+        )
+    means = ";".join(_number(-one / scale[0]) for one in offset)
+    return f"""\
+# {comment(spec.name)}: DeepStream nvinfer, written by odtrt {__version__} from spec.json.
+#
+# Not as in training: nvinfer resizes with NvBufSurfTransform, which samples at pixel centres; the OD API's
+# output pixel i samples the input at i * in / out. Where images are shrunk, boxes shift by up to half a
+# network pixel, and scores change: measure it with your own images, or preprocess with odtrt's kernels.
+# Detections come out of the plugin in the network: nvinfer must not cluster them again (cluster-mode 4).
+#
+# The parser is compiled on the device, once, in this folder; it also loads odtrt's plugin into TensorRT:
+#   g++ -std=c++17 -O2 -shared -fPIC nvdsinfer_odtrt.cpp -o libnvdsinfer_odtrt.so \\
+#     -I/opt/nvidia/deepstream/deepstream/sources/includes -I/usr/local/cuda/include -ldl
+# build_here.py puts the plan at detector.plan.
+
+[property]
+gpu-id=0
+gie-unique-id=1
+process-mode=1
+onnx-file=../model/detector.onnx
+model-engine-file=detector.plan
+labelfile-path=labels.txt
+batch-size={spec.input.batch or 1}
+infer-dims=3;{spec.input.height};{spec.input.width}
+network-type=0
+network-mode=0
+model-color-format=0
+net-scale-factor={_number(scale[0])}
+offsets={means}
+maintain-aspect-ratio=0
+symmetric-padding=0
+num-detected-classes={spec.heads.num_classes}
+cluster-mode=4
+output-blob-names=num_detections;boxes;scores;classes
+parse-bbox-func-name=NvDsInferParseOdtrt
+custom-lib-path=libnvdsinfer_odtrt.so
+
+[class-attrs-all]
+pre-cluster-threshold={_number(spec.nms.score_threshold)}
+"""
+
+
+_NVINFER_PARSER = """\
+// Hands the detections of odtrt's TensorRT plugin to DeepStream's nvinfer; nvinfer.txt says how to compile.
+// boxes are [ymin, xmin, ymax, xmax], normalised to the network input; nvinfer wants pixels of that input.
+#include <dlfcn.h>
+
+#include <cstring>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "NvInferRuntime.h"
+#include "nvdsinfer_custom_impl.h"
+
+namespace {
+
+const void* buffer_of(const std::vector<NvDsInferLayerInfo>& layers, const char* name) {
+  for (const NvDsInferLayerInfo& layer : layers) {
+    if (std::strcmp(layer.layerName, name) == 0) return layer.buffer;
+  }
+  std::cerr << "odtrt: the network has no output `" << name << "`; expected detector.onnx\\n";
+  return nullptr;
+}
+
+// nvinfer loads this library before it reads the plan, and the plan needs the plugin.
+__attribute__((constructor)) void load_plugin() {
+  Dl_info here;
+  if (dladdr(reinterpret_cast<const void*>(&buffer_of), &here) == 0) return;
+  const std::string path(here.dli_fname);
+  const std::size_t slash = path.rfind('/');
+  const std::string plugin = (slash == std::string::npos ? "" : path.substr(0, slash + 1)) +
+                             "../plugins/build/libodtrt_tensorrt.so";
+#if NV_TENSORRT_MAJOR * 100 + NV_TENSORRT_MINOR >= 806
+  const bool is_loaded = getPluginRegistry()->loadLibrary(plugin.c_str()) != nullptr;
+#else
+  const bool is_loaded = dlopen(plugin.c_str(), RTLD_NOW | RTLD_GLOBAL) != nullptr;
+#endif
+  if (!is_loaded) std::cerr << "odtrt: " << plugin << " cannot be loaded; run build_here.py\\n";
+}
+
+}  // namespace
+
+extern "C" bool NvDsInferParseOdtrt(const std::vector<NvDsInferLayerInfo>& layers,
+                                    const NvDsInferNetworkInfo& network,
+                                    const NvDsInferParseDetectionParams& params,
+                                    std::vector<NvDsInferObjectDetectionInfo>& objects) {
+  const auto* count = static_cast<const int*>(buffer_of(layers, "num_detections"));
+  const auto* boxes = static_cast<const float*>(buffer_of(layers, "boxes"));
+  const auto* scores = static_cast<const float*>(buffer_of(layers, "scores"));
+  const auto* classes = static_cast<const int*>(buffer_of(layers, "classes"));
+  if (!count || !boxes || !scores || !classes) return false;
+  for (int i = 0; i < *count; ++i) {
+    const auto class_id = static_cast<unsigned int>(classes[i]);
+    if (class_id >= params.numClassesConfigured) {
+      std::cerr << "odtrt: class " << class_id << ", but num-detected-classes is "
+                << params.numClassesConfigured << "\\n";
+      return false;
+    }
+    if (scores[i] < params.perClassPreclusterThreshold[class_id]) continue;
+    const float* box = boxes + 4 * i;
+    NvDsInferObjectDetectionInfo object{};
+    object.classId = class_id;
+    object.detectionConfidence = scores[i];
+    object.top = box[0] * network.height;
+    object.left = box[1] * network.width;
+    object.height = (box[2] - box[0]) * network.height;
+    object.width = (box[3] - box[1]) * network.width;
+    objects.push_back(object);
+  }
+  return true;
+}
+
+CHECK_CUSTOM_PARSE_FUNC_PROTOTYPE(NvDsInferParseOdtrt);
+"""
+
+
+def triton_repository(folder: Path, spec: DetectorSpec) -> Iterator[Tuple[str, Union[Path, bytes]]]:
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", spec.name).strip(".") or "detector"
+    yield f"triton/{name}/config.pbtxt", triton_config(spec, name, "tensorrt_plan").encode()
+    onnx_name = f"{name}_onnx"
+    yield f"triton/{onnx_name}/config.pbtxt", triton_config(spec, onnx_name, "onnxruntime_onnx").encode()
+    yield f"triton/{onnx_name}/1/model.onnx", folder / "heads.onnx"
+
+
+def deepstream_files(folder: Path, spec: DetectorSpec) -> Iterator[Tuple[str, Union[Path, bytes]]]:
+    configuration = nvinfer_config(spec)
+    require(folder, "detector.onnx", "fuse")
+    labels = [re.sub(r"[\s;]+", " ", label.name).strip() for label in spec.labels]
+    yield "deepstream/nvinfer.txt", configuration.encode()
+    yield "deepstream/labels.txt", ("\n".join(labels) + "\n").encode()
+    yield "deepstream/nvdsinfer_odtrt.cpp", _NVINFER_PARSER.encode()
+
+
+def comment(text: str) -> str:
+    return one_line(text) if text.strip() else "a detector"
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format."""
+    escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\000"}
+    return '"' + "".join(escapes.get(letter, letter) for letter in text) + '"'
+
+
+def _number(value: float) -> str:
+    return repr(float(value) + 0.0)

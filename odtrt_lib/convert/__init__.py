@@ -1,0 +1,10 @@
+"""Chapter 2: from the frozen graph to ONNX, with proof that both compute the same.
+
+``stage`` is what ``odtrt convert`` calls; ``rewrite`` makes the graph one that TensorRT runs well,
+``resizes`` audits every Resize.
+"""
+
+from odtrt_lib.convert.stage import Parity as Parity
+from odtrt_lib.convert.stage import check_parity as check_parity
+from odtrt_lib.convert.stage import convert as convert
+from odtrt_lib.convert.stage import load_frozen as load_frozen

@@ -1,0 +1,274 @@
+"""What a build does when memory does not suffice: :data:`FALLBACK`, one step after the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
+
+from odtrt_lib.engine import builder
+from odtrt_lib.engine.bindings import FLAVOURS, is_weakly_typed
+from odtrt_lib.engine.watch import NO_MEMORY, UNTOUCHED_RLIMIT_ALLOWANCE, Progress, RunResult, run
+from odtrt_lib.errors import BuildError
+from odtrt_lib.machine import MIB, Machine
+from odtrt_lib.spec import DetectorSpec
+from odtrt_lib.tensors import detector_tensors, heads_tensors
+from odtrt_lib.variants import Variant
+
+# What a build may be allowed to change about the plan if nothing else makes it fit.
+ALLOWABLE = ("dynamic_batch", "fp32")
+
+_WRITE_HALF = "write half precision into the ONNX"
+
+
+@dataclasses.dataclass(frozen=True)
+class FallbackStep:
+    """What is tried next when a build ran out of memory. It keeps the settings of the steps before it.
+
+    setting: one of :data:`odtrt_lib.engine.builder.SETTINGS` and its value; a library without it skips the
+    step. allowance: one of :data:`ALLOWABLE`, which changes the plan and is only made if it was allowed.
+    """
+
+    name: str
+    setting: Optional[Tuple[str, Any]] = None
+    allowance: Optional[str] = None
+
+
+FALLBACK = (
+    FallbackStep("as asked"),
+    FallbackStep("small workspace", ("workspace_mib", 256)),
+    FallbackStep("no library tactics", ("tactic_sources", "none")),
+    FallbackStep("lowest optimisation level", ("optimization_level", 0)),
+    FallbackStep("frugal heap", ("frugal_heap", True)),
+    FallbackStep("static batch", allowance="dynamic_batch"),
+    FallbackStep("half precision", allowance="fp32"),
+)
+
+
+# glibc: give back every block from 64 KiB up as soon as it is free, and keep one heap for all threads.
+_FRUGAL_HEAP = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What all attempts at one plan share."""
+
+    folder: Path
+    model_file: Path
+    variant: Variant
+    spec: DetectorSpec
+    identity: Dict[str, Any]
+    machine: Machine
+    plugin: Optional[Path]
+    limit: Optional[int]
+    is_half: bool
+    progress: Progress
+
+    @property
+    def who(self) -> str:
+        return f"{FLAVOURS[self.identity['flavour']]} {self.identity['version']}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A plan that was built. place: its folder in the staging folder. step: the name of the
+    :class:`FallbackStep` that did it. identity: of what was built."""
+
+    place: str
+    step: str
+    identity: Dict[str, Any]
+    settings: Dict[str, Any]
+    answer: Dict[str, Any]
+    attempts: List[Dict[str, Any]]
+    half_model: Optional[Path]
+
+
+def reduced(identity: Mapping[str, Any], allowed: Sequence[str]) -> Dict[str, Any]:
+    """The identity of the plan that is built if everything in ``allowed`` is made use of."""
+    changed = dict(identity)
+    if "dynamic_batch" in allowed and changed["batch"] is not None:
+        changed["batch"] = [changed["batch"][1]] * 3
+    if "fp32" in allowed:
+        changed["precision"] = "fp16"
+    return changed
+
+
+def build_with_fallback(attempt: Attempt, out: Path, allow: Sequence[str]) -> Outcome:
+    """Tries the steps of :data:`FALLBACK` in order until a plan is built.
+
+    out: a folder for the attempts' files. Raises BuildError if the library refuses the model, or if no step
+    gets by with the memory; then the message has each step with its peak.
+    """
+    attempts: List[Dict[str, Any]] = []
+    knows: Optional[List[str]] = None
+    settings: Dict[str, Any] = {}
+    used: List[str] = []
+    half_model: Optional[Path] = None
+    for number, step in enumerate(FALLBACK):
+        if not _applies(step, attempt, knows, allow):
+            continue
+        if step.setting is not None:
+            settings[step.setting[0]] = step.setting[1]
+        if step.allowance is not None:
+            used.append(step.allowance)
+        identity = reduced(attempt.identity, used)
+        place = out / f"attempt-{number}"
+        place.mkdir()
+        if attempts:
+            attempt.progress(f"out of memory; next: {step.name}", 0.0)
+        if attempt.limit is not None:
+            settings.setdefault("workspace_mib", attempt.limit // MIB)
+        source = attempt.model_file
+        if _needs_half_model(attempt, identity):
+            if half_model is None:
+                result = _run(attempt, _request(attempt, identity, place, "half_precision", source, {}))
+                attempts.append(_described(_WRITE_HALF, {}, result))
+                _raise_refusal(result)
+                if result.out_of_memory:
+                    break  # no step changes what it needs
+                _raise_without_answer(attempt, result)
+                half_model = place / builder.HALF_PRECISION_MODEL
+            source = half_model
+        result = _run(attempt, _request(attempt, identity, place, "build", source, settings))
+        knows = result.knows or knows
+        attempts.append(_described(step.name, dict(settings), result))
+        _raise_refusal(result)
+        if result.answer is not None and not result.out_of_memory:
+            answer = result.answer
+            return Outcome(place.name, step.name, identity, dict(settings), answer, attempts, half_model)
+        if not result.out_of_memory:
+            _raise_without_answer(attempt, result)
+        if builder.is_workspace_too_small(result.outcome, settings.get("workspace_mib")):
+            del settings["workspace_mib"]  # smaller than any tactic needs
+    _raise_out_of_memory(attempt, attempts, allow)
+
+
+def _applies(
+    step: FallbackStep, attempt: Attempt, knows: Optional[Sequence[str]], allow: Sequence[str]
+) -> bool:
+    """Whether the step can change anything here. knows: the settings that the library has, once known."""
+    if step.setting is not None:
+        name, value = step.setting
+        if knows is not None and name not in knows:
+            return False
+        if name == "workspace_mib" and attempt.limit is not None and attempt.limit // MIB <= value:
+            return False
+    if step.allowance is not None:
+        changes = reduced(attempt.identity, [step.allowance]) != attempt.identity
+        return step.allowance in allow and changes
+    return True
+
+
+def _needs_half_model(attempt: Attempt, identity: Mapping[str, Any]) -> bool:
+    """Strongly typed networks take half precision from the ONNX model, others from a builder flag."""
+    if identity["precision"] != "fp16" or attempt.is_half:
+        return False
+    return not is_weakly_typed(importlib.import_module(identity["flavour"]))
+
+
+def _run(attempt: Attempt, request: builder.Request) -> RunResult:
+    variables = _FRUGAL_HEAP if request.settings.get("frugal_heap") else {}
+    return run(request, attempt.limit, attempt.progress, variables)
+
+
+def _raise_refusal(result: RunResult) -> None:
+    error = None if result.answer is None else builder.error_in(result.answer)
+    if error is not None:
+        raise error
+
+
+def _raise_without_answer(attempt: Attempt, result: RunResult) -> None:
+    if result.answer is None:
+        raise BuildError(f"{attempt.model_file}: {attempt.who} {result.outcome}")
+
+
+def _raise_out_of_memory(
+    attempt: Attempt, attempts: Sequence[Mapping[str, Any]], allow: Sequence[str]
+) -> NoReturn:
+    tried = "; ".join(
+        f"{one['name']}: {one['outcome'][len(NO_MEMORY) :]} (peak {one['peak_rss_mb'] or 0:.0f} MiB)"
+        for one in attempts
+        if one["outcome"].startswith(NO_MEMORY)
+    )
+    limit = "" if attempt.limit is None else f" of {attempt.limit / MIB:.0f} MiB"
+    advice = ["raise the limit (--memory)" if attempt.limit is not None else "free memory or add swap"]
+    if "fp32" not in allow and attempt.identity["precision"] == "fp32":
+        advice.append("allow half precision (--allow fp32), which changes the numbers")
+    if "dynamic_batch" not in allow and attempt.identity["batch"] is not None:
+        advice.append("allow a fixed batch (--allow dynamic_batch)")
+    raise BuildError(
+        f"{attempt.model_file}: {attempt.who} does not get by with the memory{limit}; {tried}. "
+        f"What helps: {', or '.join(advice)}"
+    )
+
+
+def _described(name: str, settings: Mapping[str, Any], result: RunResult) -> Dict[str, Any]:
+    return {
+        "name": name,
+        "settings": dict(settings),
+        "outcome": result.outcome,
+        "seconds": round(result.seconds, 3),
+        "peak_rss_mb": result.peak_rss_mb,
+        "peak_gpu_mb": result.peak_gpu_mb,
+        "samples": result.samples,
+    }
+
+
+def _request(
+    attempt: Attempt,
+    identity: Mapping[str, Any],
+    place: Path,
+    task: str,
+    source: Path,
+    settings: Mapping[str, Any],
+) -> builder.Request:
+    is_rtx = identity["flavour"] == "tensorrt_rtx"
+    targets = identity["compute_capabilities"]
+    has_driver = attempt.machine.gpu is not None or attempt.machine.driver is not None
+    has_data_limit = attempt.limit is not None and not has_driver
+    data_limit = (attempt.limit or 0) + UNTOUCHED_RLIMIT_ALLOWANCE if has_data_limit else None
+    return builder.Request(
+        task=task,
+        flavour=identity["flavour"],
+        who=attempt.who,
+        onnx=str(source.resolve()),
+        name=str(attempt.model_file),
+        folder=str(place.resolve()),
+        precision=identity["precision"],
+        image=attempt.spec.input.name,
+        tensors=_expected_tensors(attempt.spec, attempt.variant),
+        batch=identity["batch"],
+        settings=dict(settings),
+        plugin=None if attempt.plugin is None else str(attempt.plugin),
+        version_compatible=identity["version_compatible"],
+        hardware_compatibility=identity["hardware_compatibility"],
+        compute_capabilities=[] if targets == ["default"] else list(targets),
+        timing_cache=None if is_rtx else str(timing_cache_file(identity, attempt.machine)),
+        can_load_plans=attempt.machine.gpu is not None,
+        data_limit=data_limit,
+        progress=None,
+        again=f"run `odtrt {attempt.variant.command}` again",
+    )
+
+
+def timing_cache_file(identity: Mapping[str, Any], machine: Machine) -> Path:
+    """Where the timings of one library version on one GPU are kept, for all models of this user."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    name = f"{identity['flavour']}-{identity['version']}-{machine.gpu or 'no-gpu'}"
+    return Path(root) / "odtrt" / "timing" / (re.sub(r"[^A-Za-z0-9.-]+", "_", name) + ".cache")
+
+
+def _expected_tensors(spec: DetectorSpec, variant: Variant) -> Dict[str, Any]:
+    """Every input and output of the network: name -> [shape, type]; -1 is a dynamic batch."""
+    tensors = heads_tensors(spec) if variant.form == "heads" else detector_tensors(spec)
+    return {
+        tensor.name: [[-1 if size is None else size for size in tensor.shape], tensor.dtype]
+        for tensor in tensors.all
+    }

@@ -1,0 +1,485 @@
+"""Chapter 3: ``heads.onnx`` -> a TensorRT plan in ``plans/``, with its passport beside it.
+
+With the plugin (``plugins/tensorrt``) ``detector.onnx`` is built, the post-processing inside the plan.
+
+A plan belongs to one library version, one precision and one kind of GPU. All of them are in its fingerprint,
+so plans for several targets lie side by side and none is ever taken for another, see
+:mod:`odtrt_lib.engine.passport`.
+
+**Precision.** Wherever strongly typed networks exist (TensorRT 9 and newer, TensorRT-RTX) they are used:
+TensorRT then computes in the types that the ONNX model carries, and half precision is made in the ONNX
+(:mod:`odtrt_lib.engine.half`). TensorRT 10 also has the older builder flag. It is not used there: a flag
+only permits half precision and leaves the choice to timings, so that two builds can differ, and TensorRT 11
+has dropped it. TensorRT 8.5 and 8.6 have nothing but the flag. After the build the
+layers are counted by precision, in the engine by its inspector where a GPU can load it, else in the network;
+half precision that was asked for and is not there is an error. An ONNX model that already has QuantizeLinear
+and DequantizeLinear nodes (chapter 6) builds as it is, in either precision; there is no calibrator here.
+
+**Memory.** Every attempt is a process of its own (:mod:`odtrt_lib.engine.builder`), which the kernel may kill
+without harm to the caller. If it runs out of memory, the next step of :mod:`odtrt_lib.engine.fallback` is
+tried. A limit is enforced by a watchdog, which reads the attempt's resident memory fifty times a second and
+ends it. If there is no GPU, RLIMIT_DATA stands behind it, a little wider. With one it does not, and RLIMIT_AS
+never: CUDA reserves far more address space than it uses. Nor is an rlimit enough: TensorRT-RTX 1.7.1 can
+wait for ever on a thread of its own that met it; such an attempt, asleep without using any processor time, is
+ended too. On a Jetson, where the GPU has no memory of its own, what the GPU takes counts as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+
+from odtrt_lib.engine import builder, passport
+from odtrt_lib.engine.bindings import FLAVOURS, TF32_OVERRIDE, available_runtimes
+from odtrt_lib.engine.fallback import ALLOWABLE, Attempt, Outcome, build_with_fallback, reduced
+from odtrt_lib.engine.watch import Progress
+from odtrt_lib.errors import CheckError, InputError, MissingDependencyError
+from odtrt_lib.folder import (
+    StageResult,
+    check_seal,
+    part_sha256,
+    read_log,
+    require,
+    sealed,
+    sha256,
+    staging,
+    write_record,
+)
+from odtrt_lib.machine import MIB, Machine, free_memory, this_machine
+from odtrt_lib.spec import DetectorSpec, load_spec
+from odtrt_lib.variants import PRECISIONS, Variant, models
+
+# Smallest, best-tuned and largest batch of a model that was exported with a dynamic batch.
+DYNAMIC_BATCH = (1, 1, 8)
+
+_INSTALL_TENSORRT = (
+    "run `pip install -e '.[engine]'` on a PC (TensorRT-RTX; no GPU is needed to build); on a Jetson "
+    "TensorRT comes with JetPack: `sudo apt install nvidia-jetpack`"
+)
+_NO_TIMING_CACHE = (
+    "none: TensorRT-RTX's does nothing since 1.2; it compiles kernels when a plan is loaded, and keeps those"
+)
+_IN_WORDS = {"fp16": "half precision"}
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """The name of a plan: 16 hexadecimal digits of the SHA-256 over all that its meaning depends on.
+
+    identity: JSON values: model, flavour, version, precision, onnx_sha256, plugin, batch, the compatibility
+    modes, the compute capabilities, for TensorRT the GPU's name and compute capability, and where it is set
+    :data:`TF32_OVERRIDE`.
+    """
+    text = json.dumps(dict(identity), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parse_memory(text: str) -> int:
+    """A memory limit in bytes: ``1500MiB``, ``2GiB``, ``1500MB``, or ``60%`` of what is free here now.
+
+    Raises InputError for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(MiB|GiB|MB|GB|%)\s*", str(text))
+    if match is None:
+        raise InputError(
+            f"memory {text!r}: expected a limit such as 1500MiB, 2GiB, or 60% of what is free now"
+        )
+    number, unit = float(match.group(1)), match.group(2)
+    if unit == "%":
+        if not 0 < number <= 100:
+            raise InputError(f"memory {text!r}: expected more than 0% and at most 100% of what is free now")
+        return int(free_memory() * number / 100)
+    limit = int(number * {"MiB": 1 << 20, "GiB": 1 << 30, "MB": 10**6, "GB": 10**9}[unit])
+    if limit < 64 * MIB:
+        raise InputError(f"memory {text!r}: expected at least 64MiB; TensorRT's libraries alone take that")
+    return limit
+
+
+def build(
+    folder: Union[str, Path],
+    *,
+    precision: str = "fp32",
+    plugin: Union[str, Path, None] = None,
+    batch: Optional[Sequence[int]] = None,
+    memory: Optional[str] = None,
+    version_compatible: bool = False,
+    hardware_compatibility: str = "none",
+    compute_capabilities: Optional[Sequence[str]] = None,
+    allow: Sequence[str] = (),
+    force: bool = False,
+    progress: Optional[Progress] = None,
+) -> StageResult:
+    """Writes a plan and its passport into ``plans/`` for the TensorRT that is installed here.
+
+    precision: ``fp32``, or ``fp16``: weights and arithmetic in half precision, inputs and outputs float32. An
+    ONNX model whose weights are half precision already is taken as it is, as ``fp16`` only.
+    plugin: ``libodtrt_tensorrt.so``; with it ``detector.onnx`` is built, not ``heads.onnx``. Whoever loads
+    the plan loads the plugin first.
+    batch: smallest, best-tuned and largest batch of a model with a dynamic batch; :data:`DYNAMIC_BATCH`.
+    memory: the most host memory that the build may have, see :func:`parse_memory`; on a Jetson, whose GPU
+    has none of its own, the GPU's share included. None: no limit but the machine's.
+    version_compatible: newer TensorRT versions can load the plan too. hardware_compatibility: ``none``,
+    ``ampere_plus`` (any GPU from Ampere on) or ``same_compute_capability``. compute_capabilities: the GPUs
+    that TensorRT-RTX builds for, e.g. ``("8.6", "8.9")``; None or ``("default",)`` is its own choice.
+    allow: names of :data:`~odtrt_lib.engine.fallback.ALLOWABLE`: changes to the plan that are made if memory
+    does not suffice otherwise. ``dynamic_batch``: a plan for the best-tuned batch only; ``fp32``: half
+    precision.
+    progress: is told the phase and how much of the attempt is done, 0 to 1.
+
+    Inputs and outputs of the network are compared with ``spec.json``. The plan is loaded only to inspect it,
+    and only where there is a GPU; a build with TensorRT-RTX needs none. Where an intact plan answers the same
+    call already, nothing is built unless ``force`` says so. Of several calls for one model at a time, one
+    builds and the others wait. The files are named in ``result.record["outputs"]``::
+
+        result = engine.build("out/parts", precision="fp16", memory="60%")
+
+    Raises InputError where a file is absent or not ONNX or an argument has another form,
+    MissingDependencyError where TensorRT, or for fp16 onnx, is absent, UnsupportedError for what the library
+    cannot do, weights that do not fit into half precision, or a network with a dynamic height or width,
+    BuildError, naming the node, where TensorRT refuses the model or the plugin, and naming every step with
+    its peak where memory does not suffice, CheckError where the network is not the one that ``spec.json``
+    describes, or half precision was asked for and the layers run in single precision.
+    """
+    started = time.perf_counter()
+    _check_arguments(precision, hardware_compatibility, allow)
+    limit = None if memory is None else parse_memory(memory)
+    wanted = _wanted(Path(folder), precision, plugin)
+    identity = {
+        **wanted.identity,
+        "batch": _batch_profile(wanted.spec, batch),
+        "version_compatible": version_compatible,
+        "hardware_compatibility": hardware_compatibility,
+        "compute_capabilities": _targets(wanted.identity["flavour"], compute_capabilities),
+    }
+    tell: Progress = progress or (lambda phase, fraction: None)
+    with _one_build_at_a_time(wanted.model_file, tell):
+        finished = None if force else _finished(wanted, identity, allow)
+        if finished is not None:
+            return StageResult(finished, True)
+        attempt = Attempt(
+            folder=wanted.folder,
+            model_file=wanted.model_file,
+            variant=wanted.variant,
+            spec=wanted.spec,
+            identity=identity,
+            machine=wanted.machine,
+            plugin=wanted.plugin,
+            limit=limit,
+            is_half=wanted.is_half,
+            progress=tell,
+        )
+        with staging(wanted.folder) as out:
+            outcome = build_with_fallback(attempt, out, allow)
+            _require_precision(wanted.model_file, outcome)
+            if sha256(wanted.model_file) != identity["onnx_sha256"]:
+                raise InputError(
+                    f"{wanted.model_file}: changed during the build; nothing was written: build again"
+                )
+            described = _described(wanted, outcome, fingerprint(identity), limit, out, started)
+            weights = _weights_of_half(outcome) or wanted.weights
+            passport.install(wanted.folder, out / outcome.place / builder.PLAN, described)
+            for place in out.iterdir():
+                shutil.rmtree(place)
+    answer = outcome.answer
+    checks = {
+        "inputs_and_outputs_match_spec": True,
+        "layers": answer["layers"],
+        "layers_by_precision": answer["layers_by_precision"],
+        "layers_counted_in": answer["layers_counted_in"],
+        "half_precision_weights": weights.get("FLOAT16", 0),
+        "single_precision_weights": weights.get("FLOAT", 0),
+        "loaded_on_a_gpu": True if answer["layers_counted_in"] == "engine" else None,
+    }
+    return StageResult(_record(wanted.folder, described, checks), False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What a plan is built from, checked. identity: what of it the fingerprint covers.
+
+    of_spec: the part of ``spec.json`` that goes into the plan -> its SHA-256. weights: how many elements of
+    each ONNX type the model's weights have.
+    """
+
+    folder: Path
+    model_file: Path
+    variant: Variant
+    spec: DetectorSpec
+    spec_sha256: str
+    of_spec: Dict[str, Optional[str]]
+    weights: Dict[str, int]
+    machine: Machine
+    plugin: Optional[Path]
+    library: Optional[passport.PluginIdentity]
+    identity: Dict[str, Any]
+
+    @property
+    def is_half(self) -> bool:
+        return self.weights.get("FLOAT16", 0) > self.weights.get("FLOAT", 0)
+
+
+def _wanted(folder: Path, precision: str, plugin: Union[str, Path, None]) -> _Wanted:
+    """Reads and checks the model folder, the plugin and the library that is installed here."""
+    variant = Variant(precision, "heads" if plugin is None else "plugin")
+    library_file = None if plugin is None else Path(plugin).resolve()
+    if library_file is not None and not library_file.is_file():
+        raise InputError(
+            f"{library_file}: not found; run `make plugin` where TensorRT's headers are installed"
+        )
+    model_file = require(folder, variant.file, variant.command)
+    hashes = check_seal(folder, variant.file, "spec.json")
+    spec_content = sealed(folder, "spec.json")["spec.json"]
+    if hashlib.sha256(spec_content).hexdigest() != hashes["spec.json"]:
+        raise InputError(f"{folder}: the model was replaced meanwhile; build again")
+    part = models()[variant.file].spec_part
+    flavour, version = _preferred_runtime()
+    machine = this_machine()
+    library = None if library_file is None else passport.plugin_identity(library_file)
+    tf32_override = {"tf32_override": os.environ[TF32_OVERRIDE]} if TF32_OVERRIDE in os.environ else {}
+    found = _Wanted(
+        folder=folder,
+        model_file=model_file,
+        variant=variant,
+        spec=load_spec(folder / "spec.json", spec_content),
+        spec_sha256=hashes["spec.json"],
+        of_spec={part: part_sha256(spec_content, part)},
+        weights=builder.weights_by_type(model_file),
+        machine=machine,
+        plugin=library_file,
+        library=library,
+        identity={
+            "model": variant.file,
+            "flavour": flavour,
+            "version": version,
+            "precision": precision,
+            "onnx_sha256": hashes[variant.file],
+            "plugin": None if library is None else dataclasses.asdict(library),
+            "gpu": [machine.gpu, machine.compute_capability] if flavour == "tensorrt" else None,
+            **tf32_override,
+        },
+    )
+    if found.is_half and precision != "fp16":
+        raise InputError(f"{model_file}: its weights are half precision already; build it with fp16")
+    return found
+
+
+def _described(
+    wanted: _Wanted, outcome: Outcome, asked: str, limit: Optional[int], out: Path, started: float
+) -> passport.Passport:
+    """The passport of the plan that was built. asked: the fingerprint of what was asked for."""
+    identity, answer = outcome.identity, outcome.answer
+    plan = out / outcome.place / builder.PLAN
+    name, digest = fingerprint(identity), sha256(plan)
+    tf32_override = {key: identity[key] for key in ("tf32_override",) if key in identity}
+    return passport.Passport(
+        fingerprint=name,
+        plan=passport.plan_name(name, digest),
+        plan_sha256=digest,
+        plan_bytes=plan.stat().st_size,
+        model=wanted.variant.file,
+        onnx_sha256=identity["onnx_sha256"],
+        spec_sha256=wanted.spec_sha256,
+        flavour=identity["flavour"],
+        version=identity["version"],
+        precision=identity["precision"],
+        version_compatible=identity["version_compatible"],
+        hardware_compatibility=identity["hardware_compatibility"],
+        compute_capabilities=tuple(identity["compute_capabilities"]),
+        plugin=wanted.library,
+        machine=wanted.machine,
+        settings={
+            "batch_min_opt_max": list(identity["batch"] or (wanted.spec.input.batch,) * 3),
+            "fallback_step": outcome.step,
+            "asked": asked,
+            "memory_limit_mb": None if limit is None else round(limit / MIB, 1),
+            **answer["builder"],
+            **tf32_override,
+            **wanted.of_spec,
+            **outcome.settings,
+            "timing_cache": answer["timing_cache"] or _NO_TIMING_CACHE,
+            "layers_counted_in": answer["layers_counted_in"],
+        },
+        layers=answer["layers_by_precision"],
+        attempts=tuple(outcome.attempts),
+        trtexec=answer["trtexec"],
+        seconds=round(time.perf_counter() - started, 3),
+        built=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _weights_of_half(outcome: Outcome) -> Dict[str, int]:
+    """Of the half-precision model if one was written for this plan; else empty."""
+    if outcome.identity["precision"] != "fp16" or outcome.half_model is None:
+        return {}
+    return builder.weights_by_type(outcome.half_model)
+
+
+@contextlib.contextmanager
+def _one_build_at_a_time(model_file: Path, tell: Progress) -> Iterator[None]:
+    """Waits while another process builds from this file: two builds need twice the memory for one plan."""
+    with model_file.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell("waiting for another build of this model", 0.0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # some network file systems cannot lock
+            pass
+        yield
+
+
+# ---- Arguments --------------------------------------------------------------------------------------------
+
+
+def _check_arguments(precision: str, hardware_compatibility: str, allow: Sequence[str]) -> None:
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if hardware_compatibility not in passport.HARDWARE_COMPATIBILITIES:
+        raise InputError(
+            f"hardware_compatibility {hardware_compatibility!r}: expected one of "
+            + ", ".join(passport.HARDWARE_COMPATIBILITIES)
+        )
+    for one in allow:
+        if one not in ALLOWABLE:
+            raise InputError(f"allow {one!r}: expected one of {', '.join(ALLOWABLE)}")
+
+
+def _batch_profile(spec: DetectorSpec, batch: Optional[Sequence[int]]) -> Optional[List[int]]:
+    """Smallest, best-tuned and largest batch of a dynamic one; None where the batch is fixed."""
+    if spec.input.batch is not None:
+        if batch is not None and tuple(batch) != (spec.input.batch,) * 3:
+            raise InputError(
+                f"batch {','.join(map(str, batch))}: this model's batch is fixed to {spec.input.batch}; "
+                "run `odtrt export` with a dynamic batch first"
+            )
+        return None
+    profile = list(DYNAMIC_BATCH if batch is None else batch)
+    if (
+        len(profile) != 3
+        or not all(isinstance(n, int) and n > 0 for n in profile)
+        or sorted(profile) != profile
+    ):
+        raise InputError(
+            f"batch {','.join(map(str, profile))}: expected smallest, best-tuned and largest, e.g. 1,1,8"
+        )
+    return profile
+
+
+def _targets(flavour: str, compute_capabilities: Optional[Sequence[str]]) -> List[str]:
+    wanted = list(compute_capabilities or ())
+    if flavour == "tensorrt_rtx":
+        wanted = wanted or ["default"]
+    elif wanted == ["default"]:
+        wanted = []
+    for text in wanted:
+        if text != "default" and not re.fullmatch(r"\d{1,2}\.\d", text):
+            raise InputError(f"compute capability {text!r}: expected a form such as 8.6")
+    return sorted(
+        set(wanted), key=lambda text: [int(part) for part in text.split(".")] if "." in text else []
+    )
+
+
+def _preferred_runtime() -> Tuple[str, str]:
+    found = available_runtimes()
+    if not found:
+        raise MissingDependencyError(
+            f"no TensorRT can be imported (looked for {' and '.join(FLAVOURS)}): {_INSTALL_TENSORRT}"
+        )
+    return found[0]
+
+
+# ---- What is there already ---------------------------------------------------------------------------------
+
+
+def _finished(wanted: _Wanted, identity: Mapping[str, Any], allow: Sequence[str]) -> Optional[Dict[str, Any]]:
+    """The record of an intact plan that answers this call, one that made use of ``allow`` included."""
+    asked = fingerprint(identity)
+    for count in range(len(ALLOWABLE) + 1):
+        used = [name for name in ALLOWABLE[:count] if name in allow]
+        found = _intact(wanted, fingerprint(reduced(identity, used)), asked)
+        if found is not None:
+            return found
+    return None
+
+
+def _intact(wanted: _Wanted, name: str, asked: str) -> Optional[Dict[str, Any]]:
+    """The record of the intact plan ``name`` if it answers ``asked`` and was compared with this spec."""
+    folder = wanted.folder
+    try:
+        known = passport.read(folder / passport.PLANS / f"{name}.json")
+    except InputError:
+        return None
+    if asked not in (name, known.settings.get("asked")):
+        return None
+    is_of_spec = wanted.of_spec.items() <= known.settings.items()
+    if known.spec_sha256 != wanted.spec_sha256 and not is_of_spec:
+        return None
+    if passport.verify(folder, known) is not None:
+        return None
+    plan = f"{passport.PLANS}/{known.plan}"
+    for record in reversed(read_log(folder)):
+        if record["stage"] == "engine" and plan in record["outputs"]:
+            return record
+    checks = {
+        "layers_by_precision": dict(known.layers),
+        "layers_counted_in": known.settings.get("layers_counted_in"),
+    }
+    return _record(folder, known, checks)
+
+
+def _record(folder: Path, described: passport.Passport, checks: Mapping[str, Any]) -> Dict[str, Any]:
+    peaks = [attempt.get("peak_rss_mb") or 0.0 for attempt in described.attempts]
+    return write_record(
+        folder,
+        "engine",
+        inputs={described.model: described.onnx_sha256},
+        settings={
+            "model": described.model,
+            "flavour": described.flavour,
+            "version": described.version,
+            "precision": described.precision,
+            "compute_capabilities": list(described.compute_capabilities),
+            "version_compatible": described.version_compatible,
+            "hardware_compatibility": described.hardware_compatibility,
+            **described.settings,
+        },
+        outputs=[
+            f"{passport.PLANS}/{described.plan}",
+            f"{passport.PLANS}/{described.fingerprint}.json",
+        ],
+        versions={described.flavour: described.version},
+        seconds=described.seconds,
+        peak_rss_mb=max(peaks, default=0.0),
+        checks=checks,
+    )
+
+
+def _require_precision(model_file: Path, outcome: Outcome) -> None:
+    """A precision that was asked for must be there, in the layers that do the work."""
+    precision, answer = outcome.identity["precision"], outcome.answer
+    layers = PRECISIONS[precision].layers
+    if not layers:
+        return
+    computing = answer["computing_by_precision"]
+    total, there = sum(computing.values()), sum(computing.get(name, 0) for name in layers)
+    if answer["layers_counted_in"] == "network" and not answer["builder"]["strongly_typed"]:
+        if answer["builder"]["fp16_flag"]:
+            return  # the flag's effect shows in an engine only
+        there = 0
+    if total and there < 0.5 * total:
+        raise CheckError(
+            f"{model_file}: {precision} was asked for, but of {total} convolutions and matrix products "
+            f"{total - there} are not in {_IN_WORDS.get(precision, precision)}, as the "
+            f"{answer['layers_counted_in']} says "
+            f"({', '.join(f'{count} {name}' for name, count in sorted(computing.items()))}); nothing was "
+            "installed: check the model for weights that are float32 between casts, or build with fp32"
+        )

@@ -1,0 +1,127 @@
+"""Chapter 4: ``heads.onnx`` -> ``detector.onnx``, the network with its post-processing inside.
+
+Two forms with the same inputs and outputs:
+
+* ``plugin``: ``detector.onnx``, one node ``OdtrtDetect`` behind the heads. TensorRT runs it with odtrt's
+  plugin (``plugins/tensorrt``), which computes what :func:`odtrt_lib.nms.postprocess` computes, bit for bit.
+* ``onnx_nms``: ``detector_onnxnms.onnx``, the same in ONNX's own operators around NonMaxSuppression, for
+  those who cannot load a plugin; see :mod:`odtrt_lib.fuse.onnx_form` for its limits.
+
+Inputs: ``image`` as in ``heads.onnx``; where the resizer pads the image, also ``clip_windows``, float32
+``[batch, 4]``, ``Frame.clip_window`` of each image (elsewhere it is 0, 0, 1, 1 and left out). Outputs:
+``num_detections`` int32 ``[batch]``, ``boxes`` float32 ``[batch, M, 4]``, ``scores`` float32 ``[batch, M]``
+and ``classes`` int32 ``[batch, M]``, as in :class:`odtrt_lib.nms.Postprocessed`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import resource
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+from odtrt_lib import folder as folders
+from odtrt_lib.anchors import load_anchors
+from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, one_line
+from odtrt_lib.fuse.onnx_form import with_onnx_nms
+from odtrt_lib.fuse.plugin import plugin_attributes, with_plugin
+from odtrt_lib.spec import DetectorSpec, load_spec
+from odtrt_lib.tensors import heads_tensors
+from odtrt_lib.variants import FORMS
+
+if TYPE_CHECKING:
+    import onnx
+
+FUSED = tuple(name for name in FORMS if name != "heads")
+
+
+def fuse(folder: Union[str, Path], *, form: str = "plugin", force: bool = False) -> folders.StageResult:
+    """Writes ``detector.onnx``, or the other form's file, out of the heads, the anchors and ``spec.json``.
+
+    form: one of :data:`FUSED`. force: write even if the file is up to date. The same inputs
+    give the same bytes.
+
+    Raises InputError for another form and where an input is missing, damaged or does not match
+    ``spec.json``, MissingDependencyError without onnx or onnx-graphsurgeon, CheckError where the ONNX checker
+    refuses the outcome; nothing is written then.
+    """
+    started = time.monotonic()
+    folder = Path(folder)
+    if form not in FUSED:
+        raise InputError(f"form {form!r}: expected one of {', '.join(FUSED)}")
+    name, stage = FORMS[form].file, FORMS[form].stage
+    files = folders.sealed(folder, "heads.onnx", "anchors.npy", "spec.json")
+    spec = load_spec(folder / "spec.json", files["spec.json"])
+    inputs = folders.made_from(name, files)
+    settings = {"form": form}
+    record = None if force else folders.up_to_date(folder, stage, inputs, settings)
+    if record is not None:
+        return folders.StageResult(record, is_up_to_date=True)
+
+    heads = _load_heads(folder / "heads.onnx", spec, files["heads.onnx"])
+    anchors = load_anchors(folder / "anchors.npy", spec, files["anchors.npy"])
+    with folders.staging(folder) as staged:
+        fused = with_plugin(heads, spec, anchors) if form == "plugin" else with_onnx_nms(heads, spec, anchors)
+        _require_valid(folder / name, fused)
+        (staged / name).write_bytes(fused.SerializeToString(deterministic=True))
+        record = folders.write_record(
+            folder,
+            stage,
+            staged=staged,
+            inputs=inputs,
+            settings=settings,
+            outputs=[name],
+            versions={each: importlib.metadata.version(each) for each in ("onnx", "onnx-graphsurgeon")},
+            seconds=time.monotonic() - started,
+            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            checks={
+                "onnx_checker": "full check passed",
+                "nodes": len(fused.graph.node),
+                "nodes_of_heads": len(heads.graph.node),
+                "inputs": [value.name for value in fused.graph.input],
+                "attributes": plugin_attributes(spec) if form == "plugin" else None,
+            },
+        )
+    return folders.StageResult(record, is_up_to_date=False)
+
+
+def _load_heads(path: Path, spec: DetectorSpec, content: bytes) -> onnx.ModelProto:
+    try:
+        import onnx
+        import onnx_graphsurgeon  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"onnx and onnx-graphsurgeon are needed to fuse ({error}): run `make install`"
+        ) from error
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model_from_string(content)
+    except DecodeError as error:
+        raise InputError(f"{path}: not an ONNX model; run `odtrt convert` again") from error
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
+        raise InputError(f"{path}: has weights in another file, which is not sealed; save it as one file")
+    expected = {
+        name: ["batch" if size is None else size for size in shape]
+        for name, shape in heads_tensors(spec).shapes.items()
+    }
+    found = {
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    if found != expected or [value.name for value in model.graph.output] != list(expected)[1:]:
+        raise InputError(
+            f"{path}: inputs and outputs {found}, but spec.json describes {expected}; "
+            "run `odtrt convert` again"
+        )
+    return model
+
+
+def _require_valid(name: Path, model: onnx.ModelProto) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise CheckError(f"{name}: not a valid ONNX model: {one_line(error)}; nothing was written") from error
