@@ -12,7 +12,7 @@ export PYTHONUNBUFFERED := 1
 help:
 	@echo "make run      the shipped detector through every stage, to a picture and report.html"
 	@echo "make plugin   compile the C++ library, with CUDA and the TensorRT plugin where there is a GPU; ARCH=all: for every GPU"
-	@echo "make test     all tests (those of the corpus are skipped where it is absent)"
+	@echo "make test     all tests but the notebooks, which `make book` runs (those of the corpus are skipped if it is absent)"
 	@echo "make test-gpu the CUDA kernels against the reference, by GPU_PYTHON (python3), which needs PyTorch"
 	@echo "make lint     ruff, mypy, codespell"
 	@echo "make book     run the notebooks on this CPU as a test, and build the site, strictly, into _build/html"
@@ -42,7 +42,7 @@ plugin:
 	@ls plugins/build/libodtrt*.so
 
 test: install-dev plugin
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not notebook"
 
 GPU_PYTHON := python3
 test-gpu: plugin
@@ -61,7 +61,7 @@ format: install-dev
 book: install-dev plugin
 	$(BIN)/python scripts/record_notebooks.py check
 	$(BIN)/python scripts/book_tables.py check
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=180 notebooks
+	$(BIN)/python -m pytest -n 2 -m notebook tests/test_notebooks.py
 	$(BIN)/jupyter-book build . -W -n --keep-going
 	$(BIN)/python -m pytest tests/test_book.py
 	$(BIN)/linkchecker --no-status --no-warnings _build/html/index.html

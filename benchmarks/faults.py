@@ -572,7 +572,7 @@ def works(bench: Bench) -> list[Work]:
     def replace(folder: Path) -> None:
         install(folder, bench.plans[2], new)
 
-    def rebuild(folder: Path) -> None:
+    def rebuild_once(folder: Path) -> None:
         """start_rebuild and the rebuilding process in one, so that both are stepped through."""
         from odtrt_lib import engine
 
@@ -596,7 +596,7 @@ def works(bench: Bench) -> list[Work]:
     return [
         Work("installs", "passport.install", replace),
         Work("records", "folder.write_record", record),
-        Work("rebuilds", "rebuild", rebuild),
+        Work("rebuilds", "rebuild", rebuild_once),
         Work("archives", "bundle.pack and unpack", archive),
     ]
 

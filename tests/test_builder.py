@@ -93,7 +93,10 @@ class Registry:
             return (name, version, namespace) if self.known else None
     if "get_plugin_creator" in HAS:
         def get_plugin_creator(self, name, version, namespace):
-            return (name, version, namespace) if self.known or "load_library" not in HAS else None
+            with open(os.environ["STAND_IN_LOG"], "a+") as file:
+                file.seek(0)
+                has_registered_itself = "static registration" in file.read()
+            return (name, version, namespace) if self.known or has_registered_itself else None
 
 
 REGISTRY = Registry()
@@ -387,7 +390,7 @@ def test_half_precision_that_never_reached_the_network_is_caught(tmp_path, insta
     place = tmp_path / "broken"
     place.mkdir()
     (place / "sitecustomize.py").write_text(
-        "import odtrt_lib.engine\nodtrt_lib.engine.half_precision = lambda model: model\n"
+        "import odtrt_lib.engine.half\nodtrt_lib.engine.half.half_precision = lambda model: model\n"
     )
     monkeypatch.syspath_prepend(str(place))
     with pytest.raises(CheckError, match=r"of 4 .*4 are not in half precision, as the network says \(4 fp32"):
@@ -553,10 +556,10 @@ def test_the_ladder_is_climbed_until_the_build_fits(install, tmp_path, version):
     *failed, last = found.attempts
     assert all(attempt["outcome"].startswith("out of memory: ") for attempt in failed)
     assert last["outcome"] == "built" and last["peak_rss_mb"] <= limit
-    assert found.settings["rung"] == names[-1]
+    assert found.settings["fallback_step"] == names[-1]
     assert tensorrt.calls("set_tactic_sources")[-1] == [0]
     assert all(len(attempt["samples"]) <= 200 for attempt in found.attempts)
-    assert engine.build(folder).is_up_to_date, "the rungs leave the plan's meaning as it was"
+    assert engine.build(folder).is_up_to_date, "these steps leave the plan's meaning as it was"
 
 
 def test_a_kill_is_reported_as_one_and_does_not_end_this_process(install, tmp_path):
@@ -568,8 +571,8 @@ def test_a_kill_is_reported_as_one_and_does_not_end_this_process(install, tmp_pa
     message = str(caught.value)
     assert "\n" not in message
     reason = "killed by signal 9: the kernel's out-of-memory killer or the memory limit"
-    for rung in ("as asked", "small workspace", "no library tactics", "frugal heap"):
-        assert f"{rung}: {reason} (peak " in message
+    for step in ("as asked", "small workspace", "no library tactics", "frugal heap"):
+        assert f"{step}: {reason} (peak " in message
     assert "lowest optimisation level" not in message, "8.5 has none"
     assert "allow half precision (--allow fp32), which changes the numbers" in message
     assert len(tensorrt.calls("create_network")) == 4

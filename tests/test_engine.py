@@ -176,7 +176,7 @@ def bulky(tmp_path_factory):
 
 
 @needs_tensorrt_rtx
-def test_a_limit_that_the_first_rungs_exceed(bulky, tmp_path):
+def test_a_limit_that_the_first_steps_exceed(bulky, tmp_path):
     """The library's own settings do not lower what TensorRT-RTX takes without a GPU; the heap's do."""
     folder = tmp_path / "bulky"
     shutil.copytree(bulky, folder)
@@ -192,7 +192,7 @@ def test_a_limit_that_the_first_rungs_exceed(bulky, tmp_path):
         ("frugal heap", "built"),
     ]
     assert found.attempts[-1]["peak_rss_mb"] <= limit < found.attempts[0]["peak_rss_mb"]
-    assert record["settings"]["rung"] == "frugal heap"
+    assert record["settings"]["fallback_step"] == "frugal heap"
     assert passport.verify(folder, found) is None
 
 
@@ -203,7 +203,7 @@ def under_rlimit(folder, megabytes, arguments=""):
         "from odtrt_lib import engine\n"
         "from odtrt_lib.errors import OdtrtError\n"
         f"resource.setrlimit(resource.RLIMIT_DATA, ({megabytes} << 20,) * 2)\n"
-        f"try: print(engine.build(sys.argv[1]{arguments}).record['settings']['rung'])\n"
+        f"try: print(engine.build(sys.argv[1]{arguments}).record['settings']['fallback_step'])\n"
         "except OdtrtError as error: print(type(error).__name__, error)\n"
     )
     command = [sys.executable, "-c", script, str(folder)]
@@ -211,7 +211,7 @@ def under_rlimit(folder, megabytes, arguments=""):
 
 
 @needs_tensorrt_rtx
-def test_an_rlimit_that_the_first_rungs_meet(bulky, tmp_path):
+def test_an_rlimit_that_the_first_steps_meet(bulky, tmp_path):
     folder = tmp_path / "bulky"
     shutil.copytree(bulky, folder)
     assert under_rlimit(folder, 250) == "frugal heap"
@@ -232,7 +232,8 @@ def test_single_precision_is_given_up_only_where_that_is_allowed(bulky, tmp_path
     with pytest.raises(BuildError, match="does not get by"):
         engine.build(folder, memory=limit, force=True)
     record = engine.build(folder, memory=limit, allow=("fp32",), force=True).record
-    assert record["settings"]["precision"] == "fp16" and record["settings"]["rung"] == "half precision"
+    settings = record["settings"]
+    assert (settings["precision"], settings["fallback_step"]) == ("fp16", "half precision")
     assert record["checks"]["half_precision_weights"] > 0 == record["checks"]["single_precision_weights"]
     assert engine.build(folder, memory=limit, allow=("fp32",)).is_up_to_date
     assert engine.build(folder, precision="fp16").is_up_to_date, "it is that plan, however it came about"
@@ -240,7 +241,7 @@ def test_single_precision_is_given_up_only_where_that_is_allowed(bulky, tmp_path
 
 
 @needs_tensorrt_rtx
-def test_a_limit_that_no_rung_meets_names_every_peak(bulky):
+def test_a_limit_that_no_step_meets_names_every_peak(bulky):
     before = files_in(bulky)
     with pytest.raises(BuildError) as caught:
         engine.build(bulky, memory="150MiB")

@@ -588,6 +588,7 @@ def test_a_solution_that_fails_is_caught(tmp_path: Path):
         record_notebooks.run(with_solutions(notebook), tmp_path)
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_notebook_and_solutions_run(path: Path):
     before = path.read_bytes()

@@ -21,7 +21,7 @@ import pytest
 from odtrt_lib import engine, portability
 from odtrt_lib.engine import passport
 from odtrt_lib.folder import seal, write_record
-from odtrt_lib.portability import Action, Case, Environment, policy, rebuild
+from odtrt_lib.portability import Action, Environment, policy, rebuild
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = importlib.util.spec_from_file_location("faults", ROOT / "benchmarks" / "faults.py")
@@ -119,7 +119,7 @@ def test_every_place_meets_one_row_about_the_library_and_one_about_the_gpu(folde
         }
         plan = dataclasses.replace(one, **changes)
         for library in libraries:
-            case = Case(folder, plan, Environment(place, *library))
+            case = policy.PlanCheck(folder, plan, Environment(place, *library))
             for group, rules in groups.items():
                 names = [rule.name for rule in rules if rule.applies(case)]
                 assert len(names) == 1, (group, names, changes, place, library)
@@ -200,7 +200,7 @@ def test_a_plan_that_is_replaced_while_it_is_looked_at_is_looked_at_again(folder
 @pytest.fixture
 def gate(folder, monkeypatch):
     """A rebuild that goes on until it is told to end: its command, and how to tell it."""
-    monkeypatch.setattr(portability, "this_environment", lambda plugin=None: HERE)
+    monkeypatch.setattr(rebuild, "this_environment", lambda plugin=None: HERE)
     path = folder / "gate"
     os.mkfifo(path)
     descriptor = os.open(path, os.O_RDWR)  # before anybody reads, so that nothing said is lost
@@ -259,7 +259,7 @@ def test_a_damaged_model_makes_no_plan_stale_and_is_not_built_from(folder, gate)
     assert status.state == "failed" and "heads.onnx: damaged or changed" in status.message
     assert passport.verify(folder, one) is None
     seal(folder)  # somebody trained again
-    assert Case(folder, one, HERE).changed == ("heads.onnx",)
+    assert policy.PlanCheck(folder, one, HERE).changed == ("heads.onnx",)
 
 
 def test_a_plan_of_an_earlier_export_is_stale_before_its_model_is_converted_again(folder):
@@ -274,7 +274,7 @@ def test_a_plan_of_an_earlier_export_is_stale_before_its_model_is_converted_agai
             inputs = {"frozen.pb": hashlib.sha256(weights).hexdigest()}
             write_record(folder, "convert", inputs=inputs, outputs=["heads.onnx"], **about)
             assert portability.check(folder, one, HERE).action is Action.OK
-    assert Case(folder, one, HERE).changed == ("heads.onnx",)
+    assert policy.PlanCheck(folder, one, HERE).changed == ("heads.onnx",)
     assert portability.check(folder, one, HERE).action is Action.REBUILD
 
 
@@ -369,7 +369,7 @@ def test_the_rebuild_outlives_its_caller(folder, gate):
 def test_a_rebuild_whose_plan_cannot_be_used_either_counts_as_failed(folder, monkeypatch):
     """Or every start of the program would rebuild once more."""
     one = install(folder, machine=faults.T4)
-    monkeypatch.setattr(portability, "this_environment", lambda plugin=None: HERE)
+    monkeypatch.setattr(rebuild, "this_environment", lambda plugin=None: HERE)
     monkeypatch.setattr(engine, "build", lambda *_, **__: None)
     request = {"folder": str(folder), "fingerprint": one.fingerprint, "plugin": None, "command": None}
     rest = {"inputs": "x", "force": False, "lock": None}

@@ -935,7 +935,7 @@ def no_stand_in(monkeypatch) -> None:
     pretend_machine(monkeypatch, Machine("Linux", "x86_64"))
     for name in VERSIONS:
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("here", "start_rebuild", "check"):
+    for name in ("this_environment", "start_rebuild", "check"):
         monkeypatch.setattr(portability, name, lambda *arguments, **options: pytest.fail("asked"))
 
 
