@@ -7,11 +7,14 @@ import os
 import stat
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from odtrt_lib.errors import InputError
-from odtrt_lib.results import device_info, versions, write_results
+from odtrt_lib.results import as_text, device_info, versions, write_results
+
+COMMITTED = sorted((Path(__file__).resolve().parent.parent / "results").glob("*.json"))
 
 
 def test_writes_the_form_that_pages_read(tmp_path):
@@ -23,6 +26,24 @@ def test_writes_the_form_that_pages_read(tmp_path):
     assert record["rows"] == rows
     assert record["versions"]["numpy"] == metadata.version("numpy")
     assert all(not isinstance(value, (dict, list)) for value in record["device"].values())
+
+
+def test_each_row_is_a_line(tmp_path):
+    rows = [{"model": "a", "note": "two\nlines"}, {"model": "é", "p50_us": 1.5}]
+    write_results(tmp_path / "topic.json", "topic", "make topic", rows)
+    lines = (tmp_path / "topic.json").read_text().splitlines()
+    assert [json.loads(line.rstrip(",")) for line in lines[8:-2]] == rows
+    assert (lines[7], lines[-2:]) == (' "rows": [', [" ]", "}"])
+    write_results(tmp_path / "empty.json", "topic", "make topic", [])
+    assert json.loads((tmp_path / "empty.json").read_text())["rows"] == []
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_committed_files_have_the_form(path):
+    text = path.read_text(encoding="utf-8")
+    record = json.loads(text)
+    assert text == as_text(record)
+    assert text.count("\n") == len(record["rows"]) + 10
 
 
 @pytest.mark.parametrize(
