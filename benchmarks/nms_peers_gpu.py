@@ -3,7 +3,7 @@
     python benchmarks/nms_peers_gpu.py PLUGIN [HEADS] [--quick]
 
 writes results/nms_peers.<gpu>.json, each row as soon as it is measured; PLUGIN: libodtrt_tensorrt.so. HEADS:
-the folder that plugins/bench/record_heads.py wrote; without it only drawn scenes are measured. Needs numpy,
+the folder that benchmarks/record_heads.py wrote; without it only drawn scenes are measured. Needs numpy,
 tensorrt, Polygraphy and odtrt_lib, on Python 3.8 or newer.
 
 Rows, float32, batch 1, sizes and thresholds as they say:
@@ -33,14 +33,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [
-    str(ROOT),
-    str(ROOT / "tests"),
-    str(ROOT / "plugins" / "bench"),
-]  # not installed where it runs
+sys.path.insert(0, str(ROOT))  # odtrt is not installed where it runs
 
+import drawn_heads
 import nms_cases
-import scenes
 import tensorrt as trt
 from tensorrt_gpu import cuda, elapsed, graph_times, percentiles
 
@@ -160,8 +156,8 @@ def drawn(anchors: int) -> Heads:
     spec = nms_cases.detector_spec(
         anchors, CLASSES, NmsSpec(0.05, IOU, 100, 100, False, True), coder=BoxCoder(1.0, 1.0, 1.0, 1.0)
     )
-    priors = scenes.grid_anchors(anchors)
-    boxes, logits = scenes.draw(0, OBJECTS, priors, CLASSES, (1.0, 1.0, 1.0, 1.0))
+    priors = drawn_heads.grid_anchors(anchors)
+    boxes, logits = drawn_heads.draw(0, OBJECTS, priors, CLASSES, (1.0, 1.0, 1.0, 1.0))
     return Heads("drawn", f"{OBJECTS} objects", spec, boxes[None], logits[None], priors)
 
 

@@ -22,7 +22,6 @@ import pytest
 from odtrt_lib import fuse
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx_graphsurgeon")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import stat
@@ -14,7 +15,29 @@ import pytest
 from odtrt_lib.errors import InputError
 from odtrt_lib.results import as_text, device_info, versions, write_results
 
-COMMITTED = sorted((Path(__file__).resolve().parent.parent / "results").glob("*.json"))
+ROOT = Path(__file__).resolve().parent.parent
+COMMITTED = sorted((ROOT / "results").glob("*.json"))
+
+
+def imported_by(source: Path) -> set[str]:
+    """The names that a Python file imports, wherever in it: modules, and what is taken from them."""
+    nodes = list(ast.walk(ast.parse(source.read_text(encoding="utf-8"))))
+    modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return modules | {
+        alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names
+    }
+
+
+def test_what_writes_results_is_in_benchmarks_and_imports_no_tests():
+    elsewhere = [
+        path for folder in ("scripts", "plugins", "models") for path in (ROOT / folder).rglob("*.py")
+    ]
+    assert len(elsewhere) > 3
+    assert not [path for path in elsewhere if "odtrt_lib.results" in imported_by(path)]
+    tests = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert not imported_by(path) & tests, path
+    assert imported_by(Path(__file__)) >= {"ast", "odtrt_lib.results", "write_results"}
 
 
 def test_writes_the_form_that_pages_read(tmp_path):

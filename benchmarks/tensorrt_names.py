@@ -2,8 +2,8 @@
 
 Writes results/tensorrt_names.json.
 
-python scripts/tensorrt_names.py [--wheels DIR] [--output FILE]    downloads and imports the bindings
-python scripts/tensorrt_names.py check                             only judges odtrt_lib by the committed file
+python benchmarks/tensorrt_names.py [--wheels DIR] [--output FILE]    downloads and imports the bindings
+python benchmarks/tensorrt_names.py check                             judges odtrt_lib by the committed file
 
 The bindings of each version in WHEELS are downloaded with pip (about 40 MB, and 549 MB for 8.5, whose wheel
 holds the libraries too) by whichever Python 3.8 or newer is found that has a wheel of it. Each is imported in
@@ -41,7 +41,7 @@ from odtrt_lib.results import write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "tensorrt_names.json"
-COMMAND = "python scripts/tensorrt_names.py"
+COMMAND = "python benchmarks/tensorrt_names.py"
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 # Oldest first. 8.5.2 is JetPack 5.1's.
 WHEELS = (
