@@ -8,10 +8,10 @@ torchvision, and libodtrt.so with CUDA. --five: a libodtrt.so that was built wit
 kernels without clusters; one image in float32 is timed with it too.
 
 Every figure is device time of one call. graph_*: 20 calls in one CUDA graph, by events around its replay,
-divided by 20, over 200 replays or, with at least 20, 0.4 seconds. p50_us, p99_us: the same 20 calls enqueued
-one by one on a stream that is held up until all are queued. `warm`: always the same heads, as when the
-network has just written them; all others are cold: 20 calls go through copies of the heads that together
-exceed the level 2 cache twice, so that logits come from memory. bytes: the heads' logits, read once;
+divided by 20, over 200 replays or, with at least 20, what 0.4 seconds hold. p50_us and so on: the same 20
+calls enqueued one by one on a stream that is held up until all are queued. `warm`: always the same heads, as
+when the network has just written them; all others are cold: 20 calls go through copies of the heads that
+together exceed the level 2 cache twice, so that logits come from memory. bytes: the heads' logits, read once;
 floor_us: these at the copy bandwidth measured in the same run (bytes read and written of a 2 GiB copy).
 """
 
@@ -40,10 +40,11 @@ import torch_calls
 import torchvision
 
 from odtrt_lib import native
+from odtrt_lib.latency import Sampling, sample
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import BoxCoder, NmsSpec, load_spec
 
-CALLS, REPLAYS = 20, 200
+CALLS, WARM_UP, REPLAYS, SECONDS = 20, 3, 200, 0.4
 SIZES = (1917, 12804, 51150, 49104, 76725, 196416)
 SIZES_OF_PEER = (1917, 49104, 196416)
 THRESHOLDS = (0.3, 0.05, 1e-8)
@@ -113,23 +114,13 @@ def device_times(calls: list[Callable[[], None]], replays: int = REPLAYS) -> dic
         for i in range(CALLS):
             calls[i % len(calls)]()
 
-    in_graph = _elapsed(graph.replay, replays, held_up=False)
-    in_stream = _elapsed(from_stream, replays, held_up=True)
-    return {
-        "graph_p50_us": _round(np.percentile(in_graph, 50)),
-        "graph_p99_us": _round(np.percentile(in_graph, 99)),
-        "p50_us": _round(np.percentile(in_stream, 50)),
-        "p99_us": _round(np.percentile(in_stream, 99)),
-    }
+    def held_up() -> float:
+        torch.cuda._sleep(2_000_000)
+        return _microseconds(from_stream) / CALLS
 
-
-def _elapsed(run: Callable[[], Any], replays: int, held_up: bool) -> list[float]:
-    times: list[float] = []
-    while len(times) < replays + 3 and (len(times) < 23 or sum(times) * CALLS < 400_000):
-        if held_up:
-            torch.cuda._sleep(2_000_000)
-        times.append(_microseconds(run) / CALLS)
-    return times[3:]
+    sampling = Sampling(WARM_UP, 20, replays, SECONDS)
+    in_graph = sample(lambda: _microseconds(graph.replay) / CALLS, sampling)
+    return {**in_graph.timing().row("graph_"), **sample(held_up, sampling).timing().row()}
 
 
 def _microseconds(run: Callable[[], Any]) -> float:
@@ -177,11 +168,12 @@ def torch_postprocess(case: nms_cases.Case) -> Callable[[], Any]:
 
 def wall_times(run: Callable[[], Any], repeats: int = 50) -> dict[str, float]:
     """Microseconds of one call at a time, its waiting included: for code that itself waits for the device."""
-    times = []
-    for _ in range(repeats + 5):
+
+    def once() -> float:
         torch.cuda.synchronize()
-        times.append(_microseconds(run))
-    return {"p50_us": _round(np.percentile(times[5:], 50)), "p99_us": _round(np.percentile(times[5:], 99))}
+        return _microseconds(run)
+
+    return sample(once, Sampling(5, repeats, repeats)).timing().row()
 
 
 class Timed(cuda_calls.Postprocess):

@@ -111,6 +111,7 @@ DEVICE_ROOMS = (
     "folder",
     "fonts",
     "fuse",
+    "latency",
     "native",
     "nms",
     "outputs",
