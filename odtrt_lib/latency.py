@@ -100,8 +100,8 @@ class Histogram:
 
     def timing(self) -> Timing:
         """Raises ValueError if nothing was counted."""
-        percentiles = [self.percentile(percent) for percent in (50, 95, 99, 99.9)]
-        return Timing(*percentiles, self.min_us, self.max_us, self.count)
+        p50, p95, p99, p999 = (self.percentile(percent) for percent in (50, 95, 99, 99.9))
+        return Timing(p50, p95, p99, p999, self.min_us, self.max_us, self.count)
 
 
 def time_calls(
