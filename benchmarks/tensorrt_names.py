@@ -283,7 +283,7 @@ def violations(uses: Iterable[Use], inventory: Inventory) -> list[str]:
 
 def sources() -> Iterator[tuple[str, str]]:
     """Name and text of every file of odtrt_lib."""
-    for path in sorted((ROOT / "odtrt_lib").glob("*.py")):
+    for path in sorted((ROOT / "odtrt_lib").rglob("*.py")):
         yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
 
 
