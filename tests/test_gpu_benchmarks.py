@@ -10,9 +10,6 @@ import sys
 from datetime import date
 from pathlib import Path
 
-import backends_gpu
-import engine_gpu
-import nms_ncu_gpu
 import pytest
 
 from odtrt_lib.passport import Machine
@@ -20,6 +17,22 @@ from odtrt_lib.passport import Machine
 ROOT = Path(__file__).resolve().parent.parent
 # Two calls as ncu printed them on an H200, without the columns that are not read and most stalls.
 SAMPLE = ROOT / "tests" / "ncu_sample.csv"
+
+
+@pytest.fixture
+def backends_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import backends_gpu
+
+    return backends_gpu
+
+
+@pytest.fixture
+def ncu_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import nms_ncu_gpu
+
+    return nms_ncu_gpu
 
 
 def is_gone(process: int) -> bool:
@@ -39,11 +52,11 @@ def is_gone(process: int) -> bool:
         ({"arithmetic": "FP16", "error": "no memory"}, True),
     ],
 )
-def test_errors_and_another_answer_in_fp32_are_failures(row, fails):
+def test_errors_and_another_answer_in_fp32_are_failures(backends_gpu, row, fails):
     assert backends_gpu.has_failed(row) is fails
 
 
-def test_a_row_that_takes_too_long_is_stopped_with_all_that_it_started(monkeypatch, tmp_path):
+def test_a_row_that_takes_too_long_is_stopped_with_all_that_it_started(backends_gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(backends_gpu, "MOST_SECONDS", 2)
     pipe = tmp_path / "held"
     os.mkfifo(pipe)
@@ -59,7 +72,7 @@ def test_a_row_that_takes_too_long_is_stopped_with_all_that_it_started(monkeypat
     assert ended and os.read(reader, 1) == b""
 
 
-def test_ctrl_c_ends_the_row_too(monkeypatch, tmp_path):
+def test_ctrl_c_ends_the_row_too(backends_gpu, monkeypatch, tmp_path):
     started = []
 
     def interrupted(process, *_, **__):
@@ -72,7 +85,7 @@ def test_ctrl_c_ends_the_row_too(monkeypatch, tmp_path):
     assert is_gone(*started)
 
 
-def test_pictures_are_asked_for_unless_only_the_start_is_timed(monkeypatch, capsys):
+def test_pictures_are_asked_for_unless_only_the_start_is_timed(backends_gpu, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["backends_gpu.py", "folder", "--start", "FP16"])
     assert backends_gpu.parse().images is None
     monkeypatch.setattr(sys, "argv", ["backends_gpu.py", "folder"])
@@ -81,7 +94,9 @@ def test_pictures_are_asked_for_unless_only_the_start_is_timed(monkeypatch, caps
     assert "--images DIR is required" in capsys.readouterr().err
 
 
-def test_each_plan_has_the_day_of_its_own_measurement(monkeypatch, tmp_path):
+def test_each_plan_has_the_day_of_its_own_measurement(backends_gpu, monkeypatch, tmp_path):
+    import engine_gpu
+
     old = {"model": "old", "arithmetic": "FP32", "date": "2026-01-02", "passed": True}
     (tmp_path / "results").mkdir()
     path = tmp_path / "results" / "engine.example.json"
@@ -99,22 +114,22 @@ def test_each_plan_has_the_day_of_its_own_measurement(monkeypatch, tmp_path):
     assert all(0 <= (date.today() - date.fromisoformat(row["date"])).days <= 1 for row in others)
 
 
-def test_the_second_call_is_read_from_what_ncu_prints():
-    find, settle = nms_ncu_gpu.rows_of(SAMPLE.read_text(), [(49104, 0.05, 8)])
+def test_the_second_call_is_read_from_what_ncu_prints(ncu_gpu):
+    find, settle = ncu_gpu.rows_of(SAMPLE.read_text(), [(49104, 0.05, 8)])
     assert (find["kernel"], find["blocks"], find["threads"], find["us"]) == ("find", 660, 256, 8.8)
     assert find["dram_gb_per_second"] == 399.56
     assert settle["kernel"] == "settle" and settle["objects"] == 8 and settle["registers"] == 128
 
 
-def test_other_calls_than_ours_are_refused():
+def test_other_calls_than_ours_are_refused(ncu_gpu):
     printed = SAMPLE.read_text()
     with pytest.raises(ValueError, match="watched 4 kernels, expected 28"):
-        nms_ncu_gpu.rows_of(printed)
+        ncu_gpu.rows_of(printed)
     with pytest.raises(ValueError, match="not the order of a call"):
-        nms_ncu_gpu.rows_of(printed.replace("find<", "other<"), [(49104, 0.05, 8)])
+        ncu_gpu.rows_of(printed.replace("find<", "other<"), [(49104, 0.05, 8)])
 
 
-def test_the_version_of_ncu_is_read():
+def test_the_version_of_ncu_is_read(ncu_gpu):
     said = "NVIDIA (R) Nsight Compute\nCopyright (c) 2018-2025\nVersion 2025.1.1.0 (build 1)\n"
-    assert nms_ncu_gpu.version_in(said) == "2025.1.1.0"
-    assert nms_ncu_gpu.version_in("?") == "unknown"
+    assert ncu_gpu.version_in(said) == "2025.1.1.0"
+    assert ncu_gpu.version_in("?") == "unknown"
