@@ -57,6 +57,7 @@ from odtrt_lib.detector import Detections, Detector
 from odtrt_lib.engine import passport, runtime
 from odtrt_lib.errors import OdtrtError
 from odtrt_lib.evaluate import agreement, coco_results
+from odtrt_lib.latency import Sampling, sample, time_calls, wall_clock
 from odtrt_lib.machine import this_machine
 from odtrt_lib.preprocess import load_image
 from odtrt_lib.results import write_results
@@ -67,7 +68,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # TF32 rounds to 10 bits as FP16 does, but only the factors of a product.
 ARITHMETIC = {"FP32": ("fp32", 0.99, 1e-3), "TF32": ("fp32", 0.95, 0.01), "FP16": ("fp16", 0.9, 0.05)}
 SURE = 0.3
-WARM_UP, LEAST_RUNS, MOST_RUNS, SECONDS = 20, 30, 1000, 2.5
+SAMPLING = Sampling(warmup=20, min_count=30, max_count=1000, seconds=2.5)
 BATCH = 8
 MOST_SECONDS = 180
 
@@ -184,7 +185,7 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     images = read_images(folder, arguments.images)
     expected = detections(Detector.open(folder, "onnxruntime"), images)
     engine.build(folder, precision=precision, plugin=plugin)
-    here = portability.this_environment(plugin)
+    here = portability.here(plugin)
     model = "heads.onnx" if plugin is None else "detector.onnx"
     plan = portability.best_plan(folder, here, model, precision)
     if plan is None or here.flavour is None:
@@ -235,7 +236,7 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     spec = load_spec(folder / "spec.json")
     anchors = load_anchors(folder / "anchors.npy", spec)
     loaded = runtime.load(folder, plan, spec, anchors, plugin=plugin)
-    row.update({f"network_{name}": value for name, value in times(loaded.run_again).items()})
+    row.update(time_calls(loaded.run_again, SAMPLING).row("network_"))
     loaded.close()
     return row
 
@@ -270,40 +271,17 @@ def in_coco_form(found: list[Detections]) -> list[dict[str, Any]]:
 
 def timed_detect(detector: Detector, images: list[np.ndarray]) -> dict[str, float]:
     turn = iter(range(10**9))
-    row = {
-        f"detect_{name}": value
-        for name, value in times(lambda: detector.detect(images[next(turn) % len(images)])).items()
-    }
+    detect = time_calls(lambda: detector.detect(images[next(turn) % len(images)]), SAMPLING)
+    row = detect.row("detect_")
     batch = [images[i % len(images)] for i in range(BATCH)]
     calls: dict[str, Callable[[], Any]] = {"submit": lambda: submitted(detector, batch)}
     if detector.spec.input.batch is None:
         calls["detect"] = lambda: detector.detect_batch(batch)
     for what, call in calls.items():
-        for name, value in times(call).items():
-            row[f"{what}{BATCH}_{name}"] = value if name == "runs" else round(value / BATCH, 1)
+        once = wall_clock(call)
+        of_one = sample(lambda once=once: once() / BATCH, SAMPLING)
+        row.update(of_one.timing().row(f"{what}{BATCH}_"))
     return row
-
-
-def times(call: Callable[[], Any]) -> dict[str, float]:
-    """Median, 99th percentile and least of many calls, in microseconds."""
-    started = time.perf_counter()
-    for _ in range(WARM_UP):
-        call()
-        if time.perf_counter() - started > SECONDS:
-            break
-    taken: list[float] = []
-    started = time.perf_counter()
-    while len(taken) < LEAST_RUNS or (len(taken) < MOST_RUNS and time.perf_counter() - started < SECONDS):
-        before = time.perf_counter()
-        call()
-        taken.append(1e6 * (time.perf_counter() - before))
-    p50, p99 = np.percentile(taken, (50, 99))
-    return {
-        "p50_us": round(float(p50), 1),
-        "p99_us": round(float(p99), 1),
-        "min_us": round(min(taken), 1),
-        "runs": len(taken),
-    }
 
 
 def free_device_mb() -> float:
@@ -331,7 +309,7 @@ def start(arguments: argparse.Namespace) -> dict[str, float]:
     """What a service does when it comes up; the library's import is part of it."""
     image = np.zeros((480, 640, 3), np.uint8)
     started = time.perf_counter()
-    flavour = portability.this_environment(arguments.plugin).flavour
+    flavour = portability.here(arguments.plugin).flavour
     imported = time.perf_counter()
     precision, _, _ = ARITHMETIC[arguments.start]
     detector = Detector.open(

@@ -54,6 +54,7 @@ from odtrt_lib import engine
 from odtrt_lib.anchors import load_anchors
 from odtrt_lib.engine import builder, passport
 from odtrt_lib.evaluate import agreement
+from odtrt_lib.latency import Sampling, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import postprocess
 from odtrt_lib.results import write_results
@@ -61,8 +62,7 @@ from odtrt_lib.spec import DetectorSpec, load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_RELATIVE_ERROR = {"FP32": 1e-3, "TF32": 2e-2, "FP16": 2e-2}
-WARM_UP, RUNS = 50, 500
-FEWEST_RUNS, LONGEST_SECONDS = 50, 10
+SAMPLING = Sampling(warmup=50, min_count=50, max_count=500, seconds=7.5)
 WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
 
 
@@ -234,24 +234,10 @@ def coco_form(found: Any) -> list[dict[str, Any]]:
 
 
 def latency(once: Callable[[], None]) -> dict[str, float]:
-    """Percentiles of one run, milliseconds. After LONGEST_SECONDS, warm-up included, it stops early."""
-    times: list[float] = []
-    begun = time.perf_counter()
-    for _ in range(WARM_UP):
-        once()
-        if time.perf_counter() - begun > LONGEST_SECONDS / 4:
-            break
-    while len(times) < RUNS:
-        started = time.perf_counter()
-        if len(times) >= FEWEST_RUNS and started - begun > LONGEST_SECONDS:
-            break
-        once()
-        times.append(1e3 * (time.perf_counter() - started))
-    shares = (("p50_ms", 50), ("p95_ms", 95), ("p99_ms", 99))
-    return {
-        "runs": len(times),
-        **{name: round(float(np.percentile(times, share)), 4) for name, share in shares},
-    }
+    """Percentiles of one run, milliseconds: notebook 03 reads them."""
+    timing = time_calls(once, SAMPLING)
+    figures = {"p50_ms": timing.p50_us, "p95_ms": timing.p95_us, "p99_ms": timing.p99_us}
+    return {"runs": timing.runs, **{name: round(us / 1000, 4) for name, us in figures.items()}}
 
 
 if __name__ == "__main__":

@@ -726,8 +726,7 @@ def kill_real_rebuilds(bench: Bench, trials: int, chance: random.Random) -> list
 
 def folder_to_build(folder: Path) -> Path:
     """A model folder that :func:`odtrt_lib.engine.build` takes, with two plans that it built."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from test_engine import model_folder
+    from tiny_model import model_folder
 
     from odtrt_lib import engine
 

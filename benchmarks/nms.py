@@ -25,7 +25,6 @@ import dataclasses
 import functools
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from odtrt_lib import native, nms
+from odtrt_lib.latency import Sampling, time_calls
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import (
     BoxCoder,
@@ -56,7 +56,7 @@ CLASSES = 90
 CORPUS_MODELS = ("coco_ssd_mnv1", "zoo_ssd_mobilenet_v2_fpnlite_320", "zoo_efficientdet_d0")
 USUAL = NmsSpec(1e-8, 0.5, 100, 100, False, False)
 PLAIN_BOXES = 2000
-WARM_UP, LEAST_RUNS, MOST_RUNS, SECONDS = 2, 5, 500, 1.0
+SAMPLING = Sampling(warmup=2, min_count=5, max_count=500, seconds=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,19 +302,6 @@ IMPLEMENTATIONS: dict[str, Callable[[Heads], Callable[[], Any] | None]] = {
 }
 
 
-def measure(call: Callable[[], Any]) -> dict[str, Any]:
-    """Percentiles of at least LEAST_RUNS calls; more of them where they are fast."""
-    for _ in range(WARM_UP):
-        call()
-    seconds: list[float] = []
-    while len(seconds) < LEAST_RUNS or (len(seconds) < MOST_RUNS and sum(seconds) < SECONDS):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    p50, p99 = np.percentile(seconds, [50, 99]) * 1e6
-    return {"p50_us": round(float(p50), 1), "p99_us": round(float(p99), 1), "runs": len(seconds)}
-
-
 def postprocess_rows(heads: Heads) -> Iterator[dict[str, Any]]:
     batches = (1, 8) if heads.spec.heads.num_anchors == D0_ANCHORS else (1,)
     for batch in batches:
@@ -334,7 +321,7 @@ def postprocess_rows(heads: Heads) -> Iterator[dict[str, Any]]:
                             "dtype": np.dtype(dtype).name,
                             "source": own.source,
                             "implementation": implementation,
-                            **measure(call),
+                            **time_calls(call, SAMPLING).row(),
                             "bytes": own.box_encodings.nbytes + own.class_logits.nbytes,
                         }
 
@@ -374,7 +361,7 @@ def plain_rows() -> Iterator[dict[str, Any]]:
             "dtype": "float32",
             "source": "synthetic",
             "implementation": implementation,
-            **measure(call),
+            **time_calls(call, SAMPLING).row(),
             "bytes": boxes.nbytes + scores.nbytes,
         }
 

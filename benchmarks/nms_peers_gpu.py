@@ -3,7 +3,7 @@
     python benchmarks/nms_peers_gpu.py PLUGIN [HEADS] [--quick]
 
 writes results/nms_peers.<gpu>.json, each row as soon as it is measured; PLUGIN: libodtrt_tensorrt.so. HEADS:
-the folder that plugins/bench/record_heads.py wrote; without it only drawn scenes are measured. Needs numpy,
+the folder that benchmarks/record_heads.py wrote; without it only drawn scenes are measured. Needs numpy,
 tensorrt, Polygraphy and odtrt_lib, on Python 3.8 or newer.
 
 Rows, float32, batch 1, sizes and thresholds as they say:
@@ -26,26 +26,22 @@ import dataclasses
 import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [
-    str(ROOT),
-    str(ROOT / "tests"),
-    str(ROOT / "plugins" / "bench"),
-]  # not installed where it runs
+sys.path.insert(0, str(ROOT))  # odtrt is not installed where it runs
 
+import drawn_heads
 import nms_cases
-import scenes
 import tensorrt as trt
-from tensorrt_gpu import cuda, elapsed, graph_times, percentiles
+from tensorrt_gpu import SAMPLING, cuda, graph_times
 
-from odtrt_lib import fuse
 from odtrt_lib.engine.bindings import load_plugin
+from odtrt_lib.fuse import plugin_attributes
+from odtrt_lib.latency import Timing, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import decode_boxes, postprocess
 from odtrt_lib.results import write_results
@@ -163,8 +159,8 @@ def drawn(anchors: int) -> Heads:
     spec = nms_cases.detector_spec(
         anchors, CLASSES, NmsSpec(0.05, IOU, 100, 100, False, True), coder=BoxCoder(1.0, 1.0, 1.0, 1.0)
     )
-    priors = scenes.grid_anchors(anchors)
-    boxes, logits = scenes.draw(0, OBJECTS, priors, CLASSES, (1.0, 1.0, 1.0, 1.0))
+    priors = drawn_heads.grid_anchors(anchors)
+    boxes, logits = drawn_heads.draw(0, OBJECTS, priors, CLASSES, (1.0, 1.0, 1.0, 1.0))
     return Heads("drawn", f"{OBJECTS} objects", spec, boxes[None], logits[None], priors)
 
 
@@ -222,7 +218,7 @@ def row_of(heads: Heads, threshold: float, name: str, measure: Callable[..., Any
             found=len(found.scores),
             missing=count_missing(reference, found),
             timed_by=timed_by,
-            **times,
+            **times.row(),
         )
     except Exception as error:
         row["error"] = " ".join(str(error).split())[:300] or type(error).__name__
@@ -255,11 +251,11 @@ def iou(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.prod(sides) / max(areas - np.prod(sides), 1e-12))
 
 
-# ---- The implementations: detections, the threshold that was used, how it was timed, percentiles ---------
+# ---- The implementations: detections, the threshold that was used, how it was timed, times ---------------
 
 
-def ours(heads: Heads) -> Tuple[Found, float, str, Dict[str, float]]:
-    attributes = fuse.plugin_attributes(heads.spec)
+def ours(heads: Heads) -> Tuple[Found, float, str, Timing]:
+    attributes = plugin_attributes(heads.spec)
 
     def add(network: Any, tensors: Dict[str, Any]) -> List[str]:
         creator = creator_of(PLUGIN, PLUGIN_VERSION, DOMAIN)
@@ -276,7 +272,7 @@ def ours(heads: Heads) -> Tuple[Found, float, str, Dict[str, float]]:
     return timed(peer, heads.spec.nms.score_threshold)
 
 
-def efficient(heads: Heads) -> Tuple[Found, float, str, Dict[str, float]]:
+def efficient(heads: Heads) -> Tuple[Found, float, str, Timing]:
     nms = heads.spec.nms
     used = max(nms.score_threshold, PEER_THRESHOLD if nms.score_threshold > 0 else 0.0)
     attributes = {
@@ -304,7 +300,7 @@ def efficient(heads: Heads) -> Tuple[Found, float, str, Dict[str, float]]:
     return timed(peer, used)
 
 
-def batched(heads: Heads) -> Tuple[Found, float, str, Dict[str, float]]:
+def batched(heads: Heads) -> Tuple[Found, float, str, Timing]:
     nms = heads.spec.nms
     used = max(nms.score_threshold, PEER_THRESHOLD if nms.score_threshold > 0 else 0.0)
     top = min(MAX_CANDIDATES, heads.spec.heads.num_anchors)
@@ -331,7 +327,7 @@ def batched(heads: Heads) -> Tuple[Found, float, str, Dict[str, float]]:
     return timed(Peer({"boxes": boxes[:, :, None], "scores": scores}, add), used)
 
 
-def layer(heads: Heads) -> Tuple[Found, float, str, Dict[str, float]]:
+def layer(heads: Heads) -> Tuple[Found, float, str, Timing]:
     nms = heads.spec.nms
     boxes, scores = decoded(heads)
 
@@ -352,18 +348,13 @@ def layer(heads: Heads) -> Tuple[Found, float, str, Dict[str, float]]:
     for name, allocator in allocators.items():
         peer.context.set_output_allocator(name, allocator)
 
-    def once() -> None:
-        peer.enqueue()
-        peer.stream.synchronize()
-
-    once()
-    times = elapsed(once, lambda begun: 1e6 * (time.perf_counter() - begun), time.perf_counter)
+    times = time_calls(peer.enqueue, SAMPLING, peer.stream.synchronize)
     selected = allocators["selected"].numpy(np.int32)[:, 1:]
     best = scores[0, selected[:, 1], selected[:, 0]]
     order = np.argsort(-best, kind="stable")[: nms.max_total_detections]
     kept = selected[order]
     found = Found(boxes[0, kept[:, 1]], best[order], kept[:, 0])
-    return found, nms.score_threshold, "wall clock", percentiles(times)
+    return found, nms.score_threshold, "wall clock", times
 
 
 class Allocator(trt.IOutputAllocator):
@@ -389,7 +380,7 @@ class Allocator(trt.IOutputAllocator):
         return np.asarray(self.buffer.numpy())[:count].copy().view(dtype).reshape(self.shape)
 
 
-IMPLEMENTATIONS: Dict[str, Callable[[Heads], Tuple[Found, float, str, Dict[str, float]]]] = {
+IMPLEMENTATIONS: Dict[str, Callable[[Heads], Tuple[Found, float, str, Timing]]] = {
     "OdtrtDetect": ours,
     "EfficientNMS_TRT": efficient,
     "BatchedNMSDynamic_TRT": batched,
@@ -397,7 +388,7 @@ IMPLEMENTATIONS: Dict[str, Callable[[Heads], Tuple[Found, float, str, Dict[str, 
 }
 
 
-def timed(peer: Peer, used: float) -> Tuple[Found, float, str, Dict[str, float]]:
+def timed(peer: Peer, used: float) -> Tuple[Found, float, str, Timing]:
     peer.fixed_outputs()
     num, boxes, scores, classes = peer.run()
     count = int(np.asarray(num).reshape(-1)[0])

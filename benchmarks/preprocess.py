@@ -2,20 +2,18 @@
 
     python benchmarks/preprocess.py          writes results/preprocess.cpu.json; about a minute
 
-A row is one resizer and one image size. ``cv2_p50_ms`` is ``cv2.resize``, ``* scale + offset`` in float32
+A row is one resizer and one image size. ``cv2_p50_us`` is ``cv2.resize``, ``* scale + offset`` in float32
 (plain numbers where all channels have the same), padding, and the copy to channels first;
-``native_p50_ms`` is ``odtrt_lib.preprocess.preprocess`` with the native library, ``preprocess_p50_ms`` the
-same without it (NumPy, and OpenCV picks the pixels), ``numpy_p50_ms`` without OpenCV either. ``_into`` is
+``native_p50_us`` is ``odtrt_lib.preprocess.preprocess`` with the native library, ``preprocess_p50_us`` the
+same without it (NumPy, and OpenCV picks the pixels), ``numpy_p50_us`` without OpenCV either. ``_into`` is
 with ``out=``. They take turns, so that a busy machine is equally busy for all. A ratio is over
-``cv2_p50_ms``: the new memory for a large result, which the system clears page by page, can cost more than
+``cv2_p50_us``: the new memory for a large result, which the system clears page by page, can cost more than
 the work itself. Errors are in units of the value range.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import numpy as np
 from odtrt_lib import native
 from odtrt_lib import preprocess as room
 from odtrt_lib.export import odapi
+from odtrt_lib.latency import Histogram, Sampling, sample, wall_clock
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import InputSpec, Resizer
 
@@ -75,7 +74,7 @@ def measure(height: int, width: int, spec: InputSpec) -> dict[str, Any]:
         with mock.patch.object(room, "_opencv_strays", lambda *_: None):
             return without_native()
 
-    by_opencv, by_native, native_into, by_odtrt, into, by_numpy = medians_ms(
+    by_opencv, by_native, native_into, by_odtrt, into, by_numpy = medians_us(
         lambda: opencv_way(image, spec),
         natively,
         lambda: natively(batch),
@@ -89,12 +88,12 @@ def measure(height: int, width: int, spec: InputSpec) -> dict[str, Any]:
         "normalisation": "one scale" if len(set(spec.scale)) == 1 else "a scale a channel",
         "source": f"{height}x{width}",
         "input": f"{spec.height}x{spec.width}",
-        "native_p50_ms": round(by_native, 3),
-        "native_into_p50_ms": round(native_into, 3),
-        "preprocess_p50_ms": round(by_odtrt, 3),
-        "preprocess_into_p50_ms": round(into, 3),
-        "numpy_p50_ms": round(by_numpy, 3),
-        "cv2_p50_ms": round(by_opencv, 3),
+        "native_p50_us": round(by_native, 1),
+        "native_into_p50_us": round(native_into, 1),
+        "preprocess_p50_us": round(by_odtrt, 1),
+        "preprocess_into_p50_us": round(into, 1),
+        "numpy_p50_us": round(by_numpy, 1),
+        "cv2_p50_us": round(by_opencv, 1),
         "native_ratio": round(by_native / by_opencv, 2),
         "native_ratio_into": round(native_into / by_opencv, 2),
         "ratio": round(by_odtrt / by_opencv, 2),
@@ -157,20 +156,17 @@ def max_error(found: np.ndarray, expected: np.ndarray, spec: InputSpec) -> float
     return float(f"{difference.max():.1e}")
 
 
-def medians_ms(*functions: Callable[[], Any]) -> list[float]:
-    """The median wall-clock time of each, in milliseconds.
+def medians_us(*functions: Callable[[], Any]) -> list[float]:
+    """The median wall-clock time of each, in microseconds.
 
     They take turns of some calls each, so that each finds the memory as its own last call left it.
     """
-    seconds: list[list[float]] = [[] for _ in functions]
+    turn = Sampling(WARM_UP, CALLS, CALLS)
+    histograms = [Histogram() for _ in functions]
     for _ in range(ROUNDS):
-        for function, times in zip(functions, seconds, strict=True):
-            for call in range(WARM_UP + CALLS):
-                start = time.perf_counter()
-                function()
-                if call >= WARM_UP:
-                    times.append(time.perf_counter() - start)
-    return [1e3 * statistics.median(times) for times in seconds]
+        for function, histogram in zip(functions, histograms, strict=True):
+            histogram.merge(sample(wall_clock(function), turn))
+    return [histogram.percentile(50) for histogram in histograms]
 
 
 if __name__ == "__main__":

@@ -49,10 +49,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from odtrt_lib import engine, portability
-from odtrt_lib.anchors import load_anchors
-from odtrt_lib.detector import Detector
+from odtrt_lib.detector import Detector, load_anchors
 from odtrt_lib.engine import passport
 from odtrt_lib.evaluate import agreement
+from odtrt_lib.latency import Sampling, Timing, sample, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import postprocess
 from odtrt_lib.results import write_results
@@ -63,7 +63,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ARITHMETIC = {"FP32": ("fp32", 0.99, 1e-3), "TF32": ("fp32", 0.95, 0.01), "FP16": ("fp16", 0.9, 0.05)}
 LARGEST_RELATIVE_ERROR = {"FP32": 1e-3, "TF32": 2e-2, "FP16": 2e-2}
 FORMS = ("split", "fused")
-CALLS_IN_GRAPH, WARM_UP, RUNS, MAX_SECONDS = 20, 30, 300, 4.0
+CALLS_IN_GRAPH = 20
+SAMPLING = Sampling(warmup=30, min_count=20, max_count=300, seconds=4.0)
 ROW_TIMEOUT_SECONDS = 420
 WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
 
@@ -124,7 +125,7 @@ def record(target: Path, names: Sequence[str]) -> None:
 
 def run(recorded: Path, plugin: Path, names: Sequence[str]) -> int:
     gpu = this_machine().gpu
-    here = portability.this_environment()
+    here = portability.here()
     if gpu is None or here.flavour != "tensorrt":
         print("no GPU, or no tensorrt here: this script measures both")
         return 2
@@ -247,7 +248,7 @@ def load_and_run(folder: Path, arithmetic: str, plugin: Optional[Path]) -> Dict[
         agrees, counts = same_detections(reference, detections, spec, arithmetic)
         row.update(counts)
         row.update(device_times(plan))
-        row.update(renamed("network_eager", wall_times(plan.run_again)))
+        row.update(time_calls(plan.run_again, SAMPLING).row("network_eager_"))
     finally:
         plan.close()
     row["device_memory_left_mb"] = round(before - free_device_mb(), 1)
@@ -319,34 +320,7 @@ def detect_times(folder: Path, found: passport.Passport, plugin: Optional[Path])
     with Detector.open(folder, "tensorrt", plugin=plugin, precision=found.precision) as detector:
         network = detector.spec.input
         image = rng.integers(0, 256, (network.height, network.width, 3), dtype=np.uint8)
-        return renamed("detect", wall_times(lambda: detector.detect(image)))
-
-
-def renamed(prefix: str, times: Dict[str, float]) -> Dict[str, float]:
-    return {f"{prefix}_{name}": value for name, value in times.items()}
-
-
-def wall_times(once: Callable[[], Any]) -> Dict[str, float]:
-    """Percentiles of one call, microseconds of the wall clock."""
-    return percentiles(elapsed(once, lambda begun: 1e6 * (time.perf_counter() - begun), time.perf_counter))
-
-
-def elapsed(once: Callable[[], Any], since: Callable[[Any], float], now: Callable[[], Any]) -> List[float]:
-    """RUNS figures after WARM_UP calls; fewer, but at least 20, where they take longer than MAX_SECONDS."""
-    for _ in range(WARM_UP):
-        once()
-    times: List[float] = []
-    begun = time.perf_counter()
-    while len(times) < RUNS and (len(times) < 20 or time.perf_counter() - begun < MAX_SECONDS):
-        start = now()
-        once()
-        times.append(since(start))
-    return times
-
-
-def percentiles(times: Sequence[float]) -> Dict[str, float]:
-    shares = (("p50_us", 50), ("p95_us", 95), ("p99_us", 99))
-    return {name: round(float(np.percentile(times, share)), 2) for name, share in shares}
+        return time_calls(lambda: detector.detect(image), SAMPLING).row("detect_")
 
 
 # ---- CUDA, by ctypes ------------------------------------------------------------------------------------
@@ -379,16 +353,17 @@ def device_times(plan: Any) -> Dict[str, float]:
         plan._start()
         plan._enqueue_postprocess(plan._kernels, windows)
 
-    rows = renamed("network_graph", graph_times(plan._start, stream))
+    network = graph_times(plan._start, stream)
+    rows = network.row("network_graph_")
     if plan._kernels is not None:
-        rows.update(renamed("device_graph", graph_times(with_postprocessing, stream)))
+        rows.update(graph_times(with_postprocessing, stream).row("device_graph_"))
     elif plan.is_fused:
-        rows.update({name.replace("network", "device"): value for name, value in rows.items()})
+        rows.update(network.row("device_graph_"))
     return rows
 
 
-def graph_times(enqueue: Callable[[], None], stream: int) -> Dict[str, float]:
-    """Percentiles of one of CALLS_IN_GRAPH calls that were captured together, microseconds."""
+def graph_times(enqueue: Callable[[], None], stream: int) -> Timing:
+    """Device time of one of CALLS_IN_GRAPH calls that were captured together."""
     handle = ctypes.c_void_p(stream)
     graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
     timer = Timer(stream, ctypes.c_void_p(), ctypes.c_void_p())
@@ -404,19 +379,17 @@ def graph_times(enqueue: Callable[[], None], stream: int) -> Dict[str, float]:
         cuda("cudaStreamEndCapture", handle, ctypes.byref(graph))
     cuda("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
 
-    def once() -> None:
+    def once() -> float:
         cuda("cudaEventRecord", timer.start, handle)
         cuda("cudaGraphLaunch", executable, handle)
         cuda("cudaEventRecord", timer.end, handle)
         cuda("cudaEventSynchronize", timer.end)
-
-    def since(_: Any) -> float:
         milliseconds = ctypes.c_float()
         cuda("cudaEventElapsedTime", ctypes.byref(milliseconds), timer.start, timer.end)
         return 1000.0 * milliseconds.value / CALLS_IN_GRAPH
 
     try:
-        return percentiles(elapsed(once, since, lambda: None))
+        return sample(once, SAMPLING).timing()
     finally:
         cuda("cudaGraphExecDestroy", executable)
         cuda("cudaGraphDestroy", graph)

@@ -2,6 +2,10 @@
 
 Detections are in COCO's results form, one ``dict`` each: ``image_id``, ``category_id``, ``bbox`` =
 ``[x, y, width, height]`` in pixels of the original image, and ``score``.
+
+Evaluation is shards: :func:`detect_shard` takes a :class:`Recipe` and some pictures, both picklable, in any
+process on any machine that has the folder and the pictures, and :func:`merge` puts the answers together. Here
+it is a map: ``merge(detect_shard(recipe, shard) for shard in shards(coco, 3))``.
 """
 
 from __future__ import annotations
@@ -11,7 +15,19 @@ import dataclasses
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import numpy as np
 
@@ -54,6 +70,51 @@ class CocoMetrics:
     images: int
 
 
+Picture = Tuple[Identity, Path]  # its id in the annotations, and its file
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What opens the same detector in any process: the arguments of ``Detector.open``."""
+
+    folder: Path
+    backend: str = "auto"
+    plugin: Optional[Path] = None
+    precision: Optional[str] = None
+
+    def open(self) -> Detector:
+        """Raises what ``Detector.open`` raises."""
+        from odtrt_lib.detector import Detector
+
+        return Detector.open(self.folder, self.backend, plugin=self.plugin, precision=self.precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureResult:
+    """What was found in one picture.
+
+    detections: in COCO's results form. problem: why the picture could not be used, naming its file, in one
+    line; None if it could.
+    """
+
+    image_id: Identity
+    path: Path
+    detections: Tuple[Dict[str, Any], ...] = ()
+    problem: Optional[str] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """The pictures of all shards, in their order.
+
+    image_ids: of the pictures that could be used. unreadable: the others' files, and why.
+    """
+
+    detections: List[Dict[str, Any]]
+    image_ids: List[Identity]
+    unreadable: Dict[Path, str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Agreement:
     """How two lists of detections of the same images compare; see :func:`agreement`.
@@ -90,11 +151,74 @@ def load_detections(path: Union[str, Path]) -> List[Dict[str, Any]]:
 
 
 def detect_folder(detector: Detector, coco: CocoFolder) -> List[Dict[str, Any]]:
-    """The detections of ``detector`` in every image of ``coco``, in COCO's results form."""
+    """The detections of ``detector`` in every image of ``coco``, in COCO's results form.
+
+    Raises InputError at the first picture that cannot be used.
+    """
     found: List[Dict[str, Any]] = []
     for image_id, path in zip(coco.image_ids, coco.paths):
-        found += coco_results(image_id, detector.detect(load_image(path)))
+        found += coco_results(image_id, detect_file(detector, path)[1])
     return found
+
+
+def shards(coco: CocoFolder, count: int, limit: Optional[int] = None) -> List[Tuple[Picture, ...]]:
+    """The pictures of ``coco``, or its first ``limit``, in ``count`` parts of nearly the same size.
+
+    Their order stays. With fewer pictures than ``count`` there are fewer parts, none of them empty. Raises
+    ValueError if ``count`` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"{count} shards: expected one at least")
+    pictures = list(zip(coco.image_ids, coco.paths))[:limit]
+    limits = [len(pictures) * i // count for i in range(count + 1)]
+    return [tuple(pictures[i:j]) for i, j in zip(limits, limits[1:]) if i < j]
+
+
+def detect_shard(recipe: Recipe, pictures: Sequence[Picture]) -> List[PictureResult]:
+    """Opens the detector of ``recipe``, runs it on the pictures, closes it.
+
+    A picture that cannot be used does not end the shard: its result says why. Raises what ``Detector.open``
+    raises.
+    """
+    with recipe.open() as detector:
+        return list(detect_pictures(detector, pictures))
+
+
+def detect_pictures(
+    detector: Detector, pictures: Iterable[Picture], advance: Callable[[], None] = lambda: None
+) -> Iterator[PictureResult]:
+    """One result a picture, as soon as it is there; ``advance`` is called after each."""
+    for image_id, path in pictures:
+        try:
+            _, found = detect_file(detector, path)
+            result = PictureResult(image_id, path, tuple(coco_results(image_id, found)))
+        except InputError as error:
+            result = PictureResult(image_id, path, problem=str(error))
+        yield result
+        advance()
+
+
+def detect_file(detector: Detector, path: Path) -> Tuple[np.ndarray, Detections]:
+    """A picture, uint8 [height, width, 3], and what is in it. Raises InputError that names the file."""
+    try:
+        image = load_image(path)
+        return image, detector.detect(image)
+    except InputError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise InputError(f"{path}: {error}") from error
+
+
+def merge(parts: Iterable[Iterable[PictureResult]]) -> Merged:
+    """The results of several shards as those of one; give them in the order of :func:`shards`."""
+    merged = Merged([], [], {})
+    for result in (result for part in parts for result in part):
+        merged.detections.extend(result.detections)
+        if result.problem is None:
+            merged.image_ids.append(result.image_id)
+        else:
+            merged.unreadable[result.path] = result.problem
+    return merged
 
 
 def coco_results(image_id: Identity, detections: Detections) -> List[Dict[str, Any]]:

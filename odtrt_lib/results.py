@@ -1,8 +1,8 @@
 """Measurements: one JSON file a topic under ``results/``, written only by the command that it names.
 
 ``{"schema": 1, "topic", "command", "date", "device": {...}, "versions": {...}, "rows": [...]}``. A row is
-flat: one figure a key, the unit in the key's name (``seconds``, ``p50_us``, ``max_abs_err``). Needs the
-standard library only.
+flat: one figure a key, the unit in the key's name (``seconds``, ``p50_us``, ``max_abs_err``). It is one line
+of the file, as each of the other keys is. Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -73,8 +73,20 @@ def write_results(
         "rows": [dict(row) for row in rows],
     }
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(as_text(record), encoding="utf-8")
     return record
+
+
+def as_text(record: Mapping[str, Any]) -> str:
+    """A results file's text: each key of ``record`` on a line, and each of its ``rows`` too."""
+    lines = []
+    for key, value in record.items():
+        text = json.dumps(value, allow_nan=False)
+        if key == "rows" and value:
+            rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in value)
+            text = f"[\n{rows}\n ]"
+        lines.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def device_info() -> Dict[str, Any]:

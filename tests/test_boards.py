@@ -12,7 +12,7 @@ import pytest
 from odtrt_lib import boards
 
 ROOT = Path(__file__).resolve().parent.parent
-_SPEC = importlib.util.spec_from_file_location("tensorrt_names", ROOT / "scripts" / "tensorrt_names.py")
+_SPEC = importlib.util.spec_from_file_location("tensorrt_names", ROOT / "benchmarks" / "tensorrt_names.py")
 names = importlib.util.module_from_spec(_SPEC)
 sys.modules["tensorrt_names"] = names
 _SPEC.loader.exec_module(names)

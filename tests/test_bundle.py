@@ -1021,11 +1021,12 @@ def test_killed_while_unpacking_leaves_nothing_or_all(archive, unpacked, tmp_pat
 WITH_LITTLE_SPACE = """
 import resource, signal, sys
 from odtrt_lib import bundle, detector
+from odtrt_lib.errors import OdtrtError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 try:
     {work}
-except bundle.InputError as error:
+except OdtrtError as error:
     print(error)
 """
 
@@ -1440,7 +1441,7 @@ BAD_ARGUMENTS = [
     (["--batches", "1,4,8"], "this model's batch is fixed to 1"),
     (
         ["--allow", "fp32", "--allow", "sleep"],
-        "may give up 'sleep': expected dynamic_batch or fp32",
+        "allow 'sleep': expected dynamic_batch or fp32",
     ),
     (["--image", "/no/such.png"], "/no/such.png: cannot be read"),
     (["--needs", "--precision", "fp8"], "precision 'fp8': expected fp32 or fp16"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import dataclasses
 import json
+import multiprocessing
+import pickle
 import sys
 
 import numpy as np
@@ -12,7 +15,17 @@ import pytest
 
 from odtrt_lib.detector import Detections
 from odtrt_lib.errors import InputError, MissingDependencyError
-from odtrt_lib.evaluate import agreement, coco_metrics, coco_results, detect_folder, load_detections
+from odtrt_lib.evaluate import (
+    Recipe,
+    agreement,
+    coco_metrics,
+    coco_results,
+    detect_folder,
+    detect_shard,
+    load_detections,
+    merge,
+    shards,
+)
 
 
 def detection(image_id: int, category_id: int, bbox: list[float], score: float) -> dict:
@@ -313,6 +326,93 @@ def test_a_folder_of_images_gives_coco_results(tmp_path):
     found = detect_folder(Grey(), load_coco(tmp_path / "instances.json", tmp_path))
     assert found == [detection(4, 1, [10, 1, 7, 5], 0.5), detection(9, 1, [20, 1, 7, 5], 0.5)]
     assert json.loads(json.dumps(found)) == found
+
+
+# --- in shards
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    """A model folder and seven pictures with their annotations; the third picture is damaged."""
+    pytest.importorskip("onnxruntime")
+    from PIL import Image
+    from tiny_model import SPEC, model_folder
+
+    from odtrt_lib.coco import load_coco
+    from odtrt_lib.folder import seal
+
+    path = tmp_path_factory.mktemp("evaluation")
+    rng = np.random.default_rng(0)
+    many = dataclasses.replace(
+        SPEC,
+        input=dataclasses.replace(SPEC.input, scale=(1e-4,) * 3),  # boxes near their anchors
+        nms=dataclasses.replace(SPEC.nms, score_threshold=1e-8),
+    )
+    folder = model_folder(path / "tiny", many)
+    np.save(folder / "anchors.npy", rng.uniform(0.1, 0.9, (16 * 16, 4)).astype(np.float32))
+    seal(folder)
+    images = []
+    for number in range(7):
+        size = (40 + number, 30)
+        pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path / f"{number}.png")
+        images.append({"id": 70 - number, "file_name": f"{number}.png", "width": size[0], "height": size[1]})
+    (path / "2.png").write_bytes(b"no picture")
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    (path / "instances.json").write_text(json.dumps(content))
+    return Recipe(folder, "onnxruntime"), load_coco(path / "instances.json")
+
+
+def test_three_shards_in_other_processes_are_one_here_to_the_bit(evaluation):
+    recipe, coco = evaluation
+    (whole,) = shards(coco, 1)
+    here = merge([detect_shard(recipe, whole)])
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    parts = shards(coco, 3)
+    assert [len(part) for part in parts] == [2, 2, 3]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(3, mp_context=spawn) as pool:
+        there = merge(pool.map(detect_shard, [recipe] * 3, parts))
+    assert there == here  # floats too: equal means the same bits, and nothing is NaN
+    assert here.image_ids == [70, 69, 67, 66, 65, 64]
+    assert list(here.unreadable) == [coco.paths[2]]
+    assert here.unreadable[coco.paths[2]].startswith(f"{coco.paths[2]}: damaged")
+    assert {row["image_id"] for row in here.detections} == set(here.image_ids)
+    assert len(here.detections) > 30
+    with recipe.open() as detector, pytest.raises(InputError, match=r"2\.png: damaged"):
+        detect_folder(detector, coco)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 7, 20])
+def test_shards_are_the_pictures_in_their_order(evaluation, count):
+    _, coco = evaluation
+    parts = shards(coco, count)
+    pictures = [picture for part in parts for picture in part]
+    assert pictures == list(zip(coco.image_ids, coco.paths, strict=True))
+    sizes = {len(part) for part in parts}
+    assert len(parts) == min(count, 7) and min(sizes) > 0 and max(sizes) - min(sizes) <= 1
+    assert sum(len(part) for part in shards(coco, count, limit=2)) == 2
+    assert shards(coco, count, limit=0) == []
+    with pytest.raises(ValueError, match="0 shards"):
+        shards(coco, 0)
+
+
+def test_what_a_detector_refuses_is_the_pictures_problem(evaluation, monkeypatch):
+    from odtrt_lib.detector import Detector
+
+    recipe, coco = evaluation
+
+    def refuse(self, image):
+        raise InputError("too large")
+
+    monkeypatch.setattr(Detector, "detect", refuse)
+    found = merge([detect_shard(recipe, shards(coco, 1, limit=1)[0])])
+    assert found.unreadable == {coco.paths[0]: f"{coco.paths[0]}: too large"}
+    assert (found.detections, found.image_ids) == ([], [])
+
+
+def test_a_recipe_that_opens_nothing_says_why(tmp_path):
+    assert one_line(lambda: detect_shard(Recipe(tmp_path, "onnxruntime"), [])).startswith(str(tmp_path))
 
 
 def test_no_detections_is_an_empty_list():

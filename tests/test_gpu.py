@@ -1,7 +1,8 @@
 """The CUDA kernels, bit for bit: the numpy reference, the CPU library, CUDA graphs.
 
 Needs an NVIDIA GPU, PyTorch for its memory, and `make plugin` with nvcc: `make test-gpu`. Without pytest,
-``python tests/test_gpu.py`` runs the same checks. The heads of real detectors: plugins/bench/check_gpu.py.
+``python tests/test_gpu.py [NAME ...]`` runs the same checks. The heads of real detectors:
+benchmarks/nms_checks_gpu.py.
 """
 
 from __future__ import annotations
@@ -9,18 +10,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    root = Path(__file__).resolve().parent.parent
+    sys.path[:0] = [str(root), str(root / "benchmarks")]
 
-import cuda_calls
 import nms_cases
 
-from odtrt_lib import native, nms
-from odtrt_lib.spec import InputSpec, NmsSpec, Resizer, ScoreSpec
+from odtrt_lib import native
+from odtrt_lib.spec import NmsSpec, ScoreSpec
 
 try:
     import pytest
@@ -41,40 +41,14 @@ except ImportError as error:
 
     library = native.load()
 
-
-def to_gpu(array: np.ndarray) -> Any:
-    return torch.from_numpy(np.ascontiguousarray(array)).cuda()
-
-
-def stream() -> int:
-    return int(torch.cuda.current_stream().cuda_stream)
-
-
-class GpuPostprocess(cuda_calls.Postprocess):
-    def __init__(self, case: nms_cases.Case) -> None:
-        assert library is not None
-        super().__init__(library, case, to_gpu)
-
-    def enqueue(self) -> None:
-        self.enqueue_on(stream())
-
-
-def by_gpu(case: nms_cases.Case) -> nms.Postprocessed:
-    call = GpuPostprocess(case)
-    call.enqueue()
-    try:
-        return call.result()
-    except RuntimeError as error:  # of a kernel, which has no name for what it was given
-        raise AssertionError(f"{case.name}: {str(error).splitlines()[0]}") from None
-
-
-def nms_by_gpu(case: nms_cases.NmsCase) -> np.ndarray:
-    assert library is not None
-    return cuda_calls.select(library, case, to_gpu, stream())
-
-
-def fail_on(lines: list[str]) -> None:
-    assert not lines, f"{len(lines)} disagreements:\n" + "\n".join(lines[:20])
+from torch_calls import (
+    GpuPostprocess,
+    by_cpu_library,
+    by_gpu,
+    fail_on,
+    nms_by_gpu,
+    preprocess_disagreements,
+)
 
 
 def test_postprocess_is_the_references_bit_for_bit() -> None:
@@ -104,11 +78,6 @@ def whole_detector(seed: int, threshold: float, boxes: str, logits: str, dtype: 
     settings = NmsSpec(threshold, 0.5, 100, 100, False, True)
     spec = nms_cases.detector_spec(49104, 90, settings, coder=nms_cases.EFFICIENTDET_CODER)
     return nms_cases.make_case("D0", spec, 1, np.random.default_rng(seed), boxes, logits, dtype)
-
-
-def by_cpu_library(case: nms_cases.Case) -> nms.Postprocessed:
-    assert library is not None
-    return nms_cases.by_library(library)(case)
 
 
 def test_whole_detectors_are_the_cpu_librarys_bit_for_bit() -> None:
@@ -164,32 +133,7 @@ def test_softmax_and_many_classes_at_size() -> None:
 
 
 def test_preprocess_is_the_cpu_librarys_bit_for_bit() -> None:
-    assert library is not None
-    rng = np.random.default_rng(5)
-    lines = []
-    for height, width, size, padded in (
-        (720, 1280, 300, False),
-        (1080, 1920, 512, True),
-        (333, 517, 320, False),
-        (1, 1, 64, False),
-        (64, 64, 64, False),
-    ):
-        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        true = (
-            (size * height // max(height, width), size * width // max(height, width))
-            if padded
-            else (size, size)
-        )
-        spec = InputSpec(
-            size,
-            size,
-            Resizer("fixed_shape", pad_value=(0.5, -1, 2)),
-            (1 / 127.5, 1 / 60, 1 / 58),
-            (-1, -2, 0.25),
-        )
-        found = cuda_calls.preprocess_difference(library, image, spec, true, to_gpu, stream())
-        lines += [found] if found else []
-    fail_on(lines)
+    fail_on(preprocess_disagreements())
 
 
 def test_an_error_of_cuda_is_returned() -> None:
@@ -208,14 +152,16 @@ def main() -> None:
         name: check for name, check in globals().items() if name.startswith("test_")
     }
     failed = 0
-    for name, check in checks.items():
+    for name in sys.argv[1:] or checks:
         try:
-            check()
+            checks[name]()
             print(f"ok      {name}", flush=True)
         except Exception as error:
             failed += 1
             print(f"FAILED  {name}: {error}", flush=True)
-    sys.exit(failed != 0)
+    if failed:
+        sys.exit(1)
+    print("all checks passed")
 
 
 if __name__ == "__main__":

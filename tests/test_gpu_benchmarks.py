@@ -29,10 +29,10 @@ def backends_gpu(monkeypatch):
 
 @pytest.fixture
 def ncu_gpu(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "plugins" / "bench")
-    import ncu_gpu
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import nms_ncu_gpu
 
-    return ncu_gpu
+    return nms_ncu_gpu
 
 
 def is_gone(process: int) -> bool:

@@ -26,6 +26,7 @@ LAYERS = [
     "tensors",
     "outputs",
     "results",
+    "latency",
     "fonts",
     "native",
     "nms",

@@ -550,7 +550,7 @@ class TestLoading:
             "import sys\n"
             "for absent in ('cv2', 'PIL', 'tensorflow', 'scipy', 'rich', 'typer', 'pytest'):\n"
             "    sys.modules[absent] = None\n"
-            "sys.path.insert(0, 'tests')\n"
+            "sys.path.insert(0, 'benchmarks')\n"
             "import nms_cases\n"
             "nms_cases.RANDOM_CASES = 20\n"
             "nms_cases.chosen_cases = lambda: []\n"

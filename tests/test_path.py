@@ -22,7 +22,7 @@ from odtrt_lib.folder import read_log
 from odtrt_lib.scenes import TEST_SEEDS, render_scene
 from odtrt_lib.spec import load_spec
 
-SOURCES = ("benchmarks", "scripts", "plugins/bench", "odtrt_lib")
+SOURCES = ("benchmarks", "scripts", "odtrt_lib")
 CORPUS_MODELS = (
     "coco_ssd_mnv1",
     "ft_fpnlite320_tfjs1",

@@ -23,7 +23,6 @@ from odtrt_lib import fuse
 from odtrt_lib.tensors import has_clip_windows
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx_graphsurgeon")

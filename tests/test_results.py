@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import stat
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from odtrt_lib.errors import InputError
-from odtrt_lib.results import device_info, versions, write_results
+from odtrt_lib.results import as_text, device_info, versions, write_results
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMITTED = sorted((ROOT / "results").glob("*.json"))
+
+
+def imported_by(source: Path) -> set[str]:
+    """The names that a Python file imports, wherever in it: modules, and what is taken from them."""
+    nodes = list(ast.walk(ast.parse(source.read_text(encoding="utf-8"))))
+    modules = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return modules | {
+        alias.name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names
+    }
+
+
+def test_what_writes_results_is_in_benchmarks_and_imports_no_tests():
+    elsewhere = [
+        path for folder in ("scripts", "plugins", "models") for path in (ROOT / folder).rglob("*.py")
+    ]
+    assert len(elsewhere) > 3
+    assert not [path for path in elsewhere if "odtrt_lib.results" in imported_by(path)]
+    tests = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert not imported_by(path) & tests, path
+    assert imported_by(Path(__file__)) >= {"ast", "odtrt_lib.results", "write_results"}
 
 
 def test_writes_the_form_that_pages_read(tmp_path):
@@ -23,6 +49,24 @@ def test_writes_the_form_that_pages_read(tmp_path):
     assert record["rows"] == rows
     assert record["versions"]["numpy"] == metadata.version("numpy")
     assert all(not isinstance(value, (dict, list)) for value in record["device"].values())
+
+
+def test_each_row_is_a_line(tmp_path):
+    rows = [{"model": "a", "note": "two\nlines"}, {"model": "é", "p50_us": 1.5}]
+    write_results(tmp_path / "topic.json", "topic", "make topic", rows)
+    lines = (tmp_path / "topic.json").read_text().splitlines()
+    assert [json.loads(line.rstrip(",")) for line in lines[8:-2]] == rows
+    assert (lines[7], lines[-2:]) == (' "rows": [', [" ]", "}"])
+    write_results(tmp_path / "empty.json", "topic", "make topic", [])
+    assert json.loads((tmp_path / "empty.json").read_text())["rows"] == []
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
+def test_committed_files_have_the_form(path):
+    text = path.read_text(encoding="utf-8")
+    record = json.loads(text)
+    assert text == as_text(record)
+    assert text.count("\n") == len(record["rows"]) + 10
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "scripts" / "tensorrt_names.py"
+SCRIPT = ROOT / "benchmarks" / "tensorrt_names.py"
 _SPEC = importlib.util.spec_from_file_location("tensorrt_names", SCRIPT)
 names = importlib.util.module_from_spec(_SPEC)
 sys.modules["tensorrt_names"] = names

@@ -1,31 +1,23 @@
-"""Trains and measures the shipped detector. From the repository's root:
+"""Trains the shipped detector. From the repository's root:
 
     python models/parts/train.py --minutes 68      train from scratch, then measure (2 CPU cores suffice)
-    python models/parts/train.py --evaluate        only measure the checkpoint that is there
-    python models/parts/train.py --evaluate --split validation --scenes 60      a quick look while it trains
 
 Training renders scenes of ``TRAIN_SEEDS`` and resizes them by the Object Detection API's own rule
 (TF1 bilinear, corners not aligned, half_pixel_centers false), then loops: provide_groundtruth, preprocess,
 predict, loss, Adam. The learning rate follows the share of the time budget that is used up, so the
-schedule always ends. What is saved are the weights' moving averages. Measuring is a process of its own: a
-fresh model restores the checkpoint, the Object Detection API's own post-processing makes the detections,
-pycocotools scores them on ``TEST_SEEDS``; only that writes ``results/parts.json``.
+schedule always ends. What is saved are the weights' moving averages. Measuring is a process of its own,
+``benchmarks/parts.py``, which restores the checkpoint into a fresh model.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
-import datetime
 import hashlib
-import importlib.metadata
-import io
 import json
 import math
 import multiprocessing
 import os
-import platform
 import queue
 import shlex
 import subprocess
@@ -44,10 +36,9 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 from odtrt_lib.export import odapi  # noqa: E402
-from odtrt_lib.scenes import PARTS_CLASSES, TEST_SEEDS, TRAIN_SEEDS, VALIDATION_SEEDS, render_scene  # noqa: E402
+from odtrt_lib.scenes import PARTS_CLASSES, TRAIN_SEEDS, render_scene  # noqa: E402
 
 CHECKPOINT = HERE / "checkpoint"
-RESULTS = ROOT / "results" / "parts.json"
 SIZE = 320
 MAXIMUM_BOXES = 20
 
@@ -187,7 +178,7 @@ def batches(data: TrainingSet, size: int, seed: int) -> queue.Queue:
 # ---------------------------------------------------------------------------------------- model
 
 
-def build_detector(training: bool):
+def build_detector():
     """The detection model of pipeline.config with its variables created."""
     import tensorflow as tf
     from google.protobuf import text_format
@@ -195,12 +186,9 @@ def build_detector(training: bool):
     from object_detection.protos import pipeline_pb2
 
     config = text_format.Parse((HERE / "pipeline.config").read_text(), pipeline_pb2.TrainEvalPipelineConfig())
-    tf.keras.backend.set_learning_phase(training)
-    model = model_builder.build(config.model, is_training=training)
-    images, shapes = model.preprocess(tf.zeros([1, SIZE, SIZE, 3]))
-    predictions = model.predict(images, shapes)
-    if not training:
-        model.postprocess(predictions, shapes)
+    tf.keras.backend.set_learning_phase(True)
+    model = model_builder.build(config.model, is_training=True)
+    model.predict(*model.preprocess(tf.zeros([1, SIZE, SIZE, 3])))
     return model
 
 
@@ -211,7 +199,7 @@ def train(minutes: float, scenes: int, batch: int, rate: float) -> None:
     import tensorflow as tf
 
     tf.keras.utils.set_random_seed(1)
-    model = build_detector(training=True)
+    model = build_detector()
     trainable = model.trainable_variables
     everything = _tracked_variables(tf, model)
     averages = [tf.Variable(variable, trainable=False) for variable in everything]
@@ -300,120 +288,6 @@ def _save_averages(tf, model, variables, averages, steps, seconds, scenes, batch
     print(f"saved {CHECKPOINT / 'ckpt-0'} at step {steps}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------- measuring
-
-
-def evaluate(split: str, count: int) -> dict:
-    """Scores the checkpoint on unseen scenes; returns one flat row of figures."""
-    odapi.prepare()
-    import tensorflow as tf
-
-    model = build_detector(training=False)
-    variables = _tracked_variables(tf, model)
-    status = tf.train.Checkpoint(model=model).read(str(CHECKPOINT / "ckpt-0"))
-    status.assert_existing_objects_matched().expect_partial()
-
-    @tf.function(input_signature=[tf.TensorSpec([1, 480, 640, 3], tf.float32)])
-    def detect(image):
-        inputs, shapes = model.preprocess(image)
-        return model.postprocess(model.predict(inputs, shapes), shapes)
-
-    seeds = {"test": TEST_SEEDS, "validation": VALIDATION_SEEDS}[split][:count]
-    truth = {
-        "info": {},
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(PARTS_CLASSES)],
-    }
-    found = []
-    for seed in seeds:
-        scene = render_scene(seed)
-        height, width = scene.image.shape[:2]
-        truth["images"].append({"id": seed, "height": height, "width": width, "file_name": f"{seed}.jpg"})
-        for box, class_id in zip(scene.boxes.tolist(), scene.class_ids.tolist(), strict=True):
-            rectangle = [box[1], box[0], box[3] - box[1], box[2] - box[0]]
-            truth["annotations"].append(
-                {
-                    "id": len(truth["annotations"]) + 1,
-                    "image_id": seed,
-                    "category_id": class_id,
-                    "bbox": rectangle,
-                    "area": rectangle[2] * rectangle[3],
-                    "iscrowd": 0,
-                }
-            )
-        detections = detect(tf.constant(scene.image[None], tf.float32))
-        boxes = detections["detection_boxes"][0].numpy() * [height, width, height, width]
-        classes = detections["detection_classes"][0].numpy().astype(int) + 1
-        scores = detections["detection_scores"][0].numpy()
-        for number in range(int(detections["num_detections"][0])):
-            ymin, xmin, ymax, xmax = boxes[number].tolist()
-            found.append(
-                {
-                    "image_id": seed,
-                    "category_id": int(classes[number]),
-                    "bbox": [xmin, ymin, xmax - xmin, ymax - ymin],
-                    "score": float(scores[number]),
-                }
-            )
-    figures = _coco_figures(truth, found)
-    training = json.loads((HERE / "training.json").read_text())
-    return {
-        "split": split,
-        "first_seed": seeds[0],
-        "images": len(seeds),
-        "objects": len(truth["annotations"]),
-        **figures,
-        "steps": training["steps"],
-        "seconds": training["seconds"],
-        "train_scenes": training["train_scenes"],
-        "params": int(sum(np.prod(variable.shape) for variable in variables)),
-        "checkpoint_bytes": sum(path.stat().st_size for path in CHECKPOINT.iterdir()),
-    }
-
-
-def _coco_figures(truth: dict, found: list[dict]) -> dict[str, float]:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = truth
-        coco.createIndex()
-        scorer = COCOeval(coco, coco.loadRes(found), "bbox")
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    names = ("map", "ap50", "ap75", "map_small", "map_medium", "map_large")
-    figures = {name: round(float(value), 4) for name, value in zip(names, scorer.stats, strict=False)}
-    figures["ar100"] = round(float(scorer.stats[8]), 4)
-    precision = scorer.eval["precision"][:, :, :, 0, 2]
-    for number, name in enumerate(PARTS_CLASSES):
-        figures[f"ap_{name}"] = round(float(precision[:, :, number].mean()), 4)
-    return figures
-
-
-def write_results(row: dict) -> None:
-    """Writes results/parts.json as docs and README read it."""
-    packages = {"tensorflow": "tensorflow-cpu", "tf_keras": "tf_keras", "numpy": "numpy"}
-    packages |= {"opencv": "opencv-python-headless", "pycocotools": "pycocotools"}
-    packages |= {"object_detection": "tf-models-research-object-detection"}
-    record = {
-        "schema": 1,
-        "topic": "parts",
-        "command": _command(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": {"kind": "cpu", "cores": os.cpu_count(), "machine": platform.machine()},
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(package) for name, package in packages.items()},
-        "rows": [row],
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    partial = RESULTS.with_suffix(".tmp")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, RESULTS)
-
-
 def _command() -> str:
     return shlex.join(["python", "models/parts/train.py", *sys.argv[1:]])
 
@@ -426,18 +300,10 @@ def main() -> None:
     parser.add_argument("--train-scenes", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2.5e-3)
-    parser.add_argument("--evaluate", action="store_true", help="do not train")
-    parser.add_argument("--split", choices=("test", "validation"), default="test")
-    parser.add_argument("--scenes", type=int, default=500, help="scenes to measure on")
     arguments = parser.parse_args()
-    if not arguments.evaluate:
-        train(arguments.minutes, arguments.train_scenes, arguments.batch, arguments.learning_rate)
-        measure = ["--evaluate", "--split", arguments.split, "--scenes", str(arguments.scenes)]
-        sys.exit(subprocess.run([sys.executable, __file__, *measure], check=False).returncode)
-    row = evaluate(arguments.split, arguments.scenes)
-    print(json.dumps(row, indent=2))
-    if arguments.split == "test":
-        write_results(row)
+    train(arguments.minutes, arguments.train_scenes, arguments.batch, arguments.learning_rate)
+    measuring = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "parts.py")], check=False)
+    sys.exit(measuring.returncode)
 
 
 if __name__ == "__main__":

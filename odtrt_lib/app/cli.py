@@ -712,29 +712,22 @@ def evaluate(
     """
     from odtrt_lib import outputs
     from odtrt_lib.coco import load_coco
-    from odtrt_lib.detector import Detector
-    from odtrt_lib.evaluate import coco_metrics, coco_results
+    from odtrt_lib.evaluate import Recipe, coco_metrics, detect_pictures, merge, shards
 
     require_folder(folder)
     coco = load_coco(annotations, images)
     if json_file is not None:
         outputs.require_no_input(json_file, [annotations, *coco.paths, *outputs.model_files(folder)])
-    chosen = list(zip(coco.image_ids, coco.paths))[:limit]
-    if not chosen:
+    parts = shards(coco, 1, limit)
+    if not parts:
         raise InputError(f"{annotations}: lists no images; expected at least one to evaluate")
-    found: List[Dict[str, Any]] = []
-    unreadable: Dict[Path, str] = {}
-    detector = Detector.open(folder, backend.value, plugin=plugin)
+    count = sum(map(len, parts))
+    detector = Recipe(folder, backend.value, plugin).open()
     _compare_classes({label.id: label.name for label in detector.spec.labels}, coco.class_names, annotations)
-    with _progress("eval", len(chosen)) as advance:
-        for image_id, path in chosen:
-            seen = _look(detector, path, unreadable)
-            if seen is not None:
-                found += coco_results(image_id, seen[1])
-            advance()
-    _require_some(unreadable, len(chosen))
-    evaluated = [image_id for image_id, path in chosen if path not in unreadable]
-    figures = dataclasses.asdict(coco_metrics(coco.instances, found, evaluated))
+    with _progress("eval", count) as advance:
+        found = merge(detect_pictures(detector, part, advance) for part in parts)
+    _require_some(found.unreadable, count)
+    figures = dataclasses.asdict(coco_metrics(coco.instances, found.detections, found.image_ids))
     per_class = figures.pop("ap_per_class")
     table = Table("figure", "value", highlight=False)
     for name, value in figures.items():
@@ -744,9 +737,9 @@ def evaluate(
     if json_file is not None:
         names = _distinct_names({label.id: label.name for label in detector.spec.labels})
         of_class = {names.get(i, str(i)): value for i, value in per_class.items()}
-        lost = [str(path) for path in unreadable]
+        lost = [str(path) for path in found.unreadable]
         outputs.write_json(json_file, {**figures, "ap_per_class": of_class, "unreadable": lost})
-    _say_unreadable(unreadable, len(chosen))
+    _say_unreadable(found.unreadable, count)
 
 
 @app.command()
@@ -857,14 +850,12 @@ def _look(
     detector: Detector, path: Path, unreadable: Dict[Path, str]
 ) -> Optional[Tuple[np.ndarray, Detections]]:
     """The picture and what is in it; None, with the reason in ``unreadable``, where it cannot be used."""
-    from odtrt_lib.preprocess import load_image
+    from odtrt_lib.evaluate import detect_file
 
     try:
-        image = load_image(path)
-        return image, detector.detect(image)
+        return detect_file(detector, path)
     except InputError as error:
-        reason = str(error)
-        unreadable[path] = reason if reason.startswith(str(path)) else f"{path}: {reason}"
+        unreadable[path] = str(error)
         return None
 
 

@@ -599,7 +599,8 @@ def _refuse_obstacles(folder: Path, paths: Iterable[str]) -> None:
 
 def strangers(folder: Path, manifest: Manifest) -> List[str]:
     """Files where the bundle's source is that are not from it: something could take them for source."""
-    known = {member.path for member in manifest.members} | {MANIFEST, "built.json"}
+    members = {member.path for member in manifest.members} | {MANIFEST, "built.json"}
+    known = members | {parent.as_posix() for path in members for parent in PurePosixPath(path).parents}
     code = [path for place in ("odtrt_lib", "plugins") for path in (folder / place).rglob("*")]
     found = []
     for path in sorted([*folder.iterdir(), *code]):
@@ -608,7 +609,7 @@ def strangers(folder: Path, manifest: Manifest) -> List[str]:
         is_folder = path.is_dir() and not (path / "__init__.py").exists()
         if name not in known and not is_made and not is_folder:
             found.append(name)
-    return [name for name in found if name != "odtrt_lib"]
+    return found
 
 
 def refuse_impostors(folder: Path, names: Iterable[str]) -> None:

@@ -5,7 +5,7 @@
 //   drive LIBRARY CASE          every step, on a GPU
 //   drive LIBRARY CASE --host   the steps that need no GPU
 //
-// CASE is what scripts/plugin_cases.py writes: parameters, anchors, and several sets of inputs, each with the
+// CASE is what benchmarks/plugin_cases.py writes: parameters, anchors, and several sets of inputs, each with the
 // detections that are expected of it, bit for bit. One line a check; the exit status is 1 if one failed.
 
 #include <NvInferRuntime.h>
@@ -90,7 +90,7 @@ Case read_case(const char *path) {
   std::memcpy(&result.header, take(sizeof(Header)).data(), sizeof(Header));
   const Header &h = result.header;
   if (std::memcmp(h.magic, "ODTRTC01", 8) != 0)
-    stop(std::string(path) + ": not a case of scripts/plugin_cases.py");
+    stop(std::string(path) + ": not a case of benchmarks/plugin_cases.py");
   const size_t element = h.is_half ? 2 : 4, rows = size_t(h.batch) * h.anchors;
   result.anchors = take(16 * size_t(h.anchors));
   for (int32_t i = 0; i < h.sets; ++i) {

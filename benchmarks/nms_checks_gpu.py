@@ -1,6 +1,7 @@
 """Checks the CUDA kernels on a GPU, and writes down what was checked.
 
-    python plugins/bench/check_gpu.py [--plugin DRIVE PLUGIN CASES] [--heads HEADS] [--also NAME=LIBRARY ...]
+    python benchmarks/nms_checks_gpu.py
+        [--plugin DRIVE PLUGIN CASES] [--heads HEADS] [--also NAME=LIBRARY ...]
 
 writes results/nms_checks.<gpu>.json. tests/test_gpu.py: the numpy reference and the CPU library, bit for bit.
 NVIDIA's compute-sanitizer around a choice of its cases. --also: the same with another libodtrt.so. Built with
@@ -9,8 +10,8 @@ heads; with ``-DODTRT_OVERLAPS_FROM=99`` a new GPU goes the way of older ones, f
 
 --heads (the folder that record_heads.py wrote): what real detectors said about photographs, beside the CPU
 library. --plugin, with DRIVE (built from plugins/tensorrt/drive), PLUGIN (libodtrt_tensorrt.so) and CASES
-(the folder that scripts/plugin_cases.py writes): the plugin through its own interface, in a stream and in a
-captured CUDA graph, alone and under every tool of compute-sanitizer.
+(the folder that plugin_cases.py writes): the plugin through its own interface, in a stream and in a captured
+CUDA graph, alone and under every tool of compute-sanitizer.
 
 Several checks run at the same time on one GPU, each in a process of its own: no time here says anything about
 the kernels. Under racecheck a call takes ten seconds, so it gets fewer and shorter cases. Each result is
@@ -33,16 +34,12 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [
-    str(ROOT),
-    str(ROOT / "tests"),
-    str(ROOT / "plugins" / "bench"),
-]  # not installed where it runs
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # odtrt is not installed where it runs
 
 import nms_cases
 import nms_gpu
-import test_gpu
+import torch_calls
 
 from odtrt_lib import native
 from odtrt_lib.results import write_results
@@ -57,7 +54,8 @@ CHOICES = {
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 CALLS = re.compile(r"(\d+) calls agree")
 AT_ONCE = 12
-COMMAND = "python plugins/bench/check_gpu.py --plugin DRIVE PLUGIN CASES --heads HEADS --also NAME=LIBRARY"
+TESTS = ROOT / "tests" / "test_gpu.py"
+COMMAND = "python benchmarks/nms_checks_gpu.py --plugin DRIVE PLUGIN CASES --heads HEADS --also NAME=LIBRARY"
 Job = tuple[dict[str, Any], list[str], dict[str, str]]  # a row to be, a command, its environment
 
 
@@ -72,9 +70,9 @@ def few(largest: int, most_chosen: int, drawn: int, drawn_nms: int) -> None:
     cases = [*short, *itertools.islice(every, drawn), *extreme]
     lines = compare(cases)
     nms = map(nms_cases.random_nms_case, range(drawn_nms))
-    lines += list(nms_cases.nms_disagreements(test_gpu.nms_by_gpu, nms))
-    test_gpu.test_preprocess_is_the_cpu_librarys_bit_for_bit()
-    test_gpu.fail_on(lines)
+    lines += list(nms_cases.nms_disagreements(torch_calls.nms_by_gpu, nms))
+    lines += torch_calls.preprocess_disagreements()
+    torch_calls.fail_on(lines)
     print(f"{len(cases) + drawn_nms} calls agree, and preprocessing")
 
 
@@ -86,21 +84,16 @@ def recorded(folder: Path) -> None:
         for threshold in nms_gpu.THRESHOLDS
         for dtype in (np.float32, np.float16)
     ]
-    test_gpu.fail_on(compare(cases))
+    torch_calls.fail_on(compare(cases))
     print(f"{len(cases)} calls agree")
 
 
 def compare(cases: list[nms_cases.Case]) -> list[str]:
     found = (
-        (case, nms_cases.difference(test_gpu.by_cpu_library(case), test_gpu.by_gpu(case))) for case in cases
+        (case, nms_cases.difference(torch_calls.by_cpu_library(case), torch_calls.by_gpu(case)))
+        for case in cases
     )
     return [f"{case.name}: {difference}" for case, difference in found if difference]
-
-
-def one_test(name: str) -> None:
-    """One function of tests/test_gpu.py."""
-    getattr(test_gpu, name)()
-    print("all checks passed")
 
 
 def row_of(row: dict[str, Any], command: list[str], environment: dict[str, str]) -> dict[str, Any]:
@@ -139,12 +132,12 @@ def jobs(options: argparse.Namespace) -> list[Job]:
         name, _, library = also.partition("=")
         libraries.append((f", {name}", {**here, native.ENVIRONMENT_VARIABLE: library}))
     for name, environment in libraries:
-        for test in (test for test in vars(test_gpu) if test.startswith("test_")):
+        for test in re.findall(r"^def (test_\w+)", TESTS.read_text(encoding="utf-8"), re.MULTILINE):
             row: dict[str, Any] = {"check": f"tests/test_gpu.py{name}"}
             row["case"] = test.removeprefix("test_").replace("_", " ")
             if test == "test_postprocess_is_the_references_bit_for_bit":
                 row["calls"] = sum(1 for _ in nms_cases.all_cases())
-            found.append((row, [*own, "test", test], environment))
+            found.append((row, [sys.executable, str(TESTS), test], environment))
         for tool, sizes in CHOICES.items():
             row = {"check": f"compute-sanitizer {tool}{name}", "case": "a choice of the cases above"}
             found.append((row, [*sanitizer(tool), *own, "few", *map(str, sizes)], environment))
@@ -179,9 +172,7 @@ def main() -> None:
     options = arguments.parse_args()
     if options.do:
         what, *values = options.do
-        if what == "few":
-            return few(*map(int, values))
-        return one_test(values[0]) if what == "test" else recorded(Path(values[0]))
+        return few(*map(int, values)) if what == "few" else recorded(Path(values[0]))
     path = ROOT / "results" / f"nms_checks.{nms_gpu.gpu_name()}.json"
     planned = jobs(options)
     rows = [{**row, "agrees": None, "failure": "not finished"} for row, _, _ in planned]

@@ -1,6 +1,6 @@
 """Times the CUDA kernels, and PyTorch's way of doing the same beside them.
 
-    python plugins/bench/nms_gpu.py [HEADS] [--quick] [--five LIBRARY]    writes results/nms.<gpu>.json
+    python benchmarks/nms_gpu.py [HEADS] [--quick] [--five LIBRARY]    writes results/nms.<gpu>.json
 
 HEADS: the folder that record_heads.py wrote; without it only drawn scenes are timed. Needs PyTorch and
 torchvision, and libodtrt.so with CUDA. --five: a libodtrt.so that was built with
@@ -8,10 +8,10 @@ torchvision, and libodtrt.so with CUDA. --five: a libodtrt.so that was built wit
 kernels without clusters; one image in float32 is timed with it too.
 
 Every figure is device time of one call. graph_*: 20 calls in one CUDA graph, by events around its replay,
-divided by 20, over 200 replays or, with at least 20, 0.4 seconds. p50_us, p99_us: the same 20 calls enqueued
-one by one on a stream that is held up until all are queued. `warm`: always the same heads, as when the
-network has just written them; all others are cold: 20 calls go through copies of the heads that together
-exceed the level 2 cache twice, so that logits come from memory. bytes: the heads' logits, read once;
+divided by 20, over 200 replays or, with at least 20, what 0.4 seconds hold. p50_us and so on: the same 20
+calls enqueued one by one on a stream that is held up until all are queued. `warm`: always the same heads, as
+when the network has just written them; all others are cold: 20 calls go through copies of the heads that
+together exceed the level 2 cache twice, so that logits come from memory. bytes: the heads' logits, read once;
 floor_us: these at the copy bandwidth measured in the same run (bytes read and written of a 2 GiB copy).
 """
 
@@ -29,25 +29,22 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [
-    str(ROOT),
-    str(ROOT / "tests"),
-    str(ROOT / "plugins" / "bench"),
-]  # not installed where it runs
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # odtrt is not installed where it runs
 
 import cuda_calls
+import drawn_heads
 import nms_cases
-import scenes
-import test_gpu
 import torch
+import torch_calls
 import torchvision
 
 from odtrt_lib import native
+from odtrt_lib.latency import Sampling, sample
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import BoxCoder, NmsSpec, load_spec
 
-CALLS, REPLAYS = 20, 200
+CALLS, WARM_UP, REPLAYS, SECONDS = 20, 3, 200, 0.4
 SIZES = (1917, 12804, 51150, 49104, 76725, 196416)
 SIZES_OF_PEER = (1917, 49104, 196416)
 THRESHOLDS = (0.3, 0.05, 1e-8)
@@ -68,8 +65,8 @@ KEYS_OF_CASE = (
 def drawn_images(
     anchors: int, batch: int, objects: int
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-    priors = scenes.grid_anchors(anchors)
-    return priors, [scenes.draw(i, objects, priors, 90, (1.0, 1.0, 1.0, 1.0)) for i in range(batch)]
+    priors = drawn_heads.grid_anchors(anchors)
+    return priors, [drawn_heads.draw(i, objects, priors, 90, (1.0, 1.0, 1.0, 1.0)) for i in range(batch)]
 
 
 def drawn_case(anchors: int, threshold: float, batch: int, dtype: type, objects: int) -> nms_cases.Case:
@@ -117,23 +114,13 @@ def device_times(calls: list[Callable[[], None]], replays: int = REPLAYS) -> dic
         for i in range(CALLS):
             calls[i % len(calls)]()
 
-    in_graph = _elapsed(graph.replay, replays, held_up=False)
-    in_stream = _elapsed(from_stream, replays, held_up=True)
-    return {
-        "graph_p50_us": _round(np.percentile(in_graph, 50)),
-        "graph_p99_us": _round(np.percentile(in_graph, 99)),
-        "p50_us": _round(np.percentile(in_stream, 50)),
-        "p99_us": _round(np.percentile(in_stream, 99)),
-    }
+    def held_up() -> float:
+        torch.cuda._sleep(2_000_000)
+        return _microseconds(from_stream) / CALLS
 
-
-def _elapsed(run: Callable[[], Any], replays: int, held_up: bool) -> list[float]:
-    times: list[float] = []
-    while len(times) < replays + 3 and (len(times) < 23 or sum(times) * CALLS < 400_000):
-        if held_up:
-            torch.cuda._sleep(2_000_000)
-        times.append(_microseconds(run) / CALLS)
-    return times[3:]
+    sampling = Sampling(WARM_UP, 20, replays, SECONDS)
+    in_graph = sample(lambda: _microseconds(graph.replay) / CALLS, sampling)
+    return {**in_graph.timing().row("graph_"), **sample(held_up, sampling).timing().row()}
 
 
 def _microseconds(run: Callable[[], Any]) -> float:
@@ -161,7 +148,7 @@ def copy_bandwidth() -> float:
 def torch_postprocess(case: nms_cases.Case) -> Callable[[], Any]:
     """What a PyTorch user writes: sigmoid, threshold or top 4096 pairs, decode, batched_nms, first 100."""
     boxes, logits, anchors = (
-        test_gpu.to_gpu(a) for a in (case.box_encodings[0], case.class_logits[0], case.anchors)
+        torch_calls.to_gpu(a) for a in (case.box_encodings[0], case.class_logits[0], case.anchors)
     )
     classes, settings = logits.shape[1], case.spec.nms
 
@@ -181,16 +168,17 @@ def torch_postprocess(case: nms_cases.Case) -> Callable[[], Any]:
 
 def wall_times(run: Callable[[], Any], repeats: int = 50) -> dict[str, float]:
     """Microseconds of one call at a time, its waiting included: for code that itself waits for the device."""
-    times = []
-    for _ in range(repeats + 5):
+
+    def once() -> float:
         torch.cuda.synchronize()
-        times.append(_microseconds(run))
-    return {"p50_us": _round(np.percentile(times[5:], 50)), "p99_us": _round(np.percentile(times[5:], 99))}
+        return _microseconds(run)
+
+    return sample(once, Sampling(5, repeats, repeats)).timing().row()
 
 
 class Timed(cuda_calls.Postprocess):
     def enqueue(self) -> None:
-        self.enqueue_on(test_gpu.stream())
+        self.enqueue_on(torch_calls.stream())
 
 
 def postprocess_row(
@@ -199,9 +187,9 @@ def postprocess_row(
     logits_bytes = case.class_logits.nbytes
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     copies = max(1, min(CALLS, -(-2 * cache // logits_bytes)))
-    warm = [Timed(library, case, test_gpu.to_gpu)]
+    warm = [Timed(library, case, torch_calls.to_gpu)]
     warm[0].enqueue()
-    cold = warm + [Timed(library, case, test_gpu.to_gpu) for _ in range(copies - 1)]
+    cold = warm + [Timed(library, case, torch_calls.to_gpu) for _ in range(copies - 1)]
     row = {
         "what": "postprocess",
         "source": source,
@@ -237,17 +225,17 @@ def nms_row(count: int, replays: int) -> list[dict[str, Any]]:
     corner = rng.uniform(0, 600, (count, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(20, 120, (count, 2))], 1).astype(np.float32)
     scores = rng.random(count).astype(np.float32)
-    on_gpu, scores_on_gpu = test_gpu.to_gpu(boxes), test_gpu.to_gpu(scores)
+    on_gpu, scores_on_gpu = torch_calls.to_gpu(boxes), torch_calls.to_gpu(scores)
     params = native.NmsParams(count, count, float("-inf"), 0.5)
     kept = torch.empty(count, dtype=torch.int32, device="cuda")
     num_kept = torch.empty(1, dtype=torch.int32, device="cuda")
-    size = native.nms_workspace(test_gpu.library, params)
+    size = native.nms_workspace(torch_calls.library, params)
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
 
     def call() -> None:
         native.nms_cuda(
-            test_gpu.library, params, on_gpu.data_ptr(), scores_on_gpu.data_ptr(), None, kept.data_ptr(),
-            num_kept.data_ptr(), workspace.data_ptr(), size, test_gpu.stream(),
+            torch_calls.library, params, on_gpu.data_ptr(), scores_on_gpu.data_ptr(), None, kept.data_ptr(),
+            num_kept.data_ptr(), workspace.data_ptr(), size, torch_calls.stream(),
         )  # fmt: skip
 
     times = device_times([call], replays)
@@ -280,7 +268,7 @@ def preprocess_rows(replays: int) -> list[dict[str, Any]]:
 
         def call(params=params, image=image, output=output) -> None:
             native.preprocess_cuda(
-                test_gpu.library, params, image.data_ptr(), output.data_ptr(), test_gpu.stream()
+                torch_calls.library, params, image.data_ptr(), output.data_ptr(), torch_calls.stream()
             )
 
         rows.append(
@@ -343,7 +331,7 @@ def main() -> None:
             case = make(*arguments_of_case)
             if five is not None and case.class_logits.dtype == np.float32 and len(case.class_logits) == 1:
                 rows.append(postprocess_row(case, source, bandwidth, replays, five, "odtrt, five kernels"))
-            rows.append(postprocess_row(case, source, bandwidth, replays, test_gpu.library, "odtrt"))
+            rows.append(postprocess_row(case, source, bandwidth, replays, torch_calls.library, "odtrt"))
             if has_peer(case) and not options.quick:
                 rows.append(
                     {
@@ -354,7 +342,7 @@ def main() -> None:
                 )
                 print(rows[-1], flush=True)
     finally:  # a visit to the GPU can end before the last row
-        write_results(output, "nms", "python plugins/bench/nms_gpu.py HEADS --five LIBRARY", rows)
+        write_results(output, "nms", "python benchmarks/nms_gpu.py HEADS --five LIBRARY", rows)
         print(json.dumps({"rows": len(rows), "written": output}))
 
 

@@ -2,7 +2,7 @@
 
 Needs numpy and odtrt_lib alone, so that a GPU machine without TensorFlow and pytest can run it:
 
-    python tests/nms_cases.py            the CPU library beside the numpy reference
+    python benchmarks/nms_cases.py           the CPU library beside the numpy reference
 
 or, from other code, ``disagreements(postprocess, all_cases())`` with any ``postprocess(case)`` that returns
 a :class:`odtrt_lib.nms.Postprocessed`. A case depends on its number only, not on the machine.

@@ -1,11 +1,11 @@
 """What one TensorRT library of this machine does with the plugin; one JSON object on stdout.
 
-python scripts/plugin_probe.py registry MODULE PLUGIN [SITE]
+python benchmarks/plugin_probe.py registry MODULE PLUGIN [SITE]
     MODULE is a Python module of TensorRT (tensorrt, tensorrt_rtx, tensorrt_lean_bindings); SITE a folder to
     import it from. Loads PLUGIN (libodtrt_tensorrt.so) into its plugin registry, finds the creator, makes a
     plugin, asks for one without an attribute, takes the library out again. Needs no GPU.
 
-python scripts/plugin_probe.py build PLUGIN MODEL
+python benchmarks/plugin_probe.py build PLUGIN MODEL
     Parses MODEL (detector.onnx) with TensorRT-RTX, PLUGIN loaded, and builds a plan. Needs no GPU.
 
 A process of its own for each, because TensorRT may end the process where it meets a plugin it does not like.

@@ -1,4 +1,4 @@
-"""Calls of the library's CUDA functions: on a GPU for test_gpu.py, emulated for test_kernels_emulated.py.
+"""Calls of the library's CUDA functions: by torch_calls.py on a GPU, by test_kernels_emulated.py emulated.
 
 Needs no pytest and no PyTorch. ``to_device(array)`` is a copy where kernels reach it, aligned to 16 bytes: a
 tensor of PyTorch, or anything else that has ``data_ptr()`` and ``cpu().numpy()``.

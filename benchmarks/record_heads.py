@@ -1,6 +1,6 @@
 """Records raw heads of real detectors on real images, for benchmarks on a machine without TensorFlow.
 
-    python plugins/bench/record_heads.py OUT [IMAGES]    writes OUT/<model>.npz for each model of the corpus
+    python benchmarks/record_heads.py OUT [IMAGES]    writes OUT/<model>.npz for each model of the corpus
 
 The corpus is the folder that ODTRT_CORPUS names. Each file holds ``box_encodings`` [images, N, 4] and
 ``class_logits`` [images, N, columns] (float32), ``anchors`` [N, 4], ``clip_windows`` [images, 4] and the
@@ -22,7 +22,7 @@ from odtrt_lib.export import export
 from odtrt_lib.preprocess import load_image, preprocess
 from odtrt_lib.scenes import load_coco
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Which TensorRT the plugin compiles with, loads into and builds with -> results/plugin_matrix.json.
 
-python scripts/plugin_matrix.py [--headers DIR] [--lean DIR] [--model FOLDER...] [--output FILE]
+python benchmarks/plugin_matrix.py [--headers DIR] [--lean DIR] [--model FOLDER...] [--output FILE]
 
 --headers: a folder with one folder for each version of TensorRT, named as the version, that holds its public
     headers (NvInferRuntime.h, ...). Each is compiled with and linked to the kernels.
@@ -54,8 +54,8 @@ from odtrt_lib.spec import (
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "plugins" / "tensorrt"
 RESULTS = ROOT / "results" / "plugin_matrix.json"
-MARKS = ("<!-- scripts/plugin_matrix.py writes from here -->", "<!-- to here -->")
-COMMAND = "python scripts/plugin_matrix.py --headers DIR --lean DIR --model out/parts out/parts_dynamic"
+MARKS = ("<!-- benchmarks/plugin_matrix.py writes from here -->", "<!-- to here -->")
+COMMAND = "python benchmarks/plugin_matrix.py --headers DIR --lean DIR --model out/parts out/parts_dynamic"
 # The oldest and the newest headers of the IPluginV3 face: what they make must serve every TensorRT since 10.
 _V3 = 10
 
@@ -138,9 +138,9 @@ def header_version(headers: Path) -> tuple[int, ...]:
 
 
 def probe(*arguments: str) -> dict[str, Any]:
-    """What scripts/plugin_probe.py finds, or ``{"died": its exit status}``."""
+    """What benchmarks/plugin_probe.py finds, or ``{"died": its exit status}``."""
     answer = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "plugin_probe.py"), *arguments],
+        [sys.executable, str(ROOT / "benchmarks" / "plugin_probe.py"), *arguments],
         capture_output=True,
         text=True,
         timeout=600,

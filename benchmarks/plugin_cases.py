@@ -1,6 +1,6 @@
 """Writes cases for the driver of the TensorRT plugin (plugins/tensorrt/drive): inputs, expected detections.
 
-PYTHONPATH=. python scripts/plugin_cases.py FOLDER
+PYTHONPATH=. python benchmarks/plugin_cases.py FOLDER
 
 One file a case, ``FOLDER/<name>.case``: the attributes of ``OdtrtDetect``, the anchors, and several sets of
 random heads, each with the bits that the numpy reference (:func:`odtrt_lib.nms.postprocess_reference`) gives.
@@ -149,7 +149,7 @@ def write_case(path: Path, case: Case, seed: int = 0, sets: int = SETS) -> None:
 
 def main() -> None:
     if len(sys.argv) != 2:
-        raise SystemExit("usage: python scripts/plugin_cases.py FOLDER")
+        raise SystemExit("usage: python benchmarks/plugin_cases.py FOLDER")
     folder = Path(sys.argv[1])
     (folder / "short").mkdir(parents=True, exist_ok=True)
     for seed, case in enumerate(CASES):

@@ -1,6 +1,6 @@
 """What the CUDA kernels ask of a Jetson Orin (sm_87), and what its memory alone makes them cost at least.
 
-    python plugins/bench/resources.py      writes results/nms_resources.json; needs nvcc, no GPU
+    python benchmarks/nms_resources.py      writes results/nms_resources.json; needs nvcc, no GPU
 
 ``what: kernel``: registers, static shared memory, stack and spills of each kernel, as ptxas reports them
 for sm_87, and for sm_90 of those that need clusters of blocks; shared memory that a launch asks for comes on
@@ -25,7 +25,7 @@ from typing import Any
 
 from odtrt_lib.results import write_results
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 KERNELS = ROOT / "plugins" / "kernels"
 SOURCES = ("postprocess.cu", "nms.cu", "preprocess.cu")
@@ -58,7 +58,7 @@ def main() -> None:
     write_results(
         ROOT / "results" / "nms_resources.json",
         "nms_resources",
-        "python plugins/bench/resources.py",
+        "python benchmarks/nms_resources.py",
         rows,
     )
 

@@ -1,6 +1,6 @@
 """Asks NVIDIA Nsight Compute what the two post-processing kernels wait for.
 
-    python plugins/bench/ncu_gpu.py    writes results/nms_ncu.<gpu>.json
+    python benchmarks/nms_ncu_gpu.py    writes results/nms_ncu.<gpu>.json
 
 Needs ncu with access to the GPU's counters, PyTorch, and libodtrt.so with CUDA. Each row is a kernel of one
 call, the second of two, so that code and heads are in the caches; the clocks are the GPU's own:
@@ -31,12 +31,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [
-    str(ROOT),
-    str(ROOT / "tests"),
-    str(ROOT / "plugins" / "bench"),
-]  # not installed where it runs
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # odtrt is not installed where it runs
 
 from odtrt_lib.results import write_results
 
@@ -83,11 +79,11 @@ UNITS = {
 def calls() -> None:
     """Two calls of each case, for ncu to watch."""
     import nms_gpu
-    import test_gpu
     import torch
+    import torch_calls
 
     for anchors, threshold, objects in CASES:
-        call = test_gpu.GpuPostprocess(nms_gpu.drawn_case(anchors, threshold, 1, np.float32, objects))
+        call = torch_calls.GpuPostprocess(nms_gpu.drawn_case(anchors, threshold, 1, np.float32, objects))
         for _ in range(2):
             call.enqueue()
         torch.cuda.synchronize()
@@ -158,7 +154,7 @@ def main() -> None:
     import nms_gpu  # needs the GPU, which was ncu's until here
 
     path = ROOT / "results" / f"nms_ncu.{nms_gpu.gpu_name()}.json"
-    write_results(path, "nms_ncu", "python plugins/bench/ncu_gpu.py", rows)
+    write_results(path, "nms_ncu", "python benchmarks/nms_ncu_gpu.py", rows)
     for row in rows:
         print(row)
 

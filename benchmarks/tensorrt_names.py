@@ -2,8 +2,8 @@
 
 Writes results/tensorrt_names.json.
 
-python scripts/tensorrt_names.py [--wheels DIR] [--output FILE]    downloads and imports the bindings
-python scripts/tensorrt_names.py check                             only judges odtrt_lib by the committed file
+python benchmarks/tensorrt_names.py [--wheels DIR] [--output FILE]    downloads and imports the bindings
+python benchmarks/tensorrt_names.py check                             judges odtrt_lib by the committed file
 
 The bindings of each version in WHEELS are downloaded with pip (about 40 MB, and 549 MB for 8.5, whose wheel
 holds the libraries too) by whichever Python 3.8 or newer is found that has a wheel of it. Each is imported in
@@ -18,6 +18,14 @@ private function narrow it. A name must exist in every version that can reach it
 is of is told by what made it, else by what its variable is called (RECEIVERS); of an object that neither
 tells, a name is looked for in all classes named here, and only judged if it comes or goes between versions.
 Names that are put together at run time, as those of compute capabilities, are not judged.
+
+Why the sources are followed, not run. Strict stand-ins, which have one version's names of this inventory and
+nothing else, were tried (2026-11). They judge only lines that a test runs, on the versions that it runs them
+on. Of the 18 defects that test_tensorrt_names.py seeds they named 17; the other is in a branch that no call
+takes. Of the 180 uses in builder.py and runtime.py 20 stand on lines that the stand-ins' tests do not run,
+those of a parser's error among them. To see what the scan sees in 12 seconds, every scenario would have to
+run, a process each, on all seven groups of versions with the same of these names. Once all of these lines
+run on all of these groups, the stand-ins can replace the scan.
 """
 
 from __future__ import annotations
@@ -41,7 +49,7 @@ from odtrt_lib.results import write_results
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "tensorrt_names.json"
-COMMAND = "python scripts/tensorrt_names.py"
+COMMAND = "python benchmarks/tensorrt_names.py"
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 # Oldest first. 8.5.2 is JetPack 5.1's.
 WHEELS = (
