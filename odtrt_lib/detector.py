@@ -33,7 +33,7 @@ import numpy as np
 from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one_line
 from odtrt_lib.folder import sealed
 from odtrt_lib.nms import Postprocessed, postprocess
-from odtrt_lib.passport import PLANS, PRECISIONS
+from odtrt_lib.passport import BUILD_PLUGIN, PLANS, PRECISIONS
 from odtrt_lib.preprocess import boxes_to_pixels, preprocess
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.tensors import load_anchors
@@ -183,7 +183,7 @@ class Detector:
         if precision not in (None, *PRECISIONS):
             raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
         if plugin is not None and not Path(plugin).is_file():
-            raise InputError(f"{plugin}: not found; run `make plugin` where TensorRT's headers are installed")
+            raise InputError(f"{plugin}: not found; {BUILD_PLUGIN}")
         if backend == "onnxruntime":
             return cls(*_open_onnxruntime(folder))
         here = _here(backend, plugin)

@@ -248,7 +248,7 @@ def build(
     else:
         plugin = Path(plugin).resolve()
         if not plugin.is_file():
-            raise InputError(f"{plugin}: not found; run `make plugin` where TensorRT's headers are installed")
+            raise InputError(f"{plugin}: not found; {passport.BUILD_PLUGIN}")
         model_file = require(folder, "detector.onnx", "fuse")
     hashes = check_seal(folder, model_file.name, "spec.json")
     onnx_sha256, spec_sha256 = hashes[model_file.name], hashes["spec.json"]

@@ -40,6 +40,10 @@ SCHEMA_VERSION = 2
 FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 PRECISIONS = ("fp32", "fp16")
 HARDWARE_COMPATIBILITIES = ("none", "ampere_plus", "same_compute_capability")
+BUILD_PLUGIN = (
+    "run `make plugin`, or `make plugin ARCH=all` where there is no GPU, with nvcc and TensorRT's headers"
+)
+"""What to do where the plugin library is absent: without a GPU, plain `make plugin` leaves it out."""
 
 _DRIVER_FILES = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")
 _L4T_FILE = "/etc/nv_tegra_release"
@@ -275,7 +279,7 @@ def plugin_identity(path: Union[str, Path]) -> PluginIdentity:
         is_v3 = b"\0getCreators\0" in path.read_bytes()
         return PluginIdentity(path.name, sha256(path), "IPluginV3" if is_v3 else "IPluginV2DynamicExt")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); run `make plugin`") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); {BUILD_PLUGIN}") from error
 
 
 def this_machine() -> Machine:

@@ -45,7 +45,7 @@ from odtrt_lib.errors import (
 )
 from odtrt_lib.folder import atomic_write
 from odtrt_lib.nms import Postprocessed, postprocess
-from odtrt_lib.passport import FLAVOURS, PLANS, Machine, Passport, read_plan, this_machine
+from odtrt_lib.passport import BUILD_PLUGIN, FLAVOURS, PLANS, Machine, Passport, read_plan, this_machine
 from odtrt_lib.spec import DetectorSpec
 
 _LOADING = threading.Lock()
@@ -474,7 +474,7 @@ def _load(
 def _load_plugin(trt: Any, plugin: Path, who: str, ears: _Ears) -> None:
     """Loads the plugin library unless this process has it: a registry refuses a library that it has."""
     if not plugin.is_file():
-        raise InputError(f"{plugin}: not found; run `make plugin` where TensorRT's headers are installed")
+        raise InputError(f"{plugin}: not found; {BUILD_PLUGIN}")
     registry = trt.get_plugin_registry()  # the process's: a runtime's own would unload it with the runtime
     find = registry.get_creator if hasattr(registry, "get_creator") else registry.get_plugin_creator
     key = (fuse.PLUGIN, fuse.PLUGIN_VERSION, fuse.DOMAIN)
