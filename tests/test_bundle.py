@@ -298,8 +298,6 @@ def test_every_command_of_an_unpacked_bundle(tmp_path):
     ]
     known = {one.name or one.callback.__name__ for one in cli.app.registered_commands} | {"zoo", "with"}
     assert {command[0] for command, _, _ in expected} == known
-    if "coco" not in bundle.DEVICE_ROOMS:  # eval's reader of annotations
-        del expected[-3:]
     absent = (
         "cv2,tensorflow,tf_keras,keras,onnx,onnx_graphsurgeon,onnxconverter_common,tf2onnx,matplotlib,"
         "pycocotools,object_detection,polygraphy,tensorrt,tensorrt_rtx,scipy"
@@ -1610,8 +1608,8 @@ def test_ctrl_c_ends_the_compiler_and_leaves_nothing_half_written(archive, tmp_p
             assert reading.readline() == "started\n"
             assert (tmp_path / "out" / "plugins" / "build" / "half.o").exists()
             running.send_signal(signal.SIGINT)
-            output, errors = running.communicate(timeout=60)
-            assert select.select([reading], [], [], 30)[0] and reading.read() == "", "its children are gone"
+            output, errors = running.communicate(timeout=300)
+            assert select.select([reading], [], [], 300)[0] and reading.read() == "", "its children are gone"
     finally:
         running.kill()
     assert running.returncode == 130
