@@ -78,7 +78,7 @@ Row = dict[str, Any]
 VICTIM, OTHER = "1" * 16, "2" * 16
 RTX = "1.7.1.116"
 ARCHIVE, UNPACKED = "tiny.odtrt.zip", "unpacked"
-SECONDS_A_READER = 30
+SECONDS_A_READER = 120
 
 # ---------------------------------------------------------------------------------------------- the folder
 

@@ -162,7 +162,7 @@ def export(
 
     versions = {"tensorflow": odapi.tensorflow().__version__, "odapi": odapi.version()}
     kept = None if force else _find_kept(folder, inputs, options, versions)
-    network = kept and _keep_network(kept, settings, size)
+    network = None if kept is None else _keep_network(kept, settings, size)
     if network is None:
         kept, network = None, _make_network(files, settings, size, batch)
     spec = _spec(files, settings, network, inputs, folder.resolve().name, versions)
