@@ -62,6 +62,7 @@ from odtrt_lib.folder import (
     SPEC_PARTS,
     StageResult,
     check_seal,
+    ctrl_c_later,
     part_sha256,
     read_log,
     require,
@@ -834,8 +835,9 @@ def _run(attempt: _Attempt, request: builder.Request, settings: Mapping[str, Any
     if settings.get("frugal_heap"):
         environment.update(_FRUGAL_HEAP)
     errors_file = place / f"{request.task}.stderr"
+    process = None
     try:
-        with errors_file.open("wb") as errors:
+        with errors_file.open("wb") as errors, ctrl_c_later():
             process = subprocess.Popen(
                 [sys.executable, "-m", "odtrt_lib.builder", str(request_file)],
                 stdin=subprocess.DEVNULL,
@@ -848,13 +850,12 @@ def _run(attempt: _Attempt, request: builder.Request, settings: Mapping[str, Any
         os.close(writing)
         writing = -1
         watch = _Watch(process, attempt.limit, request.data_limit is not None or _has_rlimit())
-        try:
-            messages = _follow(watch, reading, attempt.progress)
-        finally:
+        messages = _follow(watch, reading, attempt.progress)
+    finally:
+        if process is not None:
             if process.poll() is None:  # Ctrl-C
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    finally:
         os.close(reading)
         if writing >= 0:
             os.close(writing)

@@ -1619,6 +1619,12 @@ def test_ctrl_c_ends_the_compiler_and_leaves_nothing_half_written(archive, tmp_p
     assert after == before
 
 
+def test_ctrl_c_while_the_compiler_starts_ends_it_too(interrupted_starts, tmp_path):
+    with (tmp_path / "log").open("wb") as log, pytest.raises(KeyboardInterrupt):
+        bundle._run_to_its_end(["sleep", "600"], log)
+    assert [process.returncode for process in interrupted_starts] == [-signal.SIGKILL]
+
+
 def test_what_the_system_refuses_is_one_line(archive, tmp_path, monkeypatch, capsys, without_a_gpu):
     bundle.unpack(archive, tmp_path / "out")
     script = str(tmp_path / "out" / "build_here.py")
