@@ -60,7 +60,7 @@ def main() -> None:
                 row["map_odapi"] = round(coco_metrics(annotations, reference, images).map, 6)
                 row["map_odtrt"] = round(coco_metrics(annotations, own, images).map, 6)
             rows.append({"model": source.name, "reference": ODAPI, "compared": ODTRT, **row})
-            if "efficientdet" in source.name:
+            if "bifpn" in detector.spec.source.feature_extractor:  # EfficientDet's
                 with odapi.exact_means():
                     exact = odapi_detections(source, images)
                 heads = folder / "heads.onnx"

@@ -185,7 +185,7 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     images = read_images(folder, arguments.images)
     expected = detections(Detector.open(folder, "onnxruntime"), images)
     engine.build(folder, precision=precision, plugin=plugin)
-    here = portability.here(plugin)
+    here = portability.this_environment(plugin)
     model = "heads.onnx" if plugin is None else "detector.onnx"
     plan = portability.best_plan(folder, here, model, precision)
     if plan is None or here.flavour is None:
@@ -309,7 +309,7 @@ def start(arguments: argparse.Namespace) -> dict[str, float]:
     """What a service does when it comes up; the library's import is part of it."""
     image = np.zeros((480, 640, 3), np.uint8)
     started = time.perf_counter()
-    flavour = portability.here(arguments.plugin).flavour
+    flavour = portability.this_environment(arguments.plugin).flavour
     imported = time.perf_counter()
     precision, _, _ = ARITHMETIC[arguments.start]
     detector = Detector.open(

@@ -80,7 +80,7 @@ Row = dict[str, Any]
 VICTIM, OTHER = "1" * 16, "2" * 16
 RTX = "1.7.1.116"
 ARCHIVE, UNPACKED = "tiny.odtrt.zip", "unpacked"
-SECONDS_A_READER = 30
+SECONDS_A_READER = 120
 
 # ---------------------------------------------------------------------------------------------- the folder
 
@@ -195,17 +195,18 @@ class Bench:
     installed: Mapping[str, Passport]
 
     def copy(self) -> Path:
-        """A fresh copy of the folder."""
-        target = self.scratch / "trial"
-        remove(target)
-        shutil.copytree(self.folder, target)
+        """A fresh copy under a name of its own, as what an earlier trial started may still write into its."""
+        for earlier in self.scratch.glob("trial-*"):
+            remove(earlier)
+        target = Path(tempfile.mkdtemp(prefix="trial-", dir=self.scratch))
+        shutil.copytree(self.folder, target, dirs_exist_ok=True)
         return target
 
 
 def remove(path: Path) -> None:
     """Removes a folder with whatever a trial has put into it."""
     shutil.rmtree(path, ignore_errors=True)
-    if path.exists() or path.is_symlink():
+    if path.is_file() or path.is_symlink():
         path.unlink()
 
 

@@ -2,12 +2,13 @@
 
     python benchmarks/first_light.py       writes results/first_light.cpu.json
 
-Wall time includes every download; disk is what the clone's folder holds afterwards. The package cache
+Wall time includes every download; disk is what the clone and the package cache hold afterwards. The cache
 is a fresh one, so that nothing installed earlier helps. `make lab` is measured until its server answers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -31,7 +32,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         clone = Path(work) / "odtrt"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-        environment = {**os.environ, "UV_CACHE_DIR": str(Path(work) / "cache"), "PIP_NO_CACHE_DIR": "1"}
+        elsewhere = ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS")  # they lead out of the clone
+        inherited = {name: value for name, value in os.environ.items() if name not in elsewhere}
+        environment = {**inherited, "UV_CACHE_DIR": str(Path(work) / "cache"), "PIP_NO_CACHE_DIR": "1"}
         for name in ("run", "test", "book", "lab"):
             action = start_lab if name == "lab" else partial(make, name)
             wall, cpu = costs(partial(action, clone, environment))
@@ -79,7 +82,8 @@ def start_lab(clone: Path, environment: Mapping[str, str]) -> None:
                 raise SystemExit(f"make lab: no answer on port {port}")
             time.sleep(0.2)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait()
 
 

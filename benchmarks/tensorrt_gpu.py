@@ -125,7 +125,7 @@ def record(target: Path, names: Sequence[str]) -> None:
 
 def run(recorded: Path, plugin: Path, names: Sequence[str]) -> int:
     gpu = this_machine().gpu
-    here = portability.here()
+    here = portability.this_environment()
     if gpu is None or here.flavour != "tensorrt":
         print("no GPU, or no tensorrt here: this script measures both")
         return 2

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Callable, List, MutableSet, Optional, Seq
 import numpy as np
 
 from odtrt_lib.anchors import load_anchors
-from odtrt_lib.engine.passport import PLANS
+from odtrt_lib.engine.passport import BUILD_PLUGIN, PLANS
 from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one_line
 from odtrt_lib.folder import sealed
 from odtrt_lib.machine import this_machine
@@ -186,7 +186,7 @@ class Detector:
         if precision not in (None, *PRECISIONS):
             raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
         if plugin is not None and not Path(plugin).is_file():
-            raise InputError(f"{plugin}: not found; run `make plugin` where TensorRT's headers are installed")
+            raise InputError(f"{plugin}: not found; {BUILD_PLUGIN}")
         if backend == "onnxruntime":
             return cls(*_open_onnxruntime(folder))
         here = _here(backend, plugin)

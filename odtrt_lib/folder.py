@@ -26,7 +26,9 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import stat
+import threading
 import time
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
@@ -333,6 +335,26 @@ def _flocked(folder: Union[str, Path], operation: int) -> Iterator[None]:
 def _unlock(descriptor: int) -> None:
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def ctrl_c_later() -> Iterator[None]:
+    """Ctrl-C during the block is heard at its end, e.g. between the start of a process and its handle.
+
+    Nothing changes where Ctrl-C is ignored, or outside the main thread, which alone hears it.
+    """
+    hears = signal.getsignal(signal.SIGINT)
+    if not callable(hears) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: List[Any] = []
+    signal.signal(signal.SIGINT, lambda _, frame: heard.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, hears)
+        if heard:
+            hears(signal.SIGINT, heard[0])
 
 
 def sync(path: Union[str, Path]) -> None:

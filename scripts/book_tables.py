@@ -124,6 +124,7 @@ TABLES = {
             Column("found again", "matched", ","),
             Column("found again, IoU above 0.5", "matched_at_iou_half", ","),
             Column("extra", "extra"),
+            Column("at the threshold or the list's end", "at_threshold_or_end_of_list", ","),
             Column("largest score difference", "max_score_difference", ".0e"),
         ),
     ),

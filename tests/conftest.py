@@ -170,6 +170,21 @@ def offline(no_network, tmp_path_factory) -> Offline:
     return Offline(no_network, tmp_path_factory.mktemp("offline"))
 
 
+@pytest.fixture
+def interrupted_starts(monkeypatch) -> List[subprocess.Popen]:
+    """Ctrl-C falls into every start of a process: it runs, and its starter has no handle of it yet."""
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    return started
+
+
 @pytest.fixture(scope="session")
 def native_library(compiler) -> native.Library:
     """The native library, which `make test` builds first."""

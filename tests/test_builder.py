@@ -597,6 +597,13 @@ def test_a_build_that_hangs_at_its_limit_is_ended(install, tmp_path, monkeypatch
         engine.build(model_folder(tmp_path / "tiny"), memory="1GiB")
 
 
+def test_ctrl_c_while_the_builder_starts_ends_it_too(install, tmp_path, interrupted_starts):
+    install("10.3.0").knobs(hangs=True)
+    with pytest.raises(KeyboardInterrupt):
+        engine.build(model_folder(tmp_path / "tiny"))
+    assert [process.returncode for process in interrupted_starts] == [-signal.SIGKILL]
+
+
 def test_nothing_is_given_up_unasked(install, tmp_path):
     tensorrt = install("10.3.0")
     tensorrt.knobs(dies=signal.SIGKILL)

@@ -1584,8 +1584,8 @@ def test_ctrl_c_ends_the_compiler_and_leaves_nothing_half_written(archive, tmp_p
             assert reading.readline() == "started\n"
             assert (tmp_path / "out" / "plugins" / "build" / "half.o").exists()
             running.send_signal(signal.SIGINT)
-            output, errors = running.communicate(timeout=60)
-            assert select.select([reading], [], [], 30)[0] and reading.read() == "", "its children are gone"
+            output, errors = running.communicate(timeout=300)
+            assert select.select([reading], [], [], 300)[0] and reading.read() == "", "its children are gone"
     finally:
         running.kill()
     assert running.returncode == 130
@@ -1593,6 +1593,12 @@ def test_ctrl_c_ends_the_compiler_and_leaves_nothing_half_written(archive, tmp_p
     assert output.splitlines()[-1] == "compiling; the first time this may take minutes"
     after = {name: content for name, content in contents(tmp_path / "out").items() if ".pyc" not in name}
     assert after == before
+
+
+def test_ctrl_c_while_the_compiler_starts_ends_it_too(interrupted_starts, tmp_path):
+    with (tmp_path / "log").open("wb") as log, pytest.raises(KeyboardInterrupt):
+        bundle._run_to_its_end(["sleep", "600"], log)
+    assert [process.returncode for process in interrupted_starts] == [-signal.SIGKILL]
 
 
 def test_what_the_system_refuses_is_one_line(archive, tmp_path, monkeypatch, capsys, without_a_gpu):

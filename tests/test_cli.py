@@ -889,7 +889,7 @@ def test_ctrl_c_during_a_real_stage_leaves_nothing(tmp_path):
         "    with folder.staging(target) as out:\n"
         "        (out / 'frozen.pb').write_bytes(b'half')\n"
         "        print('working', flush=True)\n"
-        "        time.sleep(60)\n"
+        "        time.sleep(600)\n"
         "export.export = slow\n"
         "cli.main(['export', 'model', '-o', sys.argv[1]])\n"
     )
@@ -905,7 +905,7 @@ def test_ctrl_c_during_a_real_stage_leaves_nothing(tmp_path):
     while "working" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err == "interrupted; nothing half-written is left\n"
     assert not (tmp_path / "out").exists()

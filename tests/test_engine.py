@@ -130,7 +130,7 @@ def under_rlimit(folder, megabytes, arguments=""):
         "except OdtrtError as error: print(type(error).__name__, error)\n"
     )
     command = [sys.executable, "-c", script, str(folder)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout.strip()
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=1200).stdout.strip()
 
 
 @needs_tensorrt_rtx
@@ -173,7 +173,8 @@ def test_a_limit_that_no_step_meets_names_every_peak(bulky):
     assert "\n" not in message
     assert "does not get by with the memory of 150 MiB; as asked: " in message
     for name in ("as asked", "no library tactics", "lowest optimisation level", "frugal heap"):
-        assert re.search(rf"{name}: .*?\(peak 1\d\d MiB\)", message), name
+        peak = re.search(rf"{name}: .*?\(peak (\d+) MiB\)", message)
+        assert peak and int(peak[1]) >= 150, name
     assert "raise the limit (--memory)" in message and "--allow fp32" in message
     assert files_in(bulky) == before
 

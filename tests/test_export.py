@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from conftest import TINY_CONFIG
 from spec_cases import SPEC
 
 from odtrt_lib import export as export_room
+from odtrt_lib.convert import convert
+from odtrt_lib.detector import Detector
 from odtrt_lib.errors import CheckError, InputError, OdtrtError, UnsupportedError
 from odtrt_lib.export import export, find_model, odapi, run_frozen
 from odtrt_lib.export.pipeline import read_pipeline
-from odtrt_lib.folder import last_record, read_log
+from odtrt_lib.folder import append_record, last_record, read_log, sealed
 from odtrt_lib.spec import load_spec
 
 
@@ -383,6 +386,117 @@ def test_second_export_is_up_to_date_and_a_changed_output_is_not(tiny_model, tin
     assert np.load(folder / "anchors.npy").shape[1] == 4
     assert (folder / "frozen.pb").read_bytes() == (tiny_folder / "frozen.pb").read_bytes()
     assert len(read_log(folder)) == 2
+
+
+# ---- A change that is not the network's -------------------------------------------------------------------
+
+
+def changed_copy(tiny_model: Path, folder: Path, *pairs: tuple[str, str]) -> Path:
+    """The tiny model with other lines in its config, and its classes renamed."""
+    shutil.copytree(tiny_model, folder)
+    text = TINY_CONFIG
+    for old, new in pairs:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "pipeline.config").write_text(text)
+    labels = (tiny_model / "label_map.pbtxt").read_text()
+    (folder / "label_map.pbtxt").write_text(labels.replace("nut", "washer"))
+    return folder
+
+
+def identity(path: Path) -> tuple[int, int, bytes]:
+    return path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()
+
+
+THRESHOLD = ("score_threshold: 0.01 iou_threshold: 0.6", "score_threshold: 0.3 iou_threshold: 0.45")
+
+
+def test_another_label_or_threshold_keeps_the_network_and_gives_the_odapis_detections(
+    tiny_model, tiny_folder, tmp_path, monkeypatch
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    convert(folder)
+    before = {name: identity(folder / name) for name in ("frozen.pb", "anchors.npy")}
+    source = changed_copy(tiny_model, tmp_path / "source", THRESHOLD)
+    monkeypatch.setattr(export_room, "_make_network", lambda *arguments: pytest.fail("made anew"))
+    result = export(source, folder)
+    assert "frozen.pb and anchors.npy kept" in result.note and not result.is_up_to_date
+    assert {name: identity(folder / name) for name in before} == before
+    first = read_log(folder)[0]
+    assert result.record["checks"]["network_kept_from"] == first["time"]
+    assert result.record["checks"]["variables_restored"] == first["checks"]["variables_restored"]
+    assert result.record["outputs"]["frozen.pb"] == first["outputs"]["frozen.pb"]
+    assert export(source, folder).is_up_to_date
+    assert convert(folder).is_up_to_date
+
+    picture = np.random.default_rng(5).integers(0, 256, (90, 140, 3), dtype=np.uint8)
+    model = odapi.load_model(source / "pipeline.config", source / "checkpoint" / "ckpt-0")
+    expected = odapi.detect(model, picture)
+    found = Detector.open(folder, "onnxruntime").detect(picture)
+    assert len(expected) > 3 and min(row["score"] for row in expected) > 0.3
+    assert found.class_ids.tolist() == [row["category_id"] for row in expected]
+    np.testing.assert_allclose(found.scores, [row["score"] for row in expected], atol=1e-4)
+    assert {"bolt", "washer", "gear"} >= set(found.names) and "nut" not in found.names
+
+
+@pytest.mark.parametrize(
+    "change", ["anchors", "extractor", "checkpoint", "batch", "force", "damaged", "version", "record"]
+)
+def test_what_concerns_the_network_makes_it_anew(tiny_model, tiny_folder, tmp_path, monkeypatch, change):
+    class MadeAnewError(Exception):
+        pass
+
+    def make(*arguments):
+        raise MadeAnewError
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    pairs = {
+        "anchors": [("anchor_scale: 4", "anchor_scale: 3")],
+        "extractor": [("additional_layer_depth: 16", "additional_layer_depth: 24")],
+    }
+    source = changed_copy(tiny_model, tmp_path / "source", THRESHOLD, *pairs.get(change, ()))
+    options = {"batch": {"batch": None}, "force": {"force": True}}.get(change, {})
+    if change == "checkpoint":
+        data = source / "checkpoint" / "ckpt-0.data-00000-of-00001"
+        data.write_bytes(data.read_bytes()[:-1] + b"!")
+    if change == "damaged":
+        content = (folder / "frozen.pb").read_bytes()
+        (folder / "frozen.pb").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    if change == "version":
+        monkeypatch.setattr(odapi, "version", lambda: "2.8.1")
+    if change == "record":
+        log = read_log(folder)[-1]
+        del log["settings"]["network_sha256"]  # as odtrt wrote it before
+        (folder / "log.jsonl").unlink()
+        append_record(folder, log)
+    monkeypatch.setattr(export_room, "_make_network", make)
+    with pytest.raises(MadeAnewError):
+        export(source, folder, **options)
+
+
+@pytest.mark.parametrize("fault", ["no links", "changed meanwhile"])
+def test_the_files_that_are_kept_are_those_that_were_checked(
+    tiny_model, tiny_folder, tmp_path, monkeypatch, fault
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    content = (folder / "frozen.pb").read_bytes()
+    link = os.link
+
+    def hard_link(old, new):
+        if fault == "no links":
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        other = folder / "other"
+        other.write_bytes(b"of another export")
+        os.replace(other, old)
+        link(old, new)
+
+    monkeypatch.setattr(os, "link", hard_link)
+    export(changed_copy(tiny_model, tmp_path / "source", THRESHOLD), folder)
+    assert (folder / "frozen.pb").read_bytes() == content
+    assert set(sealed(folder, "frozen.pb", "anchors.npy", "spec.json")) == set(export_room.OUTPUTS)
 
 
 def test_dynamic_batch_runs_any_batch(tiny_model, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -62,6 +64,31 @@ def test_a_module_without_a_descriptor_is_named(old_package):
     broken = old_package / "object_detection" / "protos" / "inner_pb2.py"
     broken.write_text("x = _descriptor.FileDescriptor(name='x')\n")
     with pytest.raises(MissingDependencyError, match="inner_pb2"):
+        odapi.regenerate_protos()
+
+
+def test_links_planted_at_names_that_can_be_guessed_are_not_followed(old_package, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    folder = old_package / "object_detection" / "protos"
+    modules = odapi._proto_modules()
+    planted = [module.with_suffix(f".{os.getpid()}.tmp") for module in modules]
+    for link in planted:
+        link.symlink_to(outside)
+    present = sorted(folder.iterdir())
+    odapi.regenerate_protos()
+    assert outside.read_text() == "mine" and all(link.is_symlink() for link in planted)
+    assert sorted(folder.iterdir()) == present
+
+
+def test_a_module_that_cannot_be_replaced_names_the_cure(old_package, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(
+        MissingDependencyError, match=r"\(Permission denied\): run `python -m odtrt_lib.export.odapi`"
+    ):
         odapi.regenerate_protos()
 
 

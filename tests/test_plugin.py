@@ -82,7 +82,7 @@ def cases(tmp_path_factory) -> dict[str, Path]:
 
 def drive(driver: Path, plugin: Path, case: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [str(driver), str(plugin), str(case), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
 
 # ---- The library ------------------------------------------------------------------------------------------

@@ -1252,12 +1252,12 @@ def swap_under_a_call(folder: Path, flavour: str, host: Host, monkeypatch, rebui
     def slow(self, function, *arguments):
         if self.passport.fingerprint == old:
             inside.set()
-            assert go_on.wait(30)
+            assert go_on.wait(300)
         return in_turn(self, function, *arguments)
 
     monkeypatch.setattr(runtime.LoadedPlan, "_in_turn", slow)
     future = detector.submit_batch(images)
-    assert inside.wait(30) and detector.status.plan == old
+    assert inside.wait(300) and detector.status.plan == old
     rebuilt.finish()
     assert detector.wait_for_rebuild().plan == rebuilt.result.fingerprint
     found = differences(detector.detect_batch(images), expected)

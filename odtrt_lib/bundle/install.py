@@ -50,6 +50,7 @@ from odtrt_lib.errors import (
 from odtrt_lib.folder import (
     atomic_write,
     cannot_write,
+    ctrl_c_later,
     recorded,
 )
 from odtrt_lib.machine import this_machine
@@ -459,15 +460,22 @@ def _compile(folder: Path, say: Callable[[str], None]) -> Tuple[Optional[Path], 
 
 def _run_to_its_end(command: Sequence[str], log: Any) -> int:
     """The exit status; where this process is interrupted, the command and all that it started end first."""
-    process = subprocess.Popen(
-        list(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    process = None
     try:
+        with ctrl_c_later():
+            process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         return process.wait()
     except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         raise
 
 

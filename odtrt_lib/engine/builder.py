@@ -337,7 +337,7 @@ def _require_plugin(trt: Any, builder: Any, request: Request, refusals: List[str
     headers = "TensorRT 10 or newer" if hasattr(registry, "get_creator") else "this TensorRT"
     raise BuildError(
         f"{request.plugin}: {request.who} cannot load the plugin ({one_line(reasons)}); compile it with the "
-        f"headers of {headers}: `make plugin`"
+        f"headers of {headers}: `make plugin`, without a GPU `make plugin ARCH=all`"
     )
 
 

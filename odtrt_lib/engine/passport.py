@@ -38,6 +38,10 @@ from odtrt_lib.machine import Machine
 PLANS = "plans"
 SCHEMA_VERSION = 2
 HARDWARE_COMPATIBILITIES = ("none", "ampere_plus", "same_compute_capability")
+BUILD_PLUGIN = (
+    "run `make plugin`, or `make plugin ARCH=all` where there is no GPU, with nvcc and TensorRT's headers"
+)
+"""What to do where the plugin library is absent: without a GPU, plain `make plugin` leaves it out."""
 
 _LARGEST_PASSPORT = 8 << 20
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}\Z")
@@ -252,7 +256,7 @@ def plugin_identity(path: Union[str, Path]) -> PluginIdentity:
         is_v3 = b"\0getCreators\0" in path.read_bytes()
         return PluginIdentity(path.name, sha256(path), "IPluginV3" if is_v3 else "IPluginV2DynamicExt")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); run `make plugin`") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); {BUILD_PLUGIN}") from error
 
 
 _BUILD_AGAIN = "run `odtrt build` again"

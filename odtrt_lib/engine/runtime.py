@@ -30,7 +30,7 @@ import numpy as np
 
 from odtrt_lib import native
 from odtrt_lib.engine.bindings import FLAVOURS, TrtMessages, import_library, load_plugin, trt_messages
-from odtrt_lib.engine.passport import PLANS, Passport, read_plan
+from odtrt_lib.engine.passport import BUILD_PLUGIN, PLANS, Passport, read_plan
 from odtrt_lib.errors import (
     CheckError,
     InputError,
@@ -458,7 +458,7 @@ def _load(
 
 def _require_plugin(trt: Any, plugin: Path, who: str, messages: TrtMessages) -> None:
     if not plugin.is_file():
-        raise InputError(f"{plugin}: not found; run `make plugin` where TensorRT's headers are installed")
+        raise InputError(f"{plugin}: not found; {BUILD_PLUGIN}")
     # The process's registry: a runtime's own would unload the plugin with the runtime.
     if not load_plugin(trt.get_plugin_registry(), plugin):
         raise RunError(

@@ -232,9 +232,7 @@ def _wanted(folder: Path, precision: str, plugin: Union[str, Path, None]) -> _Wa
     variant = Variant(precision, "heads" if plugin is None else "plugin")
     library_file = None if plugin is None else Path(plugin).resolve()
     if library_file is not None and not library_file.is_file():
-        raise InputError(
-            f"{library_file}: not found; run `make plugin` where TensorRT's headers are installed"
-        )
+        raise InputError(f"{library_file}: not found; {passport.BUILD_PLUGIN}")
     model_file = require(folder, variant.file, variant.command)
     hashes = check_seal(folder, variant.file, "spec.json")
     spec_content = sealed(folder, "spec.json")["spec.json"]

@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from odtrt_lib.engine import builder
 from odtrt_lib.errors import one_line
+from odtrt_lib.folder import ctrl_c_later
 from odtrt_lib.machine import MIB, device_memory_meter, peak_rss_mb, rss_mb, state_and_ticks
 
 Progress = Callable[[str, float], None]
@@ -68,8 +69,9 @@ def run(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_import_paths()), **variables}
     environment["TMPDIR"] = str(place)  # what a killed process leaves goes with the attempt
     errors_file = place / f"{request.task}.stderr"
+    process = None
     try:
-        with errors_file.open("wb") as errors:
+        with errors_file.open("wb") as errors, ctrl_c_later():
             process = subprocess.Popen(
                 [sys.executable, "-m", "odtrt_lib.engine.builder", str(request_file)],
                 stdin=subprocess.DEVNULL,
@@ -82,13 +84,12 @@ def run(
         os.close(writing)
         writing = -1
         watchdog = _Watchdog(process, limit, request.data_limit is not None or _has_rlimit())
-        try:
-            messages = _follow(watchdog, reading, progress)
-        finally:
+        messages = _follow(watchdog, reading, progress)
+    finally:
+        if process is not None:
             if process.poll() is None:  # Ctrl-C
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    finally:
         os.close(reading)
         if writing >= 0:
             os.close(writing)

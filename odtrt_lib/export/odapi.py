@@ -35,6 +35,7 @@ import numpy as np
 
 from odtrt_lib.errors import InputError, MissingDependencyError, UnsupportedError, one_line
 from odtrt_lib.export.pipeline import parse_pipeline
+from odtrt_lib.folder import atomic_write
 
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 """The key that a TensorFlow 2 checkpoint has and one of TensorFlow 1 lacks."""
@@ -68,13 +69,13 @@ def regenerate_protos() -> int:
     stale = [path for path in _proto_modules() if "_descriptor.FileDescriptor(" in path.read_text()]
     for path in stale:
         module = _modern_module(path.stem, _serialized_descriptor(path))
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            temporary.write_text(module)
-            os.replace(temporary, path)
-        except OSError as error:
+            with atomic_write(path) as temporary:
+                temporary.write_text(module)
+        except InputError as error:
+            reason = getattr(error.__cause__, "strerror", None) or error
             raise MissingDependencyError(
-                f"{path}: outdated protobuf module and the folder cannot be written ({error.strerror}): "
+                f"{path}: outdated protobuf module and the folder cannot be written ({reason}): "
                 "run `python -m odtrt_lib.export.odapi` as a user who can write it"
             ) from error
     return len(stale)

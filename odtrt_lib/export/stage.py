@@ -12,6 +12,7 @@ import dataclasses
 import glob
 import hashlib
 import heapq
+import io
 import json
 import os
 import re
@@ -27,10 +28,21 @@ from odtrt_lib.errors import CheckError, InputError, UnsupportedError, one_line
 from odtrt_lib.export import noise, odapi
 from odtrt_lib.export.contract import compare_with_odapi
 from odtrt_lib.export.pipeline import PipelineSettings, read_pipeline
-from odtrt_lib.folder import StageResult, sha256, staging, up_to_date, write_record
+from odtrt_lib.folder import (
+    StageResult,
+    last_record,
+    sealed,
+    sha256,
+    staging,
+    up_to_date,
+    write_record,
+)
 from odtrt_lib.spec import DetectorSpec, HeadsSpec, InputSpec, Source, problems
 
 OUTPUTS = ("frozen.pb", "anchors.npy", "spec.json")
+_OF_THE_NETWORK = ("frozen.pb", "anchors.npy")
+# What the checks of a record are named for that are not the network's.
+_OF_THE_SPEC = ("label_map", "spec_vs_odapi_")
 
 # Ops that a raw-heads graph must not hold: post-processing, loops, branches, dynamic lists.
 _FORBIDDEN = re.compile(
@@ -121,6 +133,10 @@ def export(
     the frozen graph computes what the eager model computes; spec.json and anchors.npy make the OD API's
     own detections of raw heads (:func:`odtrt_lib.export.contract.compare_with_odapi`). Raises InputError,
     UnsupportedError or CheckError otherwise, and leaves nothing half-written.
+
+    Where a config or a label map changed, but neither the checkpoint nor what the config says of the network,
+    ``frozen.pb`` and ``anchors.npy`` stay as they are; ``spec.json`` is made anew and compared with the OD
+    API. The note and the check ``network_kept_from`` say so. force: make everything anew in any case.
     """
     started = time.perf_counter()
     folder = Path(folder)
@@ -137,11 +153,18 @@ def export(
     if record is not None:
         return StageResult(record, True, note)
 
-    made = _make(files, settings, size, batch, inputs, folder.resolve().name)
+    versions = {"tensorflow": odapi.tensorflow().__version__, "odapi": odapi.version()}
+    kept = None if force else _find_kept(folder, inputs, options, versions)
+    network = None if kept is None else _keep_network(kept, settings, size)
+    if network is None:
+        kept, network = None, _make_network(files, settings, size, batch)
+    spec = _spec(files, settings, network, inputs, folder.resolve().name, versions)
+    checks = {**network.checks, **_check_spec(settings, spec, network)}
+    if kept is not None:
+        note = f"{note}; {' and '.join(_OF_THE_NETWORK)} kept: the network and its checkpoint are unchanged"
     with staging(folder) as out:
-        (out / "frozen.pb").write_bytes(made.graph.SerializeToString(deterministic=True))
-        np.save(out / "anchors.npy", made.anchors)
-        (out / "spec.json").write_text(made.spec.to_json(), encoding="utf-8")
+        _stage(folder, out, network, kept)
+        (out / "spec.json").write_text(spec.to_json(), encoding="utf-8")
         record = write_record(
             folder,
             "export",
@@ -149,10 +172,10 @@ def export(
             inputs=inputs,
             settings=options,
             outputs=list(OUTPUTS),
-            versions={"tensorflow": made.spec.source.tensorflow_version, "odapi": odapi.version()},
+            versions=versions,
             seconds=time.perf_counter() - started,
             peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            checks=made.checks,
+            checks=checks,
         )
     return StageResult(record, False, note)
 
@@ -166,25 +189,46 @@ def _options(
         "batch": batch,
         "input_size": list(size),
         "labels_sha256": hashlib.sha256(names.encode()).hexdigest(),
+        "network_sha256": _network_sha256(settings),
     }
 
 
+def _network_sha256(settings: PipelineSettings) -> str:
+    """Of what the config says of the network and its anchors: the whole model but its post-processing."""
+    model = type(settings.message.model).FromString(settings.message.model.SerializeToString())
+    model.ssd.ClearField("post_processing")
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
-class _Made:
+class _Network:
+    """The OD API's model of a config, its frozen graph, and what was found when that was made.
+
+    predictions: the model's for one network input. scale, offset: its normalisation.
+    """
+
+    model: Any
+    predictions: dict[str, Any]
     graph: Any
+    batch: int | None
+    size: tuple[int, int]
     anchors: np.ndarray
-    spec: DetectorSpec
+    scale: tuple[float, float, float]
+    offset: tuple[float, float, float]
     checks: dict[str, Any]
 
 
-def _make(
-    files: ModelFiles,
-    settings: PipelineSettings,
-    size: tuple[int, int],
-    batch: int | None,
-    inputs: dict[str, str],
-    name: str,
-) -> _Made:
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """An earlier export of the same network: its record, and the bytes of :data:`_OF_THE_NETWORK`."""
+
+    record: dict[str, Any]
+    files: dict[str, bytes]
+
+
+def _make_network(
+    files: ModelFiles, settings: PipelineSettings, size: tuple[int, int], batch: int | None
+) -> _Network:
     tf = odapi.tensorflow()
     model = odapi.build_model(settings.path, settings.message)
     with odapi.call_errors(settings.path, settings.message, size):
@@ -193,42 +237,122 @@ def _make(
     scale, offset = _normalisation(model)
     images = _probe_images(size, scale, offset)
     predictions = [model.predict(tf.constant(image[np.newaxis]), None) for image in images]
-    eager = predictions[0]
-    _require_finite_heads(files.checkpoint, eager)
-    anchors, anchor_error = _checked_anchors(settings, size, eager)
+    _require_finite_heads(files.checkpoint, predictions[0])
+    anchors, anchor_error = _checked_anchors(settings, size, predictions[0])
     graph = _freeze(concrete)
-    against_eager = _compare_with_eager(graph, images, predictions, batch)
-    spec = DetectorSpec(
+    checks = {
+        "variables_restored": num_variables,
+        "graph_nodes": len(graph.node),
+        "postprocessing_or_control_flow_ops": 0,
+        "anchors": len(anchors),
+        "anchors_from_config_max_abs_err": anchor_error,
+        **_compare_with_eager(graph, images, predictions, batch),
+    }
+    return _Network(model, predictions[0], graph, batch, size, anchors, scale, offset, checks)
+
+
+def _find_kept(
+    folder: Path, inputs: dict[str, str], options: dict[str, Any], versions: dict[str, str]
+) -> _Kept | None:
+    """The last export into ``folder`` if its network is the one asked for and its files are intact."""
+    record = last_record(folder, "export")
+    same = ("batch", "input_size", "network_sha256")
+    if (
+        record is None
+        or record["inputs"].get("checkpoint") != inputs["checkpoint"]
+        or record["versions"] != versions
+        or any(record["settings"].get(name, "unknown") != options[name] for name in same)
+    ):
+        return None
+    try:
+        files = sealed(folder, *_OF_THE_NETWORK)
+    except InputError:
+        return None
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return _Kept(record, files) if digests.items() <= record["outputs"].items() else None
+
+
+def _keep_network(kept: _Kept, settings: PipelineSettings, size: tuple[int, int]) -> _Network | None:
+    """With the model of the new config, which needs no weights to be asked for its post-processing.
+
+    None where that model has other anchors than the ones that are kept.
+    """
+    tf = odapi.tensorflow()
+    model = odapi.build_model(settings.path, settings.message)
+    with odapi.call_errors(settings.path, settings.message, size):
+        predictions = model.predict(tf.zeros([1, *size, 3]), None)
+    anchors, _ = _checked_anchors(settings, size, predictions)
+    if _npy(anchors) != kept.files["anchors.npy"]:
+        return None
+    graph = tf.compat.v1.GraphDef.FromString(kept.files["frozen.pb"])
+    found = kept.record["checks"]
+    checks = {name: figure for name, figure in found.items() if not name.startswith(_OF_THE_SPEC)}
+    checks.setdefault("network_kept_from", kept.record["time"])
+    batch = kept.record["settings"]["batch"]
+    return _Network(model, predictions, graph, batch, size, anchors, *_normalisation(model), checks)
+
+
+def _stage(folder: Path, out: Path, network: _Network, kept: _Kept | None) -> None:
+    """Puts the network's files into ``out``: those that are kept as links, if they did not change."""
+    if kept is None:
+        (out / "frozen.pb").write_bytes(network.graph.SerializeToString(deterministic=True))
+        (out / "anchors.npy").write_bytes(_npy(network.anchors))
+        return
+    for name, content in kept.files.items():
+        try:
+            os.link(folder / name, out / name)
+            is_kept = (out / name).read_bytes() == content
+        except OSError:
+            is_kept = False
+        if not is_kept:
+            (out / name).unlink(missing_ok=True)
+            (out / name).write_bytes(content)
+
+
+def _npy(anchors: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, anchors)
+    return content.getvalue()
+
+
+def _spec(
+    files: ModelFiles,
+    settings: PipelineSettings,
+    network: _Network,
+    inputs: dict[str, str],
+    name: str,
+    versions: dict[str, str],
+) -> DetectorSpec:
+    height, width = network.size
+    return DetectorSpec(
         name=name,
         source=Source(
             pipeline_sha256=inputs["pipeline.config"],
             checkpoint=files.checkpoint.name,
             checkpoint_sha256=inputs["checkpoint"],
             feature_extractor=settings.feature_extractor,
-            odapi_version=odapi.version(),
-            tensorflow_version=tf.__version__,
+            odapi_version=versions["odapi"],
+            tensorflow_version=versions["tensorflow"],
         ),
-        input=InputSpec(size[0], size[1], settings.resizer, scale, offset, batch),
-        heads=HeadsSpec(len(anchors), settings.num_classes, settings.background_column),
+        input=InputSpec(height, width, settings.resizer, network.scale, network.offset, network.batch),
+        heads=HeadsSpec(len(network.anchors), settings.num_classes, settings.background_column),
         box_coder=settings.box_coder,
         scores=settings.scores,
         nms=settings.nms,
         labels=settings.labels,
     )
-    _check_head_shapes(settings, spec, eager)
-    _check_values(settings, spec, anchors)
-    agreement = compare_with_odapi(model, eager, spec, anchors, graph, settings.label_map)
-    checks = {
-        "variables_restored": num_variables,
-        "graph_nodes": len(graph.node),
+
+
+def _check_spec(settings: PipelineSettings, spec: DetectorSpec, network: _Network) -> dict[str, Any]:
+    _check_head_shapes(settings, spec, network.predictions)
+    _check_values(settings, spec, network.anchors)
+    agreement = compare_with_odapi(
+        network.model, network.predictions, spec, network.anchors, network.graph, settings.label_map
+    )
+    return {
         "label_map": _label_map_read(settings),
-        "postprocessing_or_control_flow_ops": 0,
-        "anchors": len(anchors),
-        "anchors_from_config_max_abs_err": anchor_error,
-        **against_eager,
         **{f"spec_vs_odapi_{name}": figure for name, figure in dataclasses.asdict(agreement).items()},
     }
-    return _Made(graph, anchors, spec, checks)
 
 
 def anchors_from_config(
