@@ -368,7 +368,7 @@ __device__ __forceinline__ bool is_enough(PerClassShared &shared, uint32_t size_
   if (thread == 0) shared.num_above[parity ^ 1] = 0;
   const uint32_t worst_of_list =
       size_of_list == 0 ? ~0u : static_cast<uint32_t>(shared.lists[lane][size_of_list - 1] >> 32);
-  const uint32_t worst = warp_min(worst_of_list), next = static_cast<uint32_t>(frontier >> 32);
+  const uint32_t worst = ~warp_max(~worst_of_list), next = static_cast<uint32_t>(frontier >> 32);
   const int shift = shift_for(next > worst ? next - worst : 0, 7);
   static_assert(kSpans == 1 << 7 && kClusterThreads / 32 == kMaxRanks, "each warp counts one list");
   const uint32_t size = __shfl_sync(0xffffffffu, size_of_list, warp_id());

@@ -15,6 +15,9 @@
 // the bound, batch by batch, so that nothing is truncated. Its other blocks only help with that. The first block
 // waits for work that a block has taken, never for a block, so the answer does not depend on how many blocks run at
 // the same time.
+//
+// ptxas gives registers to the functions that are not inlined in the order of their mangled names. A new name can change
+// the machine code of `suppress`.
 #pragma once
 
 #include "postprocess.cuh"
@@ -48,7 +51,8 @@ __global__ __launch_bounds__(kScoreThreads, 5) void anchor_best_score(ODTRT_PARA
   const int image = static_cast<int>(blockIdx.y), thread = static_cast<int>(threadIdx.x), lane = lane_id();
   const int n = params.num_anchors, columns = params.num_columns;
   const Workspace space = workspace_of(call, image);
-  const T *__restrict__ logits = logits_of<T>(call, image);
+  const T *__restrict__ logits =
+      static_cast<const T *>(call.heads.class_logits) + static_cast<size_t>(image) * n * columns;
   const float none = float_of(0x7fc00000u);
   for (int i = thread; i < kBins / 4; i += kScoreThreads) reinterpret_cast<uint4 *>(histogram)[i] = {};
   __syncthreads();
@@ -416,7 +420,7 @@ static_assert(sizeof(BelowBound) <= kRingBytes, "both use the same shared memory
 // Takes tiles of anchors until none is left, and counts or collects their undecided pairs, as the first block asks. All
 // threads of a block of `suppress` call this. below.space is set; below.counts is zero before and after.
 template <typename T, int kConverter>
-__device__ __noinline__ void scan_tiles(const Call &call, int image, BelowBound &below) {
+__device__ __noinline__ void count_or_collect_tiles(const Call &call, int image, BelowBound &below) {
   const odtrt_postprocess_params &params = call.params;
   const Workspace &space = below.space;
   const T *logits = logits_of<T>(call, image);
@@ -462,7 +466,7 @@ __device__ __noinline__ void scan_tiles(const Call &call, int image, BelowBound 
 
 // Runs in the other blocks of `suppress`: waits for requests of the first block until it sets kFinished.
 template <typename T, int kConverter>
-__device__ __noinline__ void help_first_block(const Call &call, int image, BelowBound &below) {
+__device__ __noinline__ void serve_requests_of_first_block(const Call &call, int image, BelowBound &below) {
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) below.space = workspace_of(call, image);
   for (int i = thread; i < kBins; i += kSuppressThreads) below.counts[i] = 0;
@@ -478,15 +482,15 @@ __device__ __noinline__ void help_first_block(const Call &call, int image, Below
     __syncthreads();
     known = static_cast<uint32_t>(below.first);
     if (known == kFinished) return;
-    scan_tiles<T, kConverter>(call, image, below);
+    count_or_collect_tiles<T, kConverter>(call, image, below);
   }
 }
 
 // Runs in the first block: has all blocks count or collect the undecided pairs with keys from `low` to `high`. It
 // waits until all tiles are done, not until all blocks are.
 template <typename T, int kConverter>
-__device__ __noinline__ void scan_with_all_blocks(const Call &call, int image, BelowBound &below,
-                                                  bool is_counting, uint64_t low, uint64_t high, int shift) {
+__device__ __noinline__ void scan_all(const Call &call, int image, BelowBound &below, bool is_counting,
+                                      uint64_t low, uint64_t high, int shift) {
   const int thread = static_cast<int>(threadIdx.x);
   Progress &progress = *below.space.progress;
   if (is_counting) {
@@ -506,7 +510,7 @@ __device__ __noinline__ void scan_with_all_blocks(const Call &call, int image, B
     __threadfence();
     atomicAdd(&progress.round, 1u);
   }
-  scan_tiles<T, kConverter>(call, image, below);
+  count_or_collect_tiles<T, kConverter>(call, image, below);
   if (thread == 0) {
     const uint32_t tiles =
         static_cast<uint32_t>((call.params.num_anchors + kAnchorsPerTile - 1) / kAnchorsPerTile);
@@ -562,7 +566,7 @@ __device__ __noinline__ void suppress_sorted(const Call &call, int image, BelowB
     int first = kBatchBelowBound;
 #pragma unroll
     for (int k = kEach - 1; k >= 0; --k) first = runs[k] ? thread + k * kSuppressThreads : first;
-    first = static_cast<int>(warp_min(static_cast<uint32_t>(first)));
+    first = static_cast<int>(~warp_max(~static_cast<uint32_t>(first)));  // the lowest
     if (lane_id() == 0 && first < kBatchBelowBound) atomicMin(&below.first, first);
     __syncthreads();
     const int best = below.first;
@@ -651,7 +655,7 @@ __device__ __noinline__ int suppress_below_bound(const Call &call, int image, co
     uint64_t low = lowest, high = cursor - 1;
     for (;;) {  // raise low until the pairs from low to the cursor fit into a batch
       const int shift = shift_for(high - low, 11);
-      scan_with_all_blocks<T, kConverter>(call, image, below, true, low, high, shift);
+      scan_all<T, kConverter>(call, image, below, true, low, high, shift);
       for (int i = thread; i < kBins; i += kSuppressThreads) below.counts[i] = __ldcg(space.histogram + i);
       __syncthreads();
       if (thread == 0) {
@@ -675,7 +679,7 @@ __device__ __noinline__ int suppress_below_bound(const Call &call, int image, co
     }
     const int size = static_cast<int>(below.size);
     if (size > 0) {
-      scan_with_all_blocks<T, kConverter>(call, image, below, false, low, cursor - 1, 0);
+      scan_all<T, kConverter>(call, image, below, false, low, cursor - 1, 0);
       suppress_sorted<T>(call, image, below, size);
     } else {
       octaves = min(4 * octaves, 256);  // all floats span 512
@@ -698,7 +702,7 @@ __global__ __launch_bounds__(kSuppressThreads, 1) void suppress(ODTRT_PARAMETER 
   const Box window = window_of(call, image);
   wait_for_previous_kernel();
   if (blockIdx.x > 0) {
-    help_first_block<T, kConverter>(call, image, below);
+    serve_requests_of_first_block<T, kConverter>(call, image, below);
     return;
   }
   const int count = static_cast<int>(space.progress->count);

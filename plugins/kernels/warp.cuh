@@ -48,8 +48,6 @@ __device__ __forceinline__ uint64_t warp_max(uint64_t value) {
   return value;
 }
 
-__device__ __forceinline__ uint32_t warp_min(uint32_t value) { return ~warp_max(~value); }
-
 // The sum of the values of this lane and all lower ones.
 template <typename T>
 __device__ __forceinline__ T warp_inclusive_scan(T value) {
