@@ -50,8 +50,8 @@ struct PairwiseWorkspace {
   Rivals *rivals;  // [n]
   // [n, words], bit b of word k: box 32 k + b is a rival. Only the words that `filled` names are written.
   uint32_t *mask;
-  uint4 *
-      filled;  // [n], a bit for each word of the mask that is not 0; x, y, z and w have a quarter of the words each
+  // [n], a bit for each word of the mask that is not 0; x, y, z and w have a quarter of the words each.
+  uint4 *filled;
   int32_t words, words_of_quarter;
   size_t size;
 };

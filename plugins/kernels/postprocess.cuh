@@ -15,10 +15,9 @@ constexpr int kMaxCollected = 1 << 16;  // pairs that compact_above can hold
 #if !defined(ODTRT_FEW_PAIRS)           // the tests run the code for large heads on small ones
 #define ODTRT_FEW_PAIRS (1 << 20)
 #endif
-constexpr int64_t kFewPairs =
-    ODTRT_FEW_PAIRS;                // up to so many pairs, each pair is counted and not only each anchor
-constexpr int kScoreThreads = 256;  // of a block that reads the logits
-constexpr int kRowsAtOnce = 4;      // anchors whose logits a warp reads at a time
+constexpr int64_t kFewPairs = ODTRT_FEW_PAIRS;  // the histogram counts pairs if there are at most so many
+constexpr int kScoreThreads = 256;              // of a block that reads the logits
+constexpr int kRowsAtOnce = 4;                  // anchors whose logits a warp reads at a time
 constexpr int kColumnsAtOnce = 96;
 constexpr int kSlotSize = 64;  // pairs that one block of select_candidates can pass on
 constexpr int kMaxSlots = 1024;

@@ -8,7 +8,9 @@
 //   suppress   decides which of them are kept;
 //   filter     drops the other candidates that these suppress, at the start of the next batch.
 // The best 24 suppress nearly as much as the best 64, with a seventh of the comparisons. So a block that has some
-// hundred candidates begins with a batch of 24. After every two batches the blocks exchange what they found and the
+// hundred candidates begins with a batch of 24.
+//
+// After every two batches the blocks exchange what they found and the
 // key down to which they have decided everything (the frontier). When max_total_detections of the found boxes are
 // better than all undecided candidates of all blocks, each block writes its own detections to their final places. As
 // soon as so many are found at all, the blocks skip candidates that are worse than the worst of them.
@@ -29,10 +31,10 @@ namespace {
 
 constexpr int kMaxSlotsOfBlock = 64;  // that one block reads
 constexpr int kMaxOwned = 2048;       // candidates of one block's classes
-constexpr int kMaxReceived = 4096;    // places for them: each other block has an equal share of these
+constexpr int kMaxReceived = 4096;    // places for them; each sending block has an equal share
 constexpr int kPerClassBatch = 64;    // candidates of a batch
-constexpr int kFirstPerClassBatch =
-    24;  // of the first batch, if the block has kPerClassBatch to kMaxForFirstBatch
+// Candidates of the first batch, if the block has more than kPerClassBatch and at most kMaxForFirstBatch.
+constexpr int kFirstPerClassBatch = 24;
 constexpr int kMaxForFirstBatch = 512;
 constexpr int kMaxMerged = 128;      // detections of an image at most
 constexpr int kCountedClasses = 64;  // of a block; those beyond share the last counter
@@ -92,7 +94,7 @@ struct PerClassShared {
 struct OwnCandidates {
   int count, log_parts;     // 1 << log_parts threads share a candidate
   uint32_t alive;           // a bit for each candidate of this thread that is not decided
-  uint32_t found, kept;     // so far
+  uint32_t found, kept;     // detections and kept candidates so far
   int turn, batches;        // turn: which of the three `spans`; batches so far
   uint64_t min_key, low;    // no candidate has a key below min_key; all with keys from low up are decided
   bool is_done, is_capped;  // nothing is left to do; a class has reached its cap
@@ -253,7 +255,7 @@ __device__ __forceinline__ void suppress_batch(const Call &call, PerClassShared 
 #pragma unroll
   for (int end = 1; end >= 0; --end) {
     const int half = thread / 16, part_of_row = thread % 16, own_row = end ? kPerClassBatch - 1 - half : half;
-    const int of_warp = end ? kPerClassBatch - 1 - half / 2 * 2 : half | 1;  // the longer one of the warp's
+    const int of_warp = end ? kPerClassBatch - 1 - half / 2 * 2 : half | 1;  // the longer of the warp's two rows
     const bool is_row = own_row < size;
     if (!__any_sync(0xffffffffu, is_row)) continue;
     const uint4 own_info = shared.batch[own_row];
@@ -272,7 +274,7 @@ __device__ __forceinline__ void suppress_batch(const Call &call, PerClassShared 
     if (is_row && part_of_row == 0) shared.rivals[own_row] = make_uint2(words[0], words[1]);
   }
   __syncthreads();
-  // suppress: two candidates a lane
+  // suppress: two candidates a lane, `low` and `high`
   if (const int half = warp_id(); half < 2) {  // both warps decide the same, and each writes one half
     struct Two {
       uint32_t low, high;

@@ -49,8 +49,8 @@ struct Slot {
   uint32_t are_keys;                // 1: `keys` has keys; 0: it has scaled logits and places
   uint32_t rough, above, is_found;  // select_score_bound: bound, anchors above its span, whether it is final
   int32_t anchors[kRowsHeld];
-  odtrt_postprocess_params
-      params;  // a copy: a function that is not inlined reads it faster than the kernel's arguments
+  // A copy: a function that is not inlined reads it faster than the kernel's arguments.
+  odtrt_postprocess_params params;
 };
 
 // The key of a scaled logit with its place; 0 if its score is not above the threshold or is below the bound.

@@ -16,8 +16,8 @@
 // waits for work that a block has taken, never for a block, so the answer does not depend on how many blocks run at
 // the same time.
 //
-// ptxas gives registers to the functions that are not inlined in the order of their mangled names. A new name can change
-// the machine code of `suppress`.
+// ptxas gives registers to the functions that are not inlined in the order of their mangled names. A new name can
+// change the machine code of `suppress`.
 #pragma once
 
 #include "postprocess.cuh"
