@@ -15,8 +15,8 @@ import pytest
 from odtrt_lib.passport import Machine
 
 ROOT = Path(__file__).resolve().parent.parent
-# Two calls as ncu printed them on an H200, without the columns that are not read and most stalls. The kernels'
-# names are today's.
+# Two calls as ncu printed them on an H200, without the columns that are not read and most stalls. The
+# kernels have the names of today.
 SAMPLE = ROOT / "tests" / "ncu_sample.csv"
 
 

@@ -54,8 +54,8 @@ float min_logit_for(float threshold) {
 // Ordered. A logit below this, times `factor`, is at most `min_score`.
 uint32_t min_best_logit_for(float min_score, float factor) {
   const uint32_t lowest = ordered(-kInfinity);
-  return std::max(ordered(min_score / factor), lowest + 2) -
-         2;  // two steps down make up for the rounding of the division
+  // Two steps down make up for the rounding of the division.
+  return std::max(ordered(min_score / factor), lowest + 2) - 2;
 }
 
 // ---- compute capability 9.0 and newer: two kernels ------------------------------------------------------------------

@@ -125,9 +125,8 @@ __device__ __forceinline__ Selection select(GlobalShared &shared, Range range, u
     __syncthreads();  // all threads have read shared.copies and shared.span
     if (span == 0 || in_all >= enough)
       return {range.low + (static_cast<uint64_t>(span) << shift), in_all, before};
-    if (shift == 0)
-      return {range.low + static_cast<uint64_t>(span - 1), max_in_all,
-              0};  // keys that are equal are selected together
+    // Equal keys are selected together.
+    if (shift == 0) return {range.low + static_cast<uint64_t>(span - 1), max_in_all, 0};
     above = in_all;
     above_before = before;
     range = span_of(range, span - 1, shift);  // `above` has counted all keys above the new range

@@ -104,9 +104,11 @@ __device__ __forceinline__ bool push_row(Slot &slot, const odtrt_postprocess_par
 
 // A histogram select over the block's best scores: returns a score that at least max_rows anchors reach, and not many
 // more unless they have equal scores. If fewer anchors have candidates, all of them reach it. All threads call this,
-// with a barrier between two calls. Logits are compared roughly, so perhaps no anchor has a candidate at all. The
-// result then lies past the last span. It is not 0, the best score of an anchor without candidates: a sigmoid's spans
-// end below 2^32, and for other converters the comparison is exact.
+// with a barrier between two calls.
+//
+// A sigmoid's logits are compared roughly, so perhaps no anchor has a candidate. The result is then the end of the last
+// span, which no anchor reaches. It is never 0, the best score of an anchor without candidates, because a sigmoid's
+// spans end below 2^32.
 template <int kConverter>
 __device__ __forceinline__ uint32_t select_score_bound(Slot &slot, float threshold, int own_rows,
                                                        uint32_t max_rows) {
@@ -129,8 +131,7 @@ __device__ __forceinline__ uint32_t select_score_bound(Slot &slot, float thresho
       uint32_t counts[kPerLane], sum = 0;
 #pragma unroll
       for (int k = 0; k < kPerLane; ++k) sum += counts[k] = slot.spans[lane * kPerLane + k];
-      const uint32_t reach =
-          warp_inclusive_suffix_scan(sum);  // anchors in this lane's spans and all above them
+      const uint32_t reach = warp_inclusive_suffix_scan(sum);  // in this lane's spans and all above
       const uint32_t wanted = min(max_rows, above + __shfl_sync(0xffffffffu, reach, 0));
       const unsigned reached = __ballot_sync(0xffffffffu, above + reach >= wanted);
       if (lane == 31 - __clz(static_cast<int>(reached))) {
