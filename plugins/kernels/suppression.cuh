@@ -156,12 +156,12 @@ struct Survivors {
   int32_t before[kMaxChunks];  // how many bits of `found` are set in earlier chunks
   int32_t chunks;              // how many elements of these arrays are set
   int32_t num_found;           // at most max_found
-  int32_t stop[2];             // set in one round, read after it, set again in the next round but one
+  int32_t stop[2];             // enough are found; elements alternate: one is set while the other is read
   // Two elements each: for the chunk that is being decided, and for the next one.
   uint4 dead[2][2];               // 32 bits from each part of the testers: candidates that are suppressed
   uint64_t rivals[2][2][kChunk];  // in the same chunk, and in the chunk before
-  alignas(16) uint64_t
-      kept_before[2][kMaxChunks];  // copies of `kept`: the testers read one while the other is written
+  // Copies of `kept`: the testers read one while the other is written.
+  alignas(16) uint64_t kept_before[2][kMaxChunks];
 };
 
 // Decides about the 64 candidates of a chunk, and returns a bit for each that is kept. low, high: the bits of those
@@ -203,7 +203,8 @@ __device__ __forceinline__ void suppress_chunks(int count, const uint64_t *__res
 
   // Few warps run here, so the length of each one's chain of instructions decides about the time. The loops below are
   // therefore quicker if they are not unrolled.
-  auto request = [&](int chunk, uint64_t *stage) {  // starts to copy a chunk's mask, up to the chunk itself
+  // Starts to copy a chunk's mask, up to the chunk itself.
+  auto request = [&](int chunk, uint64_t *stage) {
     if (chunk < chunks) {
       const int first = (warp_id() - kTesters / 32) * kChunk + 2 * lane;
       const uint64_t *source = mask + static_cast<size_t>(chunk) * kMaxChunks * kChunk;
@@ -214,8 +215,8 @@ __device__ __forceinline__ void suppress_chunks(int count, const uint64_t *__res
     }
     __pipeline_commit();
   };
-  auto test = [&](int chunk,
-                  const uint64_t *stage) {  // against all kept candidates but those of the chunk before
+  // Tests a chunk against all kept candidates but those of the chunk before it.
+  auto test = [&](int chunk, const uint64_t *stage) {
     const int now = chunk & 1;
     const uint64_t *words = stage + half * 32 + lane, *kept = shared.kept_before[now ^ 1];
     const uint64_t rivals = words[max(chunk - (part & 1), 0) * kChunk];
