@@ -449,7 +449,7 @@ __device__ __forceinline__ bool suppress_per_class(const Call &call, const Works
   // Send each candidate to the block that owns its class. That block has `room` places for each sender.
   const int num_staged = static_cast<int>(shared.num_staged), room = kMaxReceived / ranks,
             log = __ffs(ranks) - 1;
-  bool is_waited_for = false;
+  bool has_waited = false;
 #pragma unroll 1
   for (int start = thread; start - thread < num_staged; start += kDecodedAtOnce * kClusterThreads) {
     uint64_t keys[kDecodedAtOnce];
@@ -470,8 +470,8 @@ __device__ __forceinline__ bool suppress_per_class(const Call &call, const Works
       Decoded candidate{};
       if (i < num_staged)
         candidate = decode_candidate(call, window, union_fraction, keys[k], pairs[k], boxes[k]);
-      if (!is_waited_for) cluster_wait();  // until then, another block may not run yet
-      is_waited_for = true;
+      if (!has_waited) cluster_wait();  // until all other blocks run
+      has_waited = true;
       // One atomic addition reserves places for all lanes of the warp that send to the same block.
       const int owner = i < num_staged ? static_cast<int>(candidate.info.z & kGroupBits) & (ranks - 1) : -1;
       const unsigned peers = __match_any_sync(0xffffffffu, owner);
@@ -486,7 +486,7 @@ __device__ __forceinline__ bool suppress_per_class(const Call &call, const Works
       *in_block(&shared.received_infos[rank * room + at], owner) = candidate.info;
     }
   }
-  if (!is_waited_for) cluster_wait();
+  if (!has_waited) cluster_wait();
   __syncthreads();
   if (thread < ranks) *in_block(&shared.received_counts[rank], thread) = shared.sent_counts[thread];
   __syncwarp();
