@@ -423,7 +423,8 @@ template <typename T, int kConverter>
 __device__ __noinline__ void count_or_collect_tiles(const Call &call, int image, BelowBound &below) {
   const odtrt_postprocess_params &params = call.params;
   const Workspace &space = below.space;
-  const T *logits = logits_of<T>(call, image);
+  const T *logits = static_cast<const T *>(call.heads.class_logits) +
+                    static_cast<size_t>(image) * params.num_anchors * params.num_columns;
   for (;;) {
     __syncthreads();
     if (threadIdx.x == 0) {
