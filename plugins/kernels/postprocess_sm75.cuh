@@ -407,8 +407,8 @@ struct BelowBound {
   Workspace space;
   uint64_t keys[kBatchBelowBound];
   float4 boxes[kBatchBelowBound];  // corners ordered
-  uint32_t counts[kBins];
-  uint64_t low, high, cursor;
+  uint32_t counts[kBins];      // a histogram of keys; suppress_sorted: indices of the detections in the batch
+  uint64_t low, high, cursor;  // the request; all pairs with keys from the cursor up are decided
   uint32_t tile, is_counting, shift, size;
   int32_t first, num_kept, num_found, group_is_full;
   Box box;
@@ -545,13 +545,13 @@ __device__ __noinline__ void suppress_sorted(const Call &call, int image, BelowB
   }
   constexpr int kEach = (kBatchBelowBound + kSuppressThreads - 1) / kSuppressThreads;
   int32_t groups[kEach];
-  bool runs[kEach], visible[kEach];
+  bool is_undecided[kEach], visible[kEach];
   const Box window = window_of(call, image);
 #pragma unroll
   for (int k = 0; k < kEach; ++k) {
     const int i = thread + k * kSuppressThreads;
-    runs[k] = i < size;
-    if (!runs[k]) continue;
+    is_undecided[k] = i < size;
+    if (!is_undecided[k]) continue;
     const uint64_t key = below.keys[i];
     const Pair pair = pair_of(params, key);
     const Box box = box_of<T>(call, image, pair.anchor), ordered_box = with_ordered_corners(box);
@@ -566,7 +566,7 @@ __device__ __noinline__ void suppress_sorted(const Call &call, int image, BelowB
     __syncthreads();
     int first = kBatchBelowBound;
 #pragma unroll
-    for (int k = kEach - 1; k >= 0; --k) first = runs[k] ? thread + k * kSuppressThreads : first;
+    for (int k = kEach - 1; k >= 0; --k) first = is_undecided[k] ? thread + k * kSuppressThreads : first;
     first = static_cast<int>(~warp_max(~static_cast<uint32_t>(first)));  // the lowest
     if (lane_id() == 0 && first < kBatchBelowBound) atomicMin(&below.first, first);
     __syncthreads();
@@ -577,7 +577,7 @@ __device__ __noinline__ void suppress_sorted(const Call &call, int image, BelowB
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       if (thread + k * kSuppressThreads != best) continue;
-      runs[k] = false;
+      is_undecided[k] = false;
       const uint32_t held = space.group_size[groups[k]];
       below.group = groups[k];
       below.group_is_full = held >= static_cast<uint32_t>(call.cap);
@@ -593,10 +593,10 @@ __device__ __noinline__ void suppress_sorted(const Call &call, int image, BelowB
     const float kept_area = signed_area(kept);
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
-      if (!runs[k] || groups[k] != below.group) continue;
+      if (!is_undecided[k] || groups[k] != below.group) continue;
       const float4 other = below.boxes[thread + k * kSuppressThreads];
       const Box box{other.x, other.y, other.z, other.w};
-      runs[k] =
+      is_undecided[k] =
           !below.group_is_full && !suppresses(kept, kept_area, box, signed_area(box), params.iou_threshold);
     }
   }
