@@ -100,7 +100,7 @@ def watched() -> str:
         "raw",
         "--csv",
         "-k",
-        "regex:^(find|settle)",
+        "regex:^(select_candidates|suppress_in_cluster)",
     ]
     command = ["ncu", *options, *sections, sys.executable, __file__, "calls"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -124,10 +124,11 @@ def rows_of(printed: str, cases: Sequence[tuple[int, float, int]] = CASES) -> li
             continue
         row = dict(zip(names, values, strict=True))
         anchors, threshold, objects = cases[number // 4]
-        is_find = "find<" in row["Kernel Name"]
-        if is_find == bool(number % 2):
+        is_first = "select_candidates<" in row["Kernel Name"]
+        if is_first == bool(number % 2):
             raise ValueError(f"kernel {number} is {row['Kernel Name']}: not the order of a call")
-        figures: dict[str, Any] = {"kernel": "find" if is_find else "settle", "anchors": anchors}
+        kernel = "select_candidates" if is_first else "suppress_in_cluster"
+        figures: dict[str, Any] = {"kernel": kernel, "anchors": anchors}
         figures |= {"score_threshold": threshold, "objects": objects}
         for key, name in METRICS.items():
             scale = UNITS.get(units[names.index(name)], 1.0)

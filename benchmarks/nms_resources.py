@@ -4,8 +4,8 @@
 
 ``what: kernel``: registers, static shared memory, stack and spills of each kernel, as ptxas reports them
 for sm_87, and for sm_90 of those that need clusters of blocks; shared memory that a launch asks for comes on
-top. A kernel that exists for several types has one row for each: input type, score converter, and for `find`
-whether an anchor's pairs are looked at one by one.
+top. A kernel that exists for several types has one row for each: input type, score converter, and for
+select_candidates whether it looks at an anchor's pairs one by one.
 
 ``what: roofline``: logits bytes of one image over the board's memory bandwidth. An ESTIMATE and a lower
 bound: no kernel was run on a Jetson. Bandwidths are NVIDIA's data sheet figures, which no program
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "plugins" / "kernels"
 SOURCES = ("postprocess.cu", "nms.cu", "preprocess.cu")
 ARCHITECTURE, WITH_CLUSTERS = "sm_87", "sm_90"
-NEED_CLUSTERS = ("find", "settle")
+NEED_CLUSTERS = ("select_candidates", "suppress_in_cluster")
 CONVERTERS = ("sigmoid", "softmax", "identity")  # odtrt_score_converter
 BOARDS = {"Orin AGX": 204.8, "Orin NX": 102.4, "Orin Nano 8GB": 68.0}  # GB/s, memory
 NETWORKS = {

@@ -31,6 +31,18 @@ Row = dict[str, Any]
 
 README_MARKS = ("<!-- scripts/book_tables.py writes from here -->", "<!-- to here -->")
 NO_BREAK_HYPHEN = "\u2011"
+# Kernels' names today, for measurements that were made under older names.
+RENAMED_KERNELS = {
+    "postprocess.cu": {
+        "find": "select_candidates",
+        "settle": "suppress_in_cluster",
+        "grade": "anchor_best_score",
+        "gather": "compact_above",
+        "mark": "build_iou_mask",
+        "keep": "suppress",
+    },
+    "nms.cu": {"mark": "build_segment_mask", "mark_dead": "suppress_by_earlier", "keep": "suppress_segment"},
+}
 
 
 @dataclass(frozen=True)
@@ -910,6 +922,8 @@ def cell(row: Row, column: Column) -> str:
     if column.is_optional and row.get(column.key) is None:
         return "–"
     value = row[column.key]
+    if column.key == "kernel":
+        value = RENAMED_KERNELS.get(row.get("source", "postprocess.cu"), {}).get(value, value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if column.form:

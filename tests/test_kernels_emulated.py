@@ -43,19 +43,19 @@ BEHIND = 64  # bytes behind each buffer, which nobody may write
 # Seeded defects: file, what is there, what is there instead while {it} holds, what finds it.
 DEFECTS = {
     "a slot that one more row does not fit into is taken for all there is": (
-        "postprocess_find.cuh",
-        "slot.size > kSlot)",
-        "slot.size > kSlot + ({it} ? 16u : 0u))",
+        "postprocess_select.cuh",
+        "slot.size > kSlotSize)",
+        "slot.size > kSlotSize + ({it} ? 16u : 0u))",
         WRONG,
     ),
-    "a block does not say from which grade on its slot has all": (
-        "postprocess_find.cuh",
+    "a block does not say from which score up its slot has all": (
+        "postprocess_select.cuh",
         "space.slot_bounds[blockIdx.x] = bound;",
         "space.slot_bounds[blockIdx.x] = {it} ? 0 : bound;",
         WRONG,
     ),
     "keys are taken for logits": (
-        "postprocess_find.cuh",
+        "postprocess_select.cuh",
         "if (thread == 0) slot.are_keys = 1;\n      for",
         "if (thread == 0) slot.are_keys = {it} ? 0 : 1;\n      for",
         WRONG,
@@ -67,79 +67,79 @@ DEFECTS = {
         WRONG,
     ),
     "no barrier before the best anchors are read": (
-        "postprocess_find.cuh",
+        "postprocess_select.cuh",
         "    __syncthreads();\n    const int count =",
         "    if (!{it}) __syncthreads();\n    const int count =",
         RACE,
     ),
     "no barrier before the rest is filtered": (
-        "postprocess_by_class.cuh",
+        "postprocess_cluster_per_class.cuh",
         "  __syncthreads();\n  own.found += ",
         "  if (!{it}) __syncthreads();\n  own.found += ",
         RACE,
     ),
     "what was kept suppresses nothing of the rest": (
-        "postprocess_by_class.cuh",
+        "postprocess_cluster_per_class.cuh",
         "&kept_of.x : &kept_of.y, 1u << lane);",
         "&kept_of.x : &kept_of.y, {it} ? 0u : 1u << lane);",
         WRONG,
     ),
-    "no barrier before the sorted batch is marked": (
-        "postprocess_by_class.cuh",
-        "= shared.taken_boxes[row];\n  }\n  __syncthreads();",
-        "= shared.taken_boxes[row];\n  }\n  if (!{it}) __syncthreads();",
+    "no barrier before the mask of the sorted batch": (
+        "postprocess_cluster_per_class.cuh",
+        "= shared.unsorted_boxes[row];\n  }\n  __syncthreads();",
+        "= shared.unsorted_boxes[row];\n  }\n  if (!{it}) __syncthreads();",
         RACE,
     ),
     "half of enough is enough": (
-        "postprocess_by_class.cuh",
-        "sum >= most)",
-        "sum >= ({it} ? most / 2 : most))",
+        "postprocess_cluster_per_class.cuh",
+        "sum >= max_detections)",
+        "sum >= ({it} ? max_detections / 2 : max_detections))",
         WRONG,
     ),
     "no barrier before the candidates go to their buckets": (
-        "postprocess_chain.cuh",
+        "postprocess_sm75.cuh",
         "__syncthreads();  // counts[b] is now where bucket b ends",
         "if (!{it}) __syncthreads();",
         RACE,
     ),
     "one more than a class may hold, on older GPUs": (
-        "postprocess_chain.cuh",
+        "postprocess_sm75.cuh",
         "popc(peers & ((1u << lane) - 1)) < static_cast<uint32_t>(call.cap);",
         "popc(peers & ((1u << lane) - 1)) < static_cast<uint32_t>(call.cap) + {it};",
         WRONG,
     ),
     "no barrier before what was kept is linked": (
-        "postprocess_together.cuh",
+        "postprocess_cluster_global.cuh",
         "__syncthreads();  // what the last batch kept has been written",
         "if (!{it}) __syncthreads();",
         "race in global memory",
     ),
-    "no barrier of the cluster before a batch is marked": (
-        "postprocess_together.cuh",
-        "      sync_cluster();\n      // mark",
-        "      if (!{it}) sync_cluster();\n      // mark",
+    "no barrier of the cluster before the mask of a batch": (
+        "postprocess_cluster_global.cuh",
+        "      sync_cluster();\n      // mask",
+        "      if (!{it}) sync_cluster();\n      // mask",
         RACE,
     ),
     "no barrier of the block within a round": (
-        "postprocess_together.cuh",
+        "postprocess_cluster_global.cuh",
         "      if (lane == 0) shared.stays[warp] = word;\n    }\n    __syncthreads();",
         "      if (lane == 0) shared.stays[warp] = word;\n    }\n    if (!{it}) __syncthreads();",
         RACE,
     ),
     "no barrier of the warp before a candidate is dropped": (
-        "postprocess_together.cuh",
+        "postprocess_cluster_global.cuh",
         "__syncwarp();  // all four have read it",
         "if (!{it}) __syncwarp();",
         RACE,
     ),
     "blocks wait for others and have not arrived": (
-        "postprocess_together.cuh",
+        "postprocess_cluster_global.cuh",
         "      } else {\n        cluster_arrive();",
         "      } else if (!{it}) {\n        cluster_arrive();",
         "a thread waits at the cluster's barrier and has not arrived",
     ),
     "one more than a class may hold": (
-        "postprocess_together.cuh",
+        "postprocess_cluster_global.cuh",
         "is_kept = held < static_cast<uint32_t>(call.cap);",
         "is_kept = held < static_cast<uint32_t>(call.cap) + {it};",
         WRONG,
@@ -491,16 +491,16 @@ def test_a_seeded_defect_is_found(defective, defect):
     cases: Iterator[AnyCase] = random_cases(40)
     if file == "postprocess.cu":
         cases = cases_at_the_edges()
-    elif "find" in file or "by_class" in file:
+    elif "select" in file or "per_class" in file:
         cases = cases_by_class()
-    elif "together" in file:
+    elif "global" in file:
         cases = itertools.chain(random_cases(10), [all_the_same()], random_cases(10, 40))
     elif "sliver" in defect:
         cases = map(nms_cases.extreme_case, range(2, 200, 3))
     elif not file.startswith("postprocess"):
         cases = itertools.chain(map(nms_cases.random_nms_case, range(40)), [nms_case(2049, 1, 0.5, None)])
-    multiprocessors = 1 if "find" in file or file == "postprocess.cu" else 3
-    way = {"MAJOR": 8} if "chain" in file else {"CLUSTER": 4, "MULTIPROCESSORS": multiprocessors}
+    multiprocessors = 1 if "select" in file or file == "postprocess.cu" else 3
+    way = {"MAJOR": 8} if "sm75" in file else {"CLUSTER": 4, "MULTIPROCESSORS": multiprocessors}
     settings = {**way, "RACES": int("race" in expected)}
     for case in cases:
         if found := defective.complaint(case, DEFECT=number, **settings):

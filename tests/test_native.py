@@ -353,7 +353,7 @@ DEFECTS = {
          "group = groups_.size() - 1 - place / batch_.num_anchors;"),
     ),
     "no cap a class": (
-        ("postprocess.cpp", "if (rivals.size() >= most_of_a_group_) return true;", ""),
+        ("postprocess.cpp", "if (rivals.size() >= max_per_group_) return true;", ""),
         ("postprocess.cpp", "full_groups_ < groups_.size()", "true"),
     ),
     "the background is a class": (
@@ -363,11 +363,11 @@ DEFECTS = {
         ("postprocess.cpp", "corners = with_ordered_corners(box);", "corners = box;"),
     ),
     "the head is taken for the whole": (
-        ("postprocess.cpp", "if (!wants_more || !(range.lower > weakest)) break;", "break;"),
+        ("postprocess.cpp", "if (!wants_more || !(range.lower > min_measure)) break;", "break;"),
     ),
     "equal scores at the end of the head are lost": (
         ("postprocess.cpp",
-         "return least_logit([&](float logit) { return score_of_logit(params_, logit) >= score; });",
+         "return min_logit_where([&](float logit) { return score_of_logit(params_, logit) >= score; });",
          "return *nth;"),
     ),
     "a NaN among an anchor's logits is overlooked (agnostic)": (
@@ -389,7 +389,7 @@ DEFECTS = {
         ("semantics.h", "const float height = flush(sub(bottom, top))",
          "const float height = larger(sub(bottom, top), 0.0f)"),
     ),
-    "every box is a usual one": (("semantics.h", "value <= -least || value == 0.0f;", "true;"),),
+    "every box is a usual one": (("semantics.h", "value <= -min_magnitude || value == 0.0f;", "true;"),),
     "an overlap with less area than a float has": (
         ("semantics.h", "if (flushed(iou_threshold) == 0.0f) iou_threshold = kGreatestSubnormal;", ""),
     ),

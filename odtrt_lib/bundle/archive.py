@@ -56,7 +56,7 @@ from typing import (
 )
 
 from odtrt_lib import __version__
-from odtrt_lib.bundle.serving import comment, deepstream_files, triton_repository
+from odtrt_lib.bundle.serving import comment, deepstream_files, require_source, triton_repository
 from odtrt_lib.errors import (
     CheckError,
     InputError,
@@ -95,7 +95,7 @@ _MOST_MANIFEST_BYTES = 1 << 22
 _BLOCK = 1 << 20
 _UNPRINTABLE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LOCAL_HEADER_BYTES = 30
-_PLUGIN_SOURCES = ("CMakeLists.txt", "kernels/*", "tensorrt/*.cpp", "tensorrt/*.map")
+_PLUGIN_SOURCES = ("CMakeLists.txt", "kernels/*", "tensorrt/*.cpp", "tensorrt/*.map", "deepstream/*.cpp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,17 +469,11 @@ def _device_side() -> Iterator[Tuple[str, Union[Path, bytes]]]:
             yield f"odtrt_lib/{name.as_posix()}", path
     for pattern in _PLUGIN_SOURCES:
         found = sorted(path for path in (checkout / "plugins").glob(pattern) if path.is_file())
-        for path in found or [_require_source(checkout / "plugins" / pattern)]:
+        for path in found or [require_source(checkout / "plugins" / pattern)]:
             yield path.relative_to(checkout).as_posix(), path
-    yield "LICENSE", _require_source(checkout / "LICENSE")
+    yield "LICENSE", require_source(checkout / "LICENSE")
     yield "__main__.py", _MAIN.encode()
     yield "build_here.py", _BUILD_HERE.encode()
-
-
-def _require_source(path: Path) -> Path:
-    if not path.is_file():
-        raise InputError(f"{path}: not found; a bundle carries odtrt's source: pack from a checkout of odtrt")
-    return path
 
 
 def _described(path: str, source: Union[Path, bytes]) -> Member:

@@ -19,7 +19,7 @@ Launch running;
 namespace {
 
 constexpr size_t kStack = 96 << 10;
-constexpr long kMostRounds = 1 << 18;  // far more than any kernel here takes
+constexpr long kMaxRounds = 1 << 18;  // far more than any kernel here takes
 
 enum class State : uint8_t { kReady, kInWarp, kInBlock, kInCluster, kDone };
 
@@ -67,7 +67,8 @@ size_t num_stacks;
 bool is_given_up;
 std::string what_failed;
 
-// Pushes what a function must preserve, leaves the stack pointer in *save, and goes on where `load` was left.
+// Pushes the registers that a function must preserve, stores the stack pointer in *save, and continues on the stack
+// `load`.
 extern "C" void odtrt_emulator_switch(void **save, void *load);
 asm(R"(
 .text
@@ -98,7 +99,7 @@ void leave(State state) {
   odtrt_emulator_switch(&current().stack_pointer, stack_of_scheduler);
 }
 
-// Those of `count` threads from `first` on that wait in this state.
+// Makes those of `count` threads from `first` on ready that wait in this state.
 void release(State state, size_t first, size_t count) {
   const auto begin = states.begin() + static_cast<ptrdiff_t>(first);
   std::replace(begin, begin + static_cast<ptrdiff_t>(count), state, State::kReady);
@@ -154,7 +155,8 @@ void make_fibers(unsigned first_block, unsigned row) {
     thread.block = {first_block + thread.rank, row, 0};
     thread.number = i;
     thread.warp = i / 32;
-    // Not all at the same place of a page: they would share few lines of the cache.
+    // The tops lie at different offsets in their pages; otherwise all stacks would compete for the same few cache
+    // lines.
     auto top = reinterpret_cast<void **>(stacks + kStack * (i + 1) - 64 * (i % 256 + 1));
     *--top = nullptr;  // as if main_of_fiber had been called: the stack is aligned for it
     *--top = reinterpret_cast<void *>(main_of_fiber);
@@ -162,12 +164,13 @@ void make_fibers(unsigned first_block, unsigned row) {
   }
 }
 
-// All threads of a cluster, until none is left. Warps take turns in any order, for as long as they can, and lanes too.
+// Runs all threads of a cluster to their ends. In each round the warps run in a random order, each for as long as it
+// can; the lanes of a warp run in a random direction.
 void run_cluster(std::mt19937_64 &random) {
   std::vector<int> order(warps.size());
   std::iota(order.begin(), order.end(), 0);
   for (long round = 0; cluster.live > 0; ++round) {
-    if (round == kMostRounds) return fail("threads wait for something for ever");
+    if (round == kMaxRounds) return fail("threads wait for something for ever");
     bool has_run = false;
     std::shuffle(order.begin(), order.end(), random);
     for (const int warp : order) {
@@ -239,7 +242,7 @@ bool launch(dim3 grid, dim3 block, size_t shared_bytes, int blocks_of_cluster,
   kernel_of_launch = &kernel;
   forget_accesses(true);
   for (const auto &at : clusters) {
-    std::fill_n(shared, each * blocks_of_cluster, static_cast<char>(0xcd));  // it is nobody's zeros
+    std::fill_n(shared, each * blocks_of_cluster, static_cast<char>(0xcd));  // a kernel must not rely on zeros
     forget_accesses(false);
     make_fibers(at.first, at.second);
     run_cluster(random);

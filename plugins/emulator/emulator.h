@@ -1,4 +1,4 @@
-// Runs CUDA kernels that g++ has compiled, on the CPU: see README.md. cuda/ makes of this what kernels/*.cu include.
+// Runs CUDA kernels that g++ has compiled on the CPU: see README.md. cuda/ has the headers that kernels/*.cu include.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ namespace emulator {
 struct Thread {
   uint3 index, block;      // threadIdx, blockIdx
   int number, warp, rank;  // in its cluster: the thread's, its warp's, its block's
-  // How many barriers it has passed: all that orders its accesses with those of other threads.
+  // How many barriers it has passed. Only these order its accesses with those of other threads.
   unsigned arrivals, waits, block_barriers, warp_barriers;
 };
 
@@ -34,8 +34,8 @@ struct Launch {
 extern Thread *self;  // nullptr outside of kernels
 extern Launch running;
 
-// Runs `kernel` in every thread of the grid, a cluster of blocks after the other, and returns whether all went
-// well; if not, failure() says what did not.
+// Runs `kernel` in every thread of the grid, one cluster of blocks after the other. Returns whether nothing went wrong;
+// otherwise failure() tells what did.
 bool launch(dim3 grid, dim3 block, size_t shared_bytes, int blocks_of_cluster,
             const std::function<void()> &kernel);
 const char *failure();
@@ -78,7 +78,7 @@ enum class Access { kRead, kWrite, kAtomicRead, kAtomicWrite };
 
 extern bool is_looking_for_races;  // in the launch that is running
 
-// Fails where another thread's access to this memory is not ordered before this one.
+// Fails if another thread's access to this memory is not ordered before this one.
 void note_access(const void *memory, size_t size, Access access, const void *where);
 void forget_accesses(bool are_all);  // of a cluster that has ended, to shared memory; or all
 bool is_on_a_stack(const void *memory);

@@ -1,5 +1,5 @@
 // Detection of races. g++'s -fsanitize=thread calls a function before each access to memory. Its own library, which
-// knows of locks, is not linked: here are these functions, and what they know of is barriers.
+// knows locks, is not linked. This file defines these functions, and they know barriers instead.
 #include <dlfcn.h>
 
 #include <cstdio>

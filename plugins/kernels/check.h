@@ -1,4 +1,4 @@
-// What every entry point checks of its arguments before it touches them, for CPU and CUDA alike.
+// Checks of arguments. Every entry point, for CPU and CUDA, makes them before it uses its arguments.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@
 namespace odtrt {
 
 constexpr int32_t kMaxTotalDetections = 4096;
-constexpr int32_t kExactInFloat = 1 << 24;  // whole numbers below are exact in float32
+constexpr int32_t kExactInFloat = 1 << 24;  // every integer below is exact in float32
 
 inline bool is_flag(int32_t value) { return value == 0 || value == 1; }
 
@@ -19,7 +19,7 @@ inline bool is_dtype(int32_t value) { return value == ODTRT_FLOAT32 || value == 
 
 inline bool is_positive(float value) { return value > 0.0f && std::isfinite(value); }
 
-// NULL is, too.
+// NULL counts as aligned.
 inline bool is_aligned(const void *pointer, size_t alignment) {
   return reinterpret_cast<uintptr_t>(pointer) % alignment == 0;
 }
@@ -56,7 +56,7 @@ inline bool is_valid(const odtrt_heads *heads, const odtrt_detections *out) {
          out->classes != nullptr;
 }
 
-// Of host arrays.
+// Only for host arrays: device arrays need an alignment of 16 bytes, which the caller sees to.
 inline bool are_aligned(const odtrt_heads &heads, const odtrt_detections &out) {
   const size_t alignment = alignment_of(heads.dtype);
   return is_aligned(heads.box_encodings, alignment) && is_aligned(heads.class_logits, alignment) &&
@@ -86,13 +86,13 @@ inline bool is_valid(const odtrt_preprocess_params *params) {
          p.true_width <= p.output_width && is_dtype(p.output_dtype) && is_flag(p.output_nhwc);
 }
 
-// No exception crosses the C ABI.
+// Runs work() and turns an exception into a status, because no exception may cross the C ABI.
 template <typename Work>
 odtrt_status status_of(const Work &work) noexcept {
   try {
     work();
     return ODTRT_OK;
-  } catch (...) {  // nothing but memory is asked of the system; a thread that cannot start is done without
+  } catch (...) {  // only an allocation can throw: for_each_index goes on without threads that cannot start
     return ODTRT_OUT_OF_MEMORY;
   }
 }

@@ -1,5 +1,5 @@
-// A cluster: blocks that run at the same time and reach one another's shared memory (compute capability 9.0). Compiled
-// for anything older, it is one block.
+// A cluster is a group of blocks that run at the same time and can access one another's shared memory (compute
+// capability 9.0). Code for older GPUs treats each block as a cluster of one.
 #pragma once
 
 #include <cuda_runtime.h>

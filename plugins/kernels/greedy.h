@@ -1,4 +1,4 @@
-// The boxes that one class has kept so far, laid out so that a weaker one is compared with many at a time.
+// Greedy suppression on the CPU.
 #pragma once
 
 #include <algorithm>
@@ -9,11 +9,13 @@
 
 namespace odtrt {
 
+// The boxes of one class that were kept so far. They are stored in blocks of eight, so that the compiler can compare a
+// weaker box with eight of them at a time.
 class KeptBoxes {
  public:
   size_t size() const { return size_; }
 
-  // box: with ordered corners; area: its signed_area.
+  // Whether a kept box suppresses this one. box: with ordered corners; area: its signed_area.
   bool suppress(const Box &box, float area, float iou_threshold) const {
     return is_usual(box, area, iou_threshold) ? any_suppresses<true>(box, area, iou_threshold)
                                               : any_suppresses<false>(box, area, iou_threshold);
@@ -21,7 +23,7 @@ class KeptBoxes {
 
   void keep(const Box &box, float area) {
     int first = static_cast<int>(size_ % kLanes), last = first;
-    if (first == 0) {  // lanes that are free repeat a kept box: they change nothing
+    if (first == 0) {  // unused lanes repeat a kept box, which changes no result
       blocks_.emplace_back();
       last = kLanes - 1;
     }
@@ -58,24 +60,24 @@ class KeptBoxes {
   size_t size_ = 0;
 };
 
-// Hands the keys to take(key) in descending order until it returns false, and sorts no more of them than that
-// needs. Returns whether take wanted all of them.
-template <typename Take>
-bool take_descending(std::vector<uint64_t> &keys, const Take &take) {
+// Calls visit(key) for the keys in descending order until it returns false; returns whether it never did. Sorts the
+// keys in growing portions, because most walks end early.
+template <typename Visit>
+bool visit_descending(std::vector<uint64_t> &keys, const Visit &visit) {
   const auto descending = [](uint64_t a, uint64_t b) { return a > b; };
-  size_t share = 2048;
-  for (size_t start = 0; start < keys.size(); start += share, share *= 4) {
+  size_t portion = 2048;
+  for (size_t start = 0; start < keys.size(); start += portion, portion *= 4) {
     const auto first = keys.begin() + static_cast<std::ptrdiff_t>(start);
     auto last = keys.end();
-    if (keys.size() - start > share + share / 2) {
-      last = first + static_cast<std::ptrdiff_t>(share);
+    if (keys.size() - start > portion + portion / 2) {
+      last = first + static_cast<std::ptrdiff_t>(portion);
       std::nth_element(first, last, keys.end(), descending);
     } else {
-      share = keys.size() - start;
+      portion = keys.size() - start;
     }
     std::sort(first, last, descending);
     for (auto key = first; key != last; ++key) {
-      if (!take(*key)) return false;
+      if (!visit(*key)) return false;
     }
   }
   return true;

@@ -1,4 +1,5 @@
-// IEEE half precision as 16-bit patterns, converted exactly, by integer operations that any compiler vectorises.
+// IEEE half precision as 16-bit patterns. The conversions are exact, and use integer operations that any compiler can
+// vectorise.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@ inline float float_of_half(uint16_t half) {
   return float_of(bits | static_cast<uint32_t>(half & 0x8000u) << 16);
 }
 
-// Rounded to the nearest, to the even one of two.
+// Rounds to the nearest half, and to the even one if two are equally near.
 inline uint16_t half_of_float(float value) {
   const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
@@ -26,7 +27,7 @@ inline uint16_t half_of_float(float value) {
   return static_cast<uint16_t>(half | (bits >> 16 & 0x8000u));
 }
 
-// A number for each half, in the halves' order, NaN below all of them.
+// Maps halves to integers in the same order. NaN becomes the lowest.
 inline int16_t ordered_half(uint16_t half) {
   const uint16_t magnitude = half & 0x7fffu;
   const int16_t sign = static_cast<int16_t>(static_cast<int16_t>(half) >> 15);

@@ -1,11 +1,11 @@
-// Launching a chain of small kernels with as little as possible between them.
+// Launches kernels that follow one another on a stream with as little time as possible between them.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
 
-// A struct parameter that is read in place, not copied by each thread.
+// Declares a struct parameter that threads read from constant memory. Otherwise each thread makes a copy.
 #if CUDART_VERSION >= 11070
 #define ODTRT_PARAMETER const __grid_constant__
 #else
@@ -14,23 +14,23 @@
 
 namespace odtrt {
 
-// The next `size` bytes of a workspace, aligned for any type.
-__host__ __device__ inline char *take(char *&next, size_t size) {
-  char *taken = next;
+// Cuts the next `size` bytes off a workspace, and moves `next` behind them. Both stay aligned for any type.
+__host__ __device__ inline char *carve(char *&next, size_t size) {
+  char *carved = next;
   next += (size + 255) & ~size_t{255};
-  return taken;
+  return carved;
 }
 
-#if !defined(ODTRT_OVERLAPS_FROM)  // a test sends a newer GPU the way of older ones
+#if !defined(ODTRT_OVERLAPS_FROM)  // a test makes a newer GPU run the kernels of older ones
 #define ODTRT_OVERLAPS_FROM 9
 #endif
 
 struct Device {
   int id;
   int multiprocessors;
-  int most_shared_bytes;    // that a block may ask for
-  int most_streamed_bytes;  // that a kernel can be told to stream; 0: none
-  bool overlaps_launches;   // compute capability 9.0 and newer: programmatic dependent launch
+  int max_shared_bytes;    // that a block may ask for
+  int max_streamed_bytes;  // the largest access policy window; 0: there is none
+  bool overlaps_launches;  // compute capability 9.0 and newer: programmatic dependent launch
 };
 
 inline cudaError_t current_device(Device *device) {
@@ -40,11 +40,11 @@ inline cudaError_t current_device(Device *device) {
     error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, id);
   }
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device->most_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+    error = cudaDeviceGetAttribute(&device->max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
   }
 #if CUDART_VERSION >= 11080
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&device->most_streamed_bytes, cudaDevAttrMaxAccessPolicyWindowSize, id);
+    error = cudaDeviceGetAttribute(&device->max_streamed_bytes, cudaDevAttrMaxAccessPolicyWindowSize, id);
   }
 #endif
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
@@ -68,8 +68,9 @@ inline cudaLaunchAttribute early_start() {
   return attribute;
 }
 
-// What a kernel reads once does not drive out of the L2 cache what is needed again. That is code, too: without this,
-// `settle` gets its instructions from DRAM once `find` has gone through more than the cache holds.
+// Marks memory that a kernel reads only once, so that it does not evict other data from the L2 cache. Instructions are
+// such data too: without this, suppress_in_cluster fetches its code from DRAM after select_candidates has read more
+// than the cache holds.
 inline cudaLaunchAttribute streamed(const void *at, size_t size) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeAccessPolicyWindow;
@@ -95,10 +96,11 @@ cudaError_t launch_with(const cudaLaunchAttribute *attributes, unsigned count, v
 }
 #endif
 
-// Allows a kernel much shared memory and large clusters; a launch with them fails otherwise.
+// Lets a kernel use more than 48 KiB of shared memory and more than 8 blocks a cluster. A launch that needs either
+// fails otherwise.
 inline cudaError_t allow(const void *kernel, int shared_bytes, int ranks) {
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > 40 * 1024) {  // with what the kernel declares, more than 48 KiB perhaps
+  if (shared_bytes > 40 * 1024) {  // with the arrays that the kernel declares, this may exceed 48 KiB
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   }
 #if CUDART_VERSION >= 11080
@@ -126,7 +128,8 @@ int active_clusters(Kernel kernel, int ranks, int threads, size_t shared_bytes) 
   int clusters = 0;
   cudaError_t error = allow(function, static_cast<int>(shared_bytes), ranks);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
-  if (error != cudaSuccess) (void)cudaGetLastError();  // it is not this call's
+  if (error != cudaSuccess)
+    (void)cudaGetLastError();  // clears the error: the caller only learns that no cluster fits
   return error == cudaSuccess ? clusters : 0;
 }
 #else
@@ -136,10 +139,10 @@ int active_clusters(Kernel, int, int, size_t) {
 }
 #endif
 
-// Launches `kernel`, with `shared_bytes` of dynamic shared memory. With `overlapped`, its blocks may start before
-// the previous kernel of the stream has ended; it must then call wait_for_previous_kernel() before it touches
-// anything that one wrote.
-// cluster: how many neighbouring blocks of the grid's first dimension make a cluster (compute capability 9.0).
+// Launches `kernel` with `shared_bytes` of dynamic shared memory. If `overlapped`, its blocks may start before the
+// previous kernel of the stream has ended; the kernel must then call wait_for_previous_kernel() before it reads or
+// writes memory that the previous kernel writes. cluster: the number of neighbouring blocks of the grid's first
+// dimension that make a cluster (compute capability 9.0).
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                             cudaStream_t stream, bool overlapped, int cluster, Arguments... arguments) {
@@ -164,14 +167,14 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
   return launch_clusters(kernel, grid, threads, shared_bytes, stream, overlapped, 1, arguments...);
 }
 
-// Launches a kernel that reads `size` bytes from `at` on once.
+// Launches a kernel that reads `size` bytes from `at` on, and reads each of them once.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_streaming(const Device &device, const void *at, size_t size, void (*kernel)(Parameters...),
                              dim3 grid, int threads, cudaStream_t stream, Arguments... arguments) {
 #if CUDART_VERSION >= 11080
-  const size_t most = static_cast<size_t>(device.most_streamed_bytes);
-  const cudaLaunchAttribute attribute = streamed(at, size < most ? size : most);
-  return launch_with(&attribute, most > 0, kernel, grid, threads, 0, stream, arguments...);
+  const size_t max_size = static_cast<size_t>(device.max_streamed_bytes);
+  const cudaLaunchAttribute attribute = streamed(at, size < max_size ? size : max_size);
+  return launch_with(&attribute, max_size > 0, kernel, grid, threads, 0, stream, arguments...);
 #else
   (void)device, (void)at, (void)size;
   return launch(kernel, grid, threads, 0, stream, false, arguments...);

@@ -24,7 +24,7 @@ void suppress(const odtrt_nms_params &params, const float *boxes, const float *s
   std::vector<uint64_t> keys = keys_of(params, scores);
   std::unordered_map<int32_t, KeptBoxes> kept_of_class;
   int32_t count = 0;
-  take_descending(keys, [&](uint64_t key) {
+  visit_descending(keys, [&](uint64_t key) {
     const uint32_t i = place_of(key);
     const float *own = boxes + size_t{4} * i;
     const Box box = with_ordered_corners({own[0], own[1], own[2], own[3]});

@@ -1,11 +1,13 @@
-// odtrt_nms_cuda. Up to 4096 boxes, two kernels:
+// odtrt_nms_cuda. Up to 4096 boxes take two kernels. A rival of a box is a better box of its class whose IoU with it is
+// above the threshold.
 //
-// compare   each box with all others: its rank, and a bit for each better box that would suppress it. Few would: a
-//           quotient is only computed where a product says that it may matter.
-// choose    one block settles who stays in rounds over all boxes at once (who has no undecided rival left stays, and
-//           takes those it suppresses along), and writes them in the order of the ranks.
+// compare   compares each box with all others. It counts the better boxes, which is the box's rank, and lists its
+//           rivals. It divides only for the few pairs that a product does not decide.
+// choose    decides in one block, in rounds over all boxes: a box without an undecided rival is kept, and a box with
+//           a kept rival is dropped. It writes the kept boxes in the order of their ranks.
 //
-// More boxes: rank by counting, then suppression in segments of 2560 ranks.
+// More boxes take four kernels: rank_boxes sorts them by counting. Then each segment of 2560 ranks is suppressed,
+// first by what earlier segments kept (suppress_by_earlier), then in itself (build_segment_mask, suppress_segment).
 #include <algorithm>
 
 #include "check.h"
@@ -16,71 +18,69 @@ namespace odtrt {
 namespace {
 
 constexpr int kRankThreads = 512;
-constexpr int kRanksPerBlock = kRankThreads / 32;  // a warp counts who is better than one box
+constexpr int kRanksPerBlock = kRankThreads / 32;  // a warp counts the boxes that are better than one box
 constexpr int kRankTile = 4096;
 
-__device__ __forceinline__ int sum_of_warp(int value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-}
-
-// ---- up to kMostAtOnce boxes ---------------------------------------------------------------------------------------
-
-constexpr int kMostAtOnce = 4096;
-constexpr int kCompareThreads = 512;
-constexpr int kRowsOfWarp = 4;  // rows that share what is read of a column
-constexpr int kQuarters = 4;    // of the columns: one warp each
-constexpr int kRowsOfBlock = kCompareThreads / 32 / kQuarters * kRowsOfWarp;
-constexpr int kChooseThreads = 1024;
-constexpr int kMostWords = kMostAtOnce / 32;
-
-constexpr int kListed = 8;
-constexpr uint32_t kNobodyTwice = kMostAtOnce << 16 | kMostAtOnce;  // in a list: a box that there is not
-
-struct Rivals {
-  int32_t rank;    // of the box, -1: not above the score threshold
-  uint32_t count;  // of better boxes that suppress it
-};
-
-struct AtOnce {
-  uint4 *lists;    // [n], kListed rivals, 16 bits each
-  Rivals *rivals;  // [n]
-  uint32_t
-      *mask;  // [n, words], bit b of word k: box 32 k + b is a rival; only what `filled` names, for long lists
-  uint4 *filled;  // [n], a bit for each word that is not 0: a quarter of the words in each of x, y, z, w
-  int32_t words, words_of_quarter;
-  size_t size;
-};
-
-AtOnce divide_at_once(const odtrt_nms_params &params, void *memory) {
-  char *next = static_cast<char *>(memory);
-  const size_t n = static_cast<size_t>(params.num_boxes);
-  AtOnce space{};
-  space.words_of_quarter = (params.num_boxes + 32 * kQuarters - 1) / (32 * kQuarters);
-  space.words = space.words_of_quarter * kQuarters;
-  space.mask = reinterpret_cast<uint32_t *>(take(next, sizeof(uint32_t) * n * space.words));
-  space.filled = reinterpret_cast<uint4 *>(take(next, sizeof(uint4) * n));
-  space.lists = reinterpret_cast<uint4 *>(take(next, sizeof(uint4) * n));
-  space.rivals = reinterpret_cast<Rivals *>(take(next, sizeof(Rivals) * n));
-  space.size = static_cast<size_t>(next - static_cast<char *>(memory));
-  return space;
-}
-
+// A number in the order of the scores; 0 if the score is not above the threshold. -0 counts as 0.
 __device__ __forceinline__ uint32_t strength_of(float score, float threshold) {
   return score > threshold ? ordered(add(score, 0.0f)) : 0;
 }
 
+// ---- up to kMaxPairwise boxes ---------------------------------------------------------------------------------------
+
+constexpr int kMaxPairwise = 4096;
+constexpr int kCompareThreads = 512;
+constexpr int kRowsOfWarp = 4;  // rows that a warp compares with each column that it reads
+constexpr int kQuarters = 4;    // of the columns; one warp reads each
+constexpr int kRowsOfBlock = kCompareThreads / 32 / kQuarters * kRowsOfWarp;
+constexpr int kChooseThreads = 1024;
+constexpr int kMaxWords = kMaxPairwise / 32;
+
+constexpr int kListed = 8;  // rivals of a box that are listed one by one
+// Two unused entries of a list. They name a box that does not exist; its bit, in word kMaxWords of an array, is 0.
+constexpr uint32_t kNoBoxPair = kMaxPairwise << 16 | kMaxPairwise;
+
+struct Rivals {
+  int32_t rank;    // of the box; -1: its score is not above the threshold
+  uint32_t count;  // of its rivals
+};
+
+struct PairwiseWorkspace {
+  uint4 *lists;    // [n], kListed rivals, 16 bits each
+  Rivals *rivals;  // [n]
+  // [n, words], bit b of word k: box 32 k + b is a rival. Only the words that `filled` names are written.
+  uint32_t *mask;
+  // [n], a bit for each word of the mask that is not 0; x, y, z and w have a quarter of the words each.
+  uint4 *filled;
+  int32_t words, words_of_quarter;
+  size_t size;
+};
+
+PairwiseWorkspace carve_pairwise(const odtrt_nms_params &params, void *memory) {
+  char *next = static_cast<char *>(memory);
+  const size_t n = static_cast<size_t>(params.num_boxes);
+  PairwiseWorkspace space{};
+  space.words_of_quarter = (params.num_boxes + 32 * kQuarters - 1) / (32 * kQuarters);
+  space.words = space.words_of_quarter * kQuarters;
+  space.mask = reinterpret_cast<uint32_t *>(carve(next, sizeof(uint32_t) * n * space.words));
+  space.filled = reinterpret_cast<uint4 *>(carve(next, sizeof(uint4) * n));
+  space.lists = reinterpret_cast<uint4 *>(carve(next, sizeof(uint4) * n));
+  space.rivals = reinterpret_cast<Rivals *>(carve(next, sizeof(Rivals) * n));
+  space.size = static_cast<size_t>(next - static_cast<char *>(memory));
+  return space;
+}
+
 struct Columns {
   float4 *boxes;  // corners ordered
-  float *areas;   // see cautious_area
+  float *areas;   // see scaled_area
   uint32_t *strengths;
 };
 
 __global__ __launch_bounds__(kCompareThreads) void compare(odtrt_nms_params params,
                                                            const float *__restrict__ boxes,
                                                            const float *__restrict__ scores,
-                                                           const int32_t *__restrict__ classes, AtOnce space) {
+                                                           const int32_t *__restrict__ classes,
+                                                           PairwiseWorkspace space) {
   extern __shared__ uint4 memory[];
   __shared__ int32_t ranks[kRowsOfBlock];
   __shared__ uint32_t counts[kRowsOfBlock];
@@ -91,7 +91,7 @@ __global__ __launch_bounds__(kCompareThreads) void compare(odtrt_nms_params para
   const Columns columns{reinterpret_cast<float4 *>(memory), reinterpret_cast<float *>(memory + padded),
                         reinterpret_cast<uint32_t *>(memory + padded) + padded};
   const auto given = reinterpret_cast<const float4 *>(boxes);
-  const float share = share_of_union(params.iou_threshold);
+  const float union_fraction = union_fraction_for(params.iou_threshold);
 #pragma unroll 4
   for (int i = thread; i < padded; i += kCompareThreads) {
     const bool is_box = i < n;
@@ -99,11 +99,12 @@ __global__ __launch_bounds__(kCompareThreads) void compare(odtrt_nms_params para
     const uint32_t strength = is_box ? strength_of(__ldg(scores + i), params.score_threshold) : 0;
     Box box = with_ordered_corners({corners.x, corners.y, corners.z, corners.w});
     float area = signed_area(box);
-    if (area <= 0.0f && params.iou_threshold >= 0.0f) {  // neither suppresses nor is suppressed: nowhere
+    if (area <= 0.0f &&
+        params.iou_threshold >= 0.0f) {  // neither suppresses nor is suppressed: put where it overlaps nothing
       box = {1e30f, 1e30f, -1e30f, -1e30f};
       area = 1.0f;
     } else {
-      area = cautious_area(area, share);
+      area = scaled_area(area, union_fraction);
     }
     columns.boxes[i] = make_float4(box.ymin, box.xmin, box.ymax, box.xmax);
     columns.areas[i] = area;
@@ -112,7 +113,7 @@ __global__ __launch_bounds__(kCompareThreads) void compare(odtrt_nms_params para
   if (thread < kRowsOfBlock) {
     ranks[thread] = 0;
     counts[thread] = 0;
-    lists[thread] = {kNobodyTwice, kNobodyTwice, kNobodyTwice, kNobodyTwice};
+    lists[thread] = {kNoBoxPair, kNoBoxPair, kNoBoxPair, kNoBoxPair};
   }
   __syncthreads();
 
@@ -179,7 +180,7 @@ __global__ __launch_bounds__(kCompareThreads) void compare(odtrt_nms_params para
   }
 #pragma unroll
   for (int r = 0; r < kRowsOfWarp; ++r) {
-    const int sum = sum_of_warp(rank[r]);
+    const int sum = warp_sum_by_shuffles(rank[r]);
     if (lane == 0) {
       atomicAdd(&ranks[first_row + r - static_cast<int>(blockIdx.x) * kRowsOfBlock], sum);
       if (first_row + r < n) reinterpret_cast<uint32_t *>(space.filled + first_row + r)[quarter] = filled[r];
@@ -195,8 +196,8 @@ __global__ __launch_bounds__(kCompareThreads) void compare(odtrt_nms_params para
 
 __device__ __forceinline__ bool is_empty(const uint4 &left) { return (left.x | left.y | left.z | left.w) == 0; }
 
-// Which word the first bit of `left` names; the bit is gone afterwards.
-__device__ __forceinline__ int take_next(uint4 &left, int words_of_quarter) {
+// Clears the first bit of `left`, and returns the index of the word that it names.
+__device__ __forceinline__ int pop_word(uint4 &left, int words_of_quarter) {
   const int quarter = left.x != 0 ? 0 : left.y != 0 ? 1 : left.z != 0 ? 2 : 3;
   uint32_t &bits = quarter == 0 ? left.x : quarter == 1 ? left.y : quarter == 2 ? left.z : left.w;
   const int place = quarter * words_of_quarter + __ffs(static_cast<int>(bits)) - 1;
@@ -204,23 +205,24 @@ __device__ __forceinline__ int take_next(uint4 &left, int words_of_quarter) {
   return place;
 }
 
+// Whether a row of the mask and the bits of `among` have a box in common. left: which words of the row are not 0.
 __device__ __noinline__ bool is_hit_by_row(const uint32_t *words, uint4 left, int words_of_quarter,
                                            const uint32_t *among) {
   uint32_t hit = 0;
   while (hit == 0 && !is_empty(left)) {
-    const int place = take_next(left, words_of_quarter);
+    const int place = pop_word(left, words_of_quarter);
     hit = words[place] & among[place];
   }
   return hit != 0;
 }
 
-// kRows: rows of a thread, thread t has t, t + kChooseThreads, ...
+// kRows: how many rows a thread has. Thread t has rows t, t + kChooseThreads, ...
 template <int kRows>
-__global__ __launch_bounds__(kChooseThreads, 1) void choose(odtrt_nms_params params, AtOnce space,
+__global__ __launch_bounds__(kChooseThreads, 1) void choose(odtrt_nms_params params, PairwiseWorkspace space,
                                                             int32_t *__restrict__ kept,
                                                             int32_t *__restrict__ num_kept) {
-  __shared__ uint32_t undecided[kMostWords + 1], stays[kMostWords + 1], by_rank[kMostWords];
-  __shared__ int32_t before[kMostWords + 1];
+  __shared__ uint32_t undecided[kMaxWords + 1], stays[kMaxWords + 1], by_rank[kMaxWords];
+  __shared__ int32_t before[kMaxWords + 1];
   const int n = params.num_boxes, thread = static_cast<int>(threadIdx.x), lane = lane_id();
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -231,8 +233,7 @@ __global__ __launch_bounds__(kChooseThreads, 1) void choose(odtrt_nms_params par
   for (int r = 0; r < kRows; ++r) {
     const int row = thread + r * kChooseThreads;
     const int2 rivals = row < n ? __ldcg(reinterpret_cast<const int2 *>(space.rivals) + row) : int2{-1, 0};
-    list[r] =
-        row < n ? __ldcg(space.lists + row) : uint4{kNobodyTwice, kNobodyTwice, kNobodyTwice, kNobodyTwice};
+    list[r] = row < n ? __ldcg(space.lists + row) : uint4{kNoBoxPair, kNoBoxPair, kNoBoxPair, kNoBoxPair};
     rank[r] = rivals.x;
     count[r] = static_cast<uint32_t>(rivals.y);
   }
@@ -260,9 +261,9 @@ __global__ __launch_bounds__(kChooseThreads, 1) void choose(odtrt_nms_params par
     const uint32_t kept_now = __ballot_sync(0xffffffffu, is_kept[r]);
     if (lane == 0) stays[warp_id() + r * (kChooseThreads / 32)] = kept_now;
   }
-  if (thread < kMostWords) by_rank[thread] = 0;
-  if (thread == 0) undecided[kMostWords] = stays[kMostWords] = 0;
-  if (thread >= kRows * (kChooseThreads / 32) && thread < kMostWords) undecided[thread] = stays[thread] = 0;
+  if (thread < kMaxWords) by_rank[thread] = 0;
+  if (thread == 0) undecided[kMaxWords] = stays[kMaxWords] = 0;
+  if (thread >= kRows * (kChooseThreads / 32) && thread < kMaxWords) undecided[thread] = stays[thread] = 0;
   __syncthreads();
   for (;;) {
     bool is_any = false;
@@ -291,17 +292,12 @@ __global__ __launch_bounds__(kChooseThreads, 1) void choose(odtrt_nms_params par
   }
   __syncthreads();
   if (warp_id() == 0) {
-    constexpr int kEach = kMostWords / 32;
+    constexpr int kEach = kMaxWords / 32;
     int counts[kEach], own = 0;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) own += counts[k] = __popc(by_rank[lane * kEach + k]);
-    int sum = own;
-#pragma unroll
-    for (int offset = 1; offset < 32; offset <<= 1) {
-      const int other = __shfl_up_sync(0xffffffffu, sum, offset);
-      if (lane >= offset) sum += other;
-    }
-    if (lane == 31) before[kMostWords] = sum;
+    int sum = warp_inclusive_scan(own);
+    if (lane == 31) before[kMaxWords] = sum;
     sum -= own;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
@@ -310,7 +306,7 @@ __global__ __launch_bounds__(kChooseThreads, 1) void choose(odtrt_nms_params par
     }
   }
   __syncthreads();
-  const int total = min(before[kMostWords], params.max_kept);
+  const int total = min(before[kMaxWords], params.max_kept);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (!is_kept[r]) continue;
@@ -327,7 +323,7 @@ struct Counts {
   int32_t valid, kept;
 };
 
-struct Workspace {
+struct SegmentWorkspace {
   Counts *counts;
   uint64_t *mask;       // [kMaxChunks, kMaxChunks, kChunk], see suppression.cuh
   uint64_t *dead;       // [kMaxChunks]
@@ -338,35 +334,31 @@ struct Workspace {
   size_t size;
 };
 
-Workspace divide_workspace(const odtrt_nms_params &params, void *memory) {
+SegmentWorkspace carve_segments(const odtrt_nms_params &params, void *memory) {
   char *next = static_cast<char *>(memory);
   const size_t n = static_cast<size_t>(params.num_boxes);
-  Workspace space{};
-  space.counts = reinterpret_cast<Counts *>(take(next, sizeof(Counts)));
-  space.mask = reinterpret_cast<uint64_t *>(take(next, sizeof(uint64_t) * kMaxCandidates * kMaxChunks));
-  space.dead = reinterpret_cast<uint64_t *>(take(next, sizeof(uint64_t) * kMaxChunks));
-  space.boxes = reinterpret_cast<Box *>(take(next, sizeof(Box) * n));
-  space.groups = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * n));
-  space.indices = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * n));
-  space.kept_ranks = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * n));
+  SegmentWorkspace space{};
+  space.counts = reinterpret_cast<Counts *>(carve(next, sizeof(Counts)));
+  space.mask = reinterpret_cast<uint64_t *>(carve(next, sizeof(uint64_t) * kMaxCandidates * kMaxChunks));
+  space.dead = reinterpret_cast<uint64_t *>(carve(next, sizeof(uint64_t) * kMaxChunks));
+  space.boxes = reinterpret_cast<Box *>(carve(next, sizeof(Box) * n));
+  space.groups = reinterpret_cast<int32_t *>(carve(next, sizeof(int32_t) * n));
+  space.indices = reinterpret_cast<int32_t *>(carve(next, sizeof(int32_t) * n));
+  space.kept_ranks = reinterpret_cast<int32_t *>(carve(next, sizeof(int32_t) * n));
   space.size = static_cast<size_t>(next - static_cast<char *>(memory));
   return space;
-}
-
-__device__ __forceinline__ uint32_t strength(float score, float threshold) {
-  return score > threshold ? ordered(add(score, 0.0f)) : 0;
 }
 
 __global__ __launch_bounds__(kRankThreads) void rank_boxes(odtrt_nms_params params,
                                                            const float *__restrict__ boxes,
                                                            const float *__restrict__ scores,
                                                            const int32_t *__restrict__ classes,
-                                                           Workspace space) {
+                                                           SegmentWorkspace space) {
   __shared__ uint4 tile[kRankTile / 4];
   let_next_kernel_start();
   const int lane = lane_id(), n = params.num_boxes, thread = static_cast<int>(threadIdx.x);
   const int i = static_cast<int>(blockIdx.x) * kRanksPerBlock + warp_id();
-  const uint32_t own = i < n ? strength(scores[i], params.score_threshold) : 0;
+  const uint32_t own = i < n ? strength_of(scores[i], params.score_threshold) : 0;
   int rank = 0, valid = 0;
   for (int start = 0; start < n; start += kRankTile) {
     __syncthreads();
@@ -374,7 +366,7 @@ __global__ __launch_bounds__(kRankThreads) void rank_boxes(odtrt_nms_params para
     for (int k = 0; k < kRankTile / kRankThreads; ++k) {
       const int j = start + k * kRankThreads + thread;
       reinterpret_cast<uint32_t *>(tile)[k * kRankThreads + thread] =
-          j < n ? strength(scores[j], params.score_threshold) : 0;
+          j < n ? strength_of(scores[j], params.score_threshold) : 0;
     }
     __syncthreads();
     const int size = min(kRankTile, n - start);
@@ -389,8 +381,8 @@ __global__ __launch_bounds__(kRankThreads) void rank_boxes(odtrt_nms_params para
       }
     }
   }
-  rank = sum_of_warp(rank);
-  if (i == 0) valid = sum_of_warp(valid);
+  rank = warp_sum_by_shuffles(rank);
+  if (i == 0) valid = warp_sum_by_shuffles(valid);
   if (lane != 0) return;
   if (i == 0) *space.counts = {valid, 0};
   if (own == 0) return;
@@ -406,22 +398,20 @@ __device__ __forceinline__ int size_of_segment(const Counts &counts, int segment
   return left < 0 ? 0 : left < kMaxCandidates ? left : kMaxCandidates;
 }
 
-__global__ __launch_bounds__(kMarkThreads) void mark(odtrt_nms_params params, Workspace space, int segment) {
+__global__ __launch_bounds__(kMaskThreads) void build_segment_mask(odtrt_nms_params params,
+                                                                   SegmentWorkspace space, int segment) {
   __shared__ Tile tile;
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int start = segment * kMaxCandidates;
-  mark_overlaps(
+  compute_iou_mask(
       size_of_segment(*space.counts, segment, params.max_kept), params.iou_threshold, space.mask, &tile,
-      [&](int i) {
-        return Candidate{space.boxes[start + i], space.groups[start + i]};
-      },
-      [](int) {});
+      [&](int i) { return Candidate{space.boxes[start + i], space.groups[start + i]}; }, [](int) {});
 }
 
-// Which candidates of a later segment are suppressed by boxes of earlier ones.
-__global__ __launch_bounds__(kMarkThreads) void mark_dead(odtrt_nms_params params, Workspace space,
-                                                          int segment) {
+// Sets a bit in space.dead for each candidate of this segment that a kept box of an earlier segment suppresses.
+__global__ __launch_bounds__(kMaskThreads) void suppress_by_earlier(odtrt_nms_params params,
+                                                                    SegmentWorkspace space, int segment) {
   __shared__ Candidate kept[kChunk];
   __shared__ unsigned long long dead;
   wait_for_previous_kernel();
@@ -455,17 +445,18 @@ __global__ __launch_bounds__(kMarkThreads) void mark_dead(odtrt_nms_params param
   if (thread == 0) space.dead[blockIdx.x] = dead;
 }
 
-__global__ __launch_bounds__(kKeepThreads, 1) void keep(odtrt_nms_params params, Workspace space, int segment,
-                                                        bool is_last, int32_t *__restrict__ kept,
-                                                        int32_t *__restrict__ num_kept) {
+__global__ __launch_bounds__(kSuppressThreads,
+                             1) void suppress_segment(odtrt_nms_params params, SegmentWorkspace space,
+                                                      int segment, bool is_last, int32_t *__restrict__ kept,
+                                                      int32_t *__restrict__ num_kept) {
   extern __shared__ uint4 ring[];
   __shared__ Survivors survivors;
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int before = space.counts->kept, thread = static_cast<int>(threadIdx.x);
-  keep_survivors(size_of_segment(*space.counts, segment, params.max_kept), space.mask,
-                 segment == 0 ? nullptr : space.dead, params.max_kept - before,
-                 reinterpret_cast<uint64_t *>(ring), survivors, [](int, uint64_t bits) { return bits; });
+  suppress_chunks(size_of_segment(*space.counts, segment, params.max_kept), space.mask,
+                  segment == 0 ? nullptr : space.dead, params.max_kept - before,
+                  reinterpret_cast<uint64_t *>(ring), survivors, [](int, uint64_t bits) { return bits; });
   visit_found(survivors, reinterpret_cast<uint16_t *>(ring), [&](int place, int candidate) {
     const int rank = segment * kMaxCandidates + candidate;
     kept[before + place] = __ldg(space.indices + rank);
@@ -473,7 +464,7 @@ __global__ __launch_bounds__(kKeepThreads, 1) void keep(odtrt_nms_params params,
   });
   const int in_all = before + survivors.num_found;
   if (is_last) {
-    for (int i = in_all + thread; i < params.max_kept; i += kKeepThreads) kept[i] = -1;
+    for (int i = in_all + thread; i < params.max_kept; i += kSuppressThreads) kept[i] = -1;
     if (thread == 0) *num_kept = in_all;
   }
   __syncthreads();
@@ -487,9 +478,9 @@ using namespace odtrt;
 
 size_t odtrt_nms_workspace(const odtrt_nms_params *params) {
   if (!is_valid(params)) return 0;
-  const size_t in_segments = divide_workspace(*params, nullptr).size;
-  return params->num_boxes > kMostAtOnce ? in_segments
-                                         : std::max(in_segments, divide_at_once(*params, nullptr).size);
+  const size_t in_segments = carve_segments(*params, nullptr).size;
+  return params->num_boxes > kMaxPairwise ? in_segments
+                                          : std::max(in_segments, carve_pairwise(*params, nullptr).size);
 }
 
 odtrt_status odtrt_nms_cuda(const odtrt_nms_params *params, const float *boxes, const float *scores,
@@ -498,22 +489,22 @@ odtrt_status odtrt_nms_cuda(const odtrt_nms_params *params, const float *boxes, 
   if (!is_valid(params) || !is_valid_nms_data(*params, boxes, scores, kept, num_kept) || workspace == nullptr) {
     return ODTRT_INVALID_ARGUMENT;
   }
-  const Workspace space = divide_workspace(*params, workspace);
+  const SegmentWorkspace space = carve_segments(*params, workspace);
   if (workspace_size < odtrt_nms_workspace(params)) return ODTRT_WORKSPACE_TOO_SMALL;
   Device device{};
   cudaError_t error = current_device(&device);
   const auto on = static_cast<cudaStream_t>(stream);
   const bool overlapped = device.overlaps_launches;
   const int n = params->num_boxes;
-  const AtOnce at_once = divide_at_once(*params, workspace);
+  const PairwiseWorkspace pairwise = carve_pairwise(*params, workspace);
   const int shared_bytes =
-      at_once.words * 32 * static_cast<int>(sizeof(Box) + sizeof(float) + sizeof(uint32_t));
-  if (error == cudaSuccess && n <= kMostAtOnce && shared_bytes <= device.most_shared_bytes) {
+      pairwise.words * 32 * static_cast<int>(sizeof(Box) + sizeof(float) + sizeof(uint32_t));
+  if (error == cudaSuccess && n <= kMaxPairwise && shared_bytes <= device.max_shared_bytes) {
     error = launch(compare, dim3(max(1, (n + kRowsOfBlock - 1) / kRowsOfBlock)), kCompareThreads, shared_bytes,
-                   on, false, *params, boxes, scores, classes, at_once);
+                   on, false, *params, boxes, scores, classes, pairwise);
     if (error == cudaSuccess) {
       const auto kernel = n <= kChooseThreads ? choose<1> : n <= 2 * kChooseThreads ? choose<2> : choose<4>;
-      error = launch(kernel, dim3(1), kChooseThreads, 0, on, overlapped, *params, at_once, kept, num_kept);
+      error = launch(kernel, dim3(1), kChooseThreads, 0, on, overlapped, *params, pairwise, kept, num_kept);
     }
     return static_cast<odtrt_status>(error);
   }
@@ -525,15 +516,16 @@ odtrt_status odtrt_nms_cuda(const odtrt_nms_params *params, const float *boxes, 
   const int segments = n <= kMaxCandidates ? 1 : (n + kMaxCandidates - 1) / kMaxCandidates;
   for (int segment = 0; segment < segments && error == cudaSuccess; ++segment) {
     if (segment > 0)
-      error = launch(mark_dead, dim3(kMaxChunks), kMarkThreads, 0, on, overlapped, *params, space, segment);
+      error = launch(suppress_by_earlier, dim3(kMaxChunks), kMaskThreads, 0, on, overlapped, *params, space,
+                     segment);
     const int in_segment = min(n - segment * kMaxCandidates, kMaxCandidates);
     const int chunks = (in_segment + kChunk - 1) / kChunk;
     const int tiles = max(1, min(chunks * (chunks + 1) / 2, device.multiprocessors * 8));
     if (error == cudaSuccess)
-      error = launch(mark, dim3(tiles), kMarkThreads, 0, on, overlapped, *params, space, segment);
+      error = launch(build_segment_mask, dim3(tiles), kMaskThreads, 0, on, overlapped, *params, space, segment);
     if (error == cudaSuccess) {
-      error = launch(keep, dim3(1), kKeepThreads, kRingBytes, on, overlapped, *params, space, segment,
-                     segment + 1 == segments, kept, num_kept);
+      error = launch(suppress_segment, dim3(1), kSuppressThreads, kRingBytes, on, overlapped, *params, space,
+                     segment, segment + 1 == segments, kept, num_kept);
     }
   }
   return static_cast<odtrt_status>(error);

@@ -1,17 +1,17 @@
-/* odtrt: what stands before and behind the network of a detector, on a CPU and on an NVIDIA GPU.
+/* odtrt: preprocessing and post-processing of a detector, on a CPU and on an NVIDIA GPU.
  *
  * odtrt_postprocess_*   raw heads -> detections, the TensorFlow OD API's own post-processing, exactly
  * odtrt_nms_*           boxes and scores -> the boxes that non-maximum suppression keeps
  * odtrt_preprocess_*    uint8 image -> network input, the OD API's own resizer and normalisation
  *
  * Each exists as *_cpu, which runs threads of its own, and as *_cuda, which enqueues kernels on a stream.
- * Both give the same bits from the same inputs: exp, sigmoid and softmax are defined operation by operation
- * (semantics.h), so not even rounding depends on the device.
+ * Both give the same bits from the same inputs, because semantics.h defines exp, sigmoid and softmax operation by
+ * operation.
  *
  * A *_cuda call allocates nothing, does not wait for the device, uses no memory but its arguments and the
- * workspace, and may be captured in a CUDA graph. The workspace needs no initialisation; its size is asked
- * for beforehand, and two calls that may run at the same time need one each. Pointers are device pointers
- * there, and host pointers in *_cpu; the structs are read during the call only and always in host memory.
+ * workspace, and may be captured in a CUDA graph. The workspace needs no initialisation; a *_workspace function
+ * returns its size, and two calls that may run at the same time need one each. *_cuda takes device pointers, *_cpu host
+ * pointers. The structs lie in host memory and are read only during the call.
  *
  * Boxes are [ymin, xmin, ymax, xmax]. Arrays are dense, in C order. Device arrays are aligned to 16 bytes, host
  * arrays and structs as the compiler aligns them; a host pointer that is not is an invalid argument.
@@ -86,14 +86,14 @@ ODTRT_API odtrt_status odtrt_postprocess_cpu(const odtrt_postprocess_params *par
                                              const odtrt_heads *heads, const odtrt_detections *out,
                                              int32_t num_threads);
 
-/* Bytes of device memory that odtrt_postprocess_cuda needs; 0 where an argument is invalid. */
+/* Bytes of device memory that odtrt_postprocess_cuda needs; 0 if an argument is invalid. */
 ODTRT_API size_t odtrt_postprocess_workspace(const odtrt_postprocess_params *params, int32_t batch);
 
 ODTRT_API odtrt_status odtrt_postprocess_cuda(const odtrt_postprocess_params *params, int32_t batch,
                                               const odtrt_heads *heads, const odtrt_detections *out,
                                               void *workspace, size_t workspace_size, void *stream);
 
-/* Greedy non-maximum suppression: from the best score down (the lower index first where scores are equal), a
+/* Greedy non-maximum suppression: from the best score down (the lower index first if scores are equal), a
  * box is kept unless its IoU with a kept one of its class is greater than iou_threshold.
  * boxes float32 [n, 4], scores float32 [n], classes int32 [n] or NULL: all boxes compete.
  * Scores that are not greater than score_threshold are left out: NaN always, -infinity too.

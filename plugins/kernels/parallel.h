@@ -1,4 +1,4 @@
-// Threads for one call: started when the work is worth them, gone when it returns.
+// Threads that live for one call. A call starts them only if its work is large enough.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +12,15 @@
 
 namespace odtrt {
 
-// How many threads `work` units deserve when one should get at least `least_share`. wanted: 0 for all there are.
-inline int threads_for(size_t work, size_t least_share, int32_t wanted) {
+// How many threads to use so that each gets at least `min_share` of `work` units. wanted: the most that may be used;
+// 0: one for each processor core.
+inline int threads_for(size_t work, size_t min_share, int32_t wanted) {
   const size_t available = wanted > 0 ? static_cast<size_t>(wanted) : std::thread::hardware_concurrency();
-  return static_cast<int>(std::max<size_t>(1, std::min(available, work / least_share)));
+  return static_cast<int>(std::max<size_t>(1, std::min(available, work / min_share)));
 }
 
-// Calls work(i) once for every i from 0 to count - 1, in any order, on this thread and num_threads - 1 more.
+// Calls work(i) once for every i from 0 to count - 1, in any order, on this thread and num_threads - 1 more. Rethrows
+// an exception of work.
 template <typename Work>
 void for_each_index(size_t count, int num_threads, const Work &work) {
   std::atomic<size_t> next{0};
@@ -37,7 +39,7 @@ void for_each_index(size_t count, int num_threads, const Work &work) {
   threads.reserve(others);
   try {
     while (threads.size() < others) threads.emplace_back(take_turns);
-  } catch (...) {  // the system has no thread to give: the ones that run do the work
+  } catch (...) {  // the system refuses a thread: the ones that run do all the work
   }
   take_turns();
   for (std::thread &thread : threads) thread.join();

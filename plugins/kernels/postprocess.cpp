@@ -1,9 +1,10 @@
-// odtrt_postprocess_cpu: the head of the final order, no more of it than the detections need.
+// odtrt_postprocess_cpu sorts only as much of the final order (its head) as the detections need.
 //
-// 1. The best logit of every anchor: one pass over the logits, the only work that grows with anchors x classes.
-// 2. Some thousand of the best anchors give the pairs (anchor, class) of the head. Scores never fall as logits
-//    rise, so logits decide who is in it, at a cut that no pair outside reaches or equals in score.
-// 3. The head is sorted and walked, one pair at a time. Where it ends too early, the next, larger one follows.
+// 1. It finds the best logit of every anchor in one pass over the logits. Only this work grows with anchors x classes.
+// 2. It takes the pairs (anchor, class) of the head from some thousand of the best anchors. Scores never fall as logits
+//    rise, so logits decide which pairs are in the head. No pair outside has a score as high as one inside.
+// 3. It sorts the head and walks through it, one pair at a time. If the head ends too early, the next, larger one
+//    follows.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -27,14 +28,14 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 float as_float(float value) { return value; }
 float as_float(uint16_t half) { return float_of_half(half); }
 
-// The greatest of count >= 1 numbers; NaN does not count. -infinity where there is nothing else.
+// The greatest of count >= 1 numbers, ignoring NaN; -infinity if all are NaN.
 float greatest(const float *values, size_t count) {
   constexpr size_t kLanes = 16;
   float best = -kInfinity;
   if (count >= kLanes) {
     float lanes[kLanes];
     std::fill(lanes, lanes + kLanes, -kInfinity);
-    for (size_t start = 0; start < count; start += kLanes) {  // the last sixteen may be seen twice
+    for (size_t start = 0; start < count; start += kLanes) {  // the last sixteen may overlap those before
       const float *next = values + std::min(start, count - kLanes);
       for (size_t i = 0; i < kLanes; ++i) lanes[i] = next[i] > lanes[i] ? next[i] : lanes[i];
     }
@@ -58,7 +59,7 @@ bool has_nan(const Number *values, size_t count) {
   return found != 0;
 }
 
-// One call's images, and what its first pass found out about every anchor of each.
+// The images of one call, and for every anchor of each what the first pass computes.
 template <typename Number>
 struct Batch {
   const odtrt_postprocess_params &params;
@@ -66,13 +67,14 @@ struct Batch {
   const float *anchors, *clip_windows;
   const odtrt_detections &out;
   size_t num_anchors, num_columns, first_column;
-  // [batch, N]: the best logit without the background's, or with softmax the best score. NaN: no candidate.
+  // [batch, N]: the best logit except the background's; with softmax the best score. NaN: the anchor has no candidate.
   std::unique_ptr<float[]> best;
   // [batch, N], with softmax only: the greatest logit times logit_factor, and the sum of exp(x - greatest).
   std::unique_ptr<float[]> row_max, row_sum;
 };
 
-// The score of a logit, with sigmoid and identity. Never falls as the logit rises; -0 and what is subnormal is 0.
+// The score of a logit, with sigmoid and identity. It never falls as the logit rises. A score that is -0 or subnormal
+// becomes 0.
 float score_of_logit(const odtrt_postprocess_params &params, float logit) {
   const float value = mul(logit, params.logit_factor);
   return params.score_converter == ODTRT_SIGMOID ? sigmoid(value) : flushed(value);
@@ -87,14 +89,15 @@ void fill_with_exps(const Number *logits, size_t count, float logit_factor, floa
   for (size_t i = 0; i < count; ++i) exps[i] = exp_below_max(as_float(logits[i]), logit_factor, row_max);
 }
 
-// The least logit for which `suffices`, which may not turn false again as logits rise. NaN where none does.
-template <typename Suffices>
-float least_logit(const Suffices &suffices) {
-  if (!suffices(kInfinity)) return kNan;
+// The lowest logit for which predicate(logit) holds, by bisection; NaN if it holds for none. If it holds for a logit,
+// it must hold for all higher ones.
+template <typename Predicate>
+float min_logit_where(const Predicate &predicate) {
+  if (!predicate(kInfinity)) return kNan;
   uint32_t low = ordered(-kInfinity), high = ordered(kInfinity);
   while (low < high) {
     const uint32_t middle = low + (high - low) / 2;
-    if (suffices(unordered(middle))) {
+    if (predicate(unordered(middle))) {
       high = middle;
     } else {
       low = middle + 1;
@@ -124,7 +127,8 @@ void find_best_softmax(const Batch<Number> &batch, size_t first_row, size_t last
     if (!std::isfinite(row_max) || has_nan(logits, batch.num_columns)) continue;
     const float best_logit = greatest(logits + batch.first_column, batch.num_columns - batch.first_column);
     const float best_exp = exp_below_max(best_logit, params.logit_factor, row_max);
-    if (!(best_exp > params.score_threshold)) continue;  // the sum is 1 or more: the score is not greater
+    if (!(best_exp > params.score_threshold))
+      continue;  // the sum is at least 1, so the score is not above best_exp
     fill_with_exps(logits, batch.num_columns, params.logit_factor, row_max, exps.data());
     uint64_t units = 0;
     for (const float value : exps) units += softmax_units(value);
@@ -134,14 +138,15 @@ void find_best_softmax(const Batch<Number> &batch, size_t first_row, size_t last
   }
 }
 
-// From `lower` to below `upper`, in the measure of Batch::best. An upper of NaN is no limit.
+// A measure is what Batch::best holds: a logit, or with softmax a score. A range reaches from `lower` to below
+// `upper`; an upper of NaN is no limit.
 struct Range {
   float lower, upper;
 
   bool contains(float value) const { return value >= lower && !(value >= upper); }
 };
 
-// The walk over one image's candidates, from the best score down.
+// Walks over one image's candidates, from the best score down.
 template <typename Number>
 class Image {
  public:
@@ -151,8 +156,8 @@ class Image {
         index_(index),
         first_row_(index * batch.num_anchors),
         is_softmax_(params_.score_converter == ODTRT_SOFTMAX),
-        most_of_a_group_(static_cast<size_t>(params_.class_agnostic ? params_.max_total_detections
-                                                                    : params_.max_detections_per_class)),
+        max_per_group_(static_cast<size_t>(params_.class_agnostic ? params_.max_total_detections
+                                                                  : params_.max_detections_per_class)),
         groups_(params_.class_agnostic ? 1 : batch.num_columns - batch.first_column) {
     if (batch.clip_windows != nullptr) {
       const float *window = batch.clip_windows + 4 * index;
@@ -160,34 +165,34 @@ class Image {
     }
   }
 
-  // weakest: the least measure of a candidate.
-  void detect(float weakest) {
+  // min_measure: the lowest measure that a candidate can have.
+  void detect(float min_measure) {
     const float *best = batch_.best.get() + first_row_;
     std::vector<float> passing;
     for (size_t i = 0; i < batch_.num_anchors; ++i) {
-      if (best[i] >= weakest) passing.push_back(best[i]);
+      if (best[i] >= min_measure) passing.push_back(best[i]);
     }
     std::vector<uint64_t> keys;
-    Range range{weakest, kNan};
+    Range range{min_measure, kNan};
     for (size_t head = kFirstHead;; head *= kHeadGrowth) {
-      range.lower = passing.size() > head ? cut_at(passing, head) : weakest;
+      range.lower = passing.size() > head ? cut_at(passing, head) : min_measure;
       keys.clear();
       collect(range, keys);
-      const bool wants_more = take_descending(keys, [this](uint64_t key) { return take(key); });
-      if (!wants_more || !(range.lower > weakest)) break;
+      const bool wants_more = visit_descending(keys, [this](uint64_t key) { return consider(key); });
+      if (!wants_more || !(range.lower > min_measure)) break;
       range.upper = range.lower;
     }
     pad();
   }
 
  private:
-  // A measure that at least `count` of the anchors reach, and that no pair with an equal score falls short of.
+  // A measure that at least `count` anchors reach. Pairs whose scores are equal to its score reach it too.
   float cut_at(std::vector<float> &passing, size_t count) const {
     const auto nth = passing.begin() + static_cast<std::ptrdiff_t>(count - 1);
     std::nth_element(passing.begin(), nth, passing.end(), [](float a, float b) { return a > b; });
     if (is_softmax_) return *nth;
     const float score = score_of_logit(params_, *nth);
-    return least_logit([&](float logit) { return score_of_logit(params_, logit) >= score; });
+    return min_logit_where([&](float logit) { return score_of_logit(params_, logit) >= score; });
   }
 
   void collect(const Range &range, std::vector<uint64_t> &keys) const {
@@ -225,16 +230,16 @@ class Image {
     return normal_or_zero(divide(exp, batch_.row_sum[row]));
   }
 
-  // False once nothing that follows can be a detection.
-  bool take(uint64_t key) {
+  // Keeps or drops the pair with this key. Returns false if no later pair can become a detection.
+  bool consider(uint64_t key) {
     const size_t place = place_of(key), anchor = place % batch_.num_anchors, group = place / batch_.num_anchors;
     KeptBoxes &rivals = groups_[group];
-    if (rivals.size() >= most_of_a_group_) return true;
+    if (rivals.size() >= max_per_group_) return true;
     const Box box = decoded(anchor), corners = with_ordered_corners(box);
     const float area = signed_area(corners);
     if (rivals.suppress(corners, area, params_.iou_threshold)) return true;
     rivals.keep(corners, area);
-    full_groups_ += rivals.size() >= most_of_a_group_;
+    full_groups_ += rivals.size() >= max_per_group_;
     const Box clipped = clip(box, window_);
     const float score = odtrt::score_of(key);
     if (signed_area(clipped) > 0.0f && score >= 0.0f) {
@@ -270,8 +275,8 @@ class Image {
   }
 
   void pad() const {
-    const size_t most = static_cast<size_t>(params_.max_total_detections);
-    const size_t first = index_ * most + count_, last = (index_ + 1) * most;
+    const size_t max_detections = static_cast<size_t>(params_.max_total_detections);
+    const size_t first = index_ * max_detections + count_, last = (index_ + 1) * max_detections;
     std::fill(batch_.out.boxes + first * 4, batch_.out.boxes + last * 4, 0.0f);
     std::fill(batch_.out.scores + first, batch_.out.scores + last, 0.0f);
     std::fill(batch_.out.classes + first, batch_.out.classes + last, 0);
@@ -283,7 +288,7 @@ class Image {
   const odtrt_postprocess_params &params_;
   const size_t index_, first_row_;
   const bool is_softmax_;
-  const size_t most_of_a_group_;
+  const size_t max_per_group_;
   std::vector<KeptBoxes> groups_;
   Box window_{0.0f, 0.0f, 1.0f, 1.0f};
   size_t full_groups_ = 0, count_ = 0;
@@ -319,11 +324,11 @@ void postprocess(const odtrt_postprocess_params &params, size_t num_images, cons
       find_best_logits(batch, first, last);
     }
   });
-  const float weakest =
-      is_softmax
-          ? std::nextafter(params.score_threshold, kInfinity)
-          : least_logit([&](float logit) { return score_of_logit(params, logit) > params.score_threshold; });
-  for_each_index(num_images, threads, [&](size_t index) { Image<Number>(batch, index).detect(weakest); });
+  const float min_measure =
+      is_softmax ? std::nextafter(params.score_threshold, kInfinity) : min_logit_where([&](float logit) {
+        return score_of_logit(params, logit) > params.score_threshold;
+      });
+  for_each_index(num_images, threads, [&](size_t index) { Image<Number>(batch, index).detect(min_measure); });
 }
 
 }  // namespace
@@ -331,8 +336,8 @@ void postprocess(const odtrt_postprocess_params &params, size_t num_images, cons
 
 odtrt_status odtrt_postprocess_cpu(const odtrt_postprocess_params *params, int32_t batch,
                                    const odtrt_heads *heads, const odtrt_detections *out, int32_t num_threads) {
-  if (!odtrt::is_valid(params, batch) || !odtrt::is_valid(heads, out) ||
-      !odtrt::are_aligned(*heads, *out) || num_threads < 0) {
+  if (!odtrt::is_valid(params, batch) || !odtrt::is_valid(heads, out) || !odtrt::are_aligned(*heads, *out) ||
+      num_threads < 0) {
     return ODTRT_INVALID_ARGUMENT;
   }
   return odtrt::status_of([&] {

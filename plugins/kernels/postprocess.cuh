@@ -1,4 +1,4 @@
-// What both chains of kernels of odtrt_postprocess_cuda share: the workspace, scores, boxes, detections.
+// Code that the kernels for all GPUs use in odtrt_postprocess_cuda: the workspace, scores, boxes, detections.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -9,28 +9,29 @@
 namespace odtrt {
 namespace {
 
-constexpr int kBins = 2048;
-constexpr int kEnough = 2048;          // pairs to aim at
-constexpr int kMaxGathered = 1 << 16;  // pairs that gather can hold
-#if !defined(ODTRT_FEW_PAIRS)          // the tests send small heads through what is meant for large ones
+constexpr int kBins = 2048;             // of the histogram of scores
+constexpr int kTargetPairs = 2048;      // pairs that the bound should leave above it
+constexpr int kMaxCollected = 1 << 16;  // pairs that compact_above can hold
+#if !defined(ODTRT_FEW_PAIRS)           // the tests run the code for large heads on small ones
 #define ODTRT_FEW_PAIRS (1 << 20)
 #endif
-constexpr int64_t kFewPairs = ODTRT_FEW_PAIRS;
-constexpr int kGradeThreads = 256;
-constexpr int kRowsAtOnce = 4;
+constexpr int64_t kFewPairs = ODTRT_FEW_PAIRS;  // the histogram counts pairs if there are at most so many
+constexpr int kScoreThreads = 256;              // of a block that reads the logits
+constexpr int kRowsAtOnce = 4;                  // anchors whose logits a warp reads at a time
 constexpr int kColumnsAtOnce = 96;
-constexpr int kSlot = 64;  // pairs that one block of `find` can hand on
+constexpr int kSlotSize = 64;  // pairs that one block of select_candidates can pass on
 constexpr int kMaxSlots = 1024;
-static_assert(kMaxSlots * kSlot <= kMaxGathered, "the slots lie in the same memory");
+static_assert(kMaxSlots * kSlotSize <= kMaxCollected, "slots and collected pairs use the same memory");
 
+// What the blocks of one image tell one another.
 struct Progress {
-  uint32_t gathered;
-  uint32_t bound;        // lowest bin that was gathered
-  uint32_t count;        // candidates in order
+  uint32_t num_collected;
+  uint32_t bound;        // the lowest bin whose pairs were collected
+  uint32_t count;        // of the sorted candidates
   uint32_t is_complete;  // nothing is left below the bound
-  // What the first block of `keep` asks all of its blocks to do: count or collect the pairs that are still in the
-  // running, with keys from low to high.
-  uint32_t round;  // a new number: there is work; kFinished: there will be none
+  // What the first block of `suppress` asks all blocks to do: count or collect the undecided pairs with keys from low
+  // to high.
+  uint32_t round;  // changes if there is new work; kFinished: there will be no more
   uint32_t next_tile, tiles_done;
   uint32_t is_counting, shift;
   uint64_t low, high;
@@ -40,58 +41,66 @@ struct Progress {
 struct Workspace {
   Progress *progress;
   uint32_t *histogram;   // [kBins]
-  uint64_t *is_visible;  // [kMaxChunks], a bit for each candidate
-  uint64_t *gathered;    // [kMaxGathered], order keys in no order
+  uint64_t *is_visible;  // [kMaxChunks], a bit for each candidate: part of its box is inside the clip window
+  uint64_t *collected;   // [kMaxCollected], order keys, not sorted
   uint64_t *keys;        // [kMaxCandidates], in the final order
   uint64_t *mask;        // [kMaxChunks, kMaxChunks, kChunk], see suppression.cuh
-  uint32_t
-      *slot_bounds;      // [kMaxSlots], from which grade on a slot, in `gathered`, has all of its block's pairs
-  uint32_t *grades;      // [N], ordered(best score); 0: no candidate
-  int32_t *group_first;  // [groups]; these four only serve what is left below the bound
-  uint32_t *group_size;  // [groups]
-  int32_t *kept_next;    // [max_kept]
-  Box *kept_boxes;       // [max_kept]
-  int32_t *kept_group;   // [max_kept]; this and slot_bounds only serve `settle`
+  // [kMaxSlots], a score, ordered: a slot, in `collected`, has all of its block's pairs from this score up.
+  uint32_t *slot_bounds;
+  uint32_t *best_scores;  // [N], ordered(best score); 0: no candidate
+  int32_t *group_first;   // [groups]; only pairs below the bound need this and the next three
+  uint32_t *group_size;   // [groups]
+  int32_t *kept_next;     // [max_kept]
+  Box *kept_boxes;        // [max_kept]
+  int32_t *kept_group;    // [max_kept]; only suppress_in_cluster uses this and slot_bounds
 };
 
+// What all kernels of one call are given.
 struct Call {
   odtrt_postprocess_params params;
   odtrt_heads heads;
   odtrt_detections out;
   char *workspace;
-  size_t image_size;  // of the workspace
+  size_t image_size;  // bytes of the workspace that an image takes
+  // A group is the pairs that can suppress one another: those of a class, or all. cap: kept boxes of a group at most.
   int32_t num_groups, max_kept, cap;
-  int32_t num_slots;  // blocks of `find`
-  // Groups of anchors that each of them takes, and how many of the first ones take one more.
-  int32_t groups_each, groups_left;
-  float least_logit;     // scaled; a lower one has no score above the threshold
-  uint32_t least_best;   // ordered, not scaled; an anchor whose best logit is less has no candidate
-  int32_t counts_pairs;  // the histogram is of all candidates; else of each anchor's best
+  int32_t num_slots;  // blocks of select_candidates
+  // Groups of anchors that each of these blocks reads, and how many of the first blocks read one more.
+  int32_t groups_of_each, blocks_with_one_more;
+  float min_logit;          // scaled; a lower logit has no score above the threshold
+  uint32_t min_best_logit;  // ordered, not scaled; an anchor whose best logit is less has no candidate
+  int32_t counts_pairs;     // 1: the histogram counts all candidates; 0: each anchor's best score
 };
 
-// Returns the bytes that an image takes.
-ODTRT_HD size_t lay_out(const Call &call, char *memory, Workspace *space) {
+// Divides an image's memory among the arrays of its workspace. Returns the bytes that they take.
+ODTRT_HD size_t carve_workspace(const Call &call, char *memory, Workspace *space) {
   char *next = memory;
-  space->progress = reinterpret_cast<Progress *>(take(next, sizeof(Progress)));
-  space->histogram = reinterpret_cast<uint32_t *>(take(next, sizeof(uint32_t) * kBins));
-  space->is_visible = reinterpret_cast<uint64_t *>(take(next, sizeof(uint64_t) * kMaxChunks));
-  space->gathered = reinterpret_cast<uint64_t *>(take(next, sizeof(uint64_t) * kMaxGathered));
-  space->keys = reinterpret_cast<uint64_t *>(take(next, sizeof(uint64_t) * kMaxCandidates));
-  space->mask = reinterpret_cast<uint64_t *>(take(next, sizeof(uint64_t) * kMaxCandidates * kMaxChunks));
-  space->slot_bounds = reinterpret_cast<uint32_t *>(take(next, sizeof(uint32_t) * kMaxSlots));
-  space->grades = reinterpret_cast<uint32_t *>(take(next, sizeof(uint32_t) * call.params.num_anchors));
-  space->group_first = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * call.num_groups));
-  space->group_size = reinterpret_cast<uint32_t *>(take(next, sizeof(uint32_t) * call.num_groups));
-  space->kept_next = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * call.max_kept));
-  space->kept_boxes = reinterpret_cast<Box *>(take(next, sizeof(Box) * call.max_kept));
-  space->kept_group = reinterpret_cast<int32_t *>(take(next, sizeof(int32_t) * call.max_kept));
+  space->progress = reinterpret_cast<Progress *>(carve(next, sizeof(Progress)));
+  space->histogram = reinterpret_cast<uint32_t *>(carve(next, sizeof(uint32_t) * kBins));
+  space->is_visible = reinterpret_cast<uint64_t *>(carve(next, sizeof(uint64_t) * kMaxChunks));
+  space->collected = reinterpret_cast<uint64_t *>(carve(next, sizeof(uint64_t) * kMaxCollected));
+  space->keys = reinterpret_cast<uint64_t *>(carve(next, sizeof(uint64_t) * kMaxCandidates));
+  space->mask = reinterpret_cast<uint64_t *>(carve(next, sizeof(uint64_t) * kMaxCandidates * kMaxChunks));
+  space->slot_bounds = reinterpret_cast<uint32_t *>(carve(next, sizeof(uint32_t) * kMaxSlots));
+  space->best_scores = reinterpret_cast<uint32_t *>(carve(next, sizeof(uint32_t) * call.params.num_anchors));
+  space->group_first = reinterpret_cast<int32_t *>(carve(next, sizeof(int32_t) * call.num_groups));
+  space->group_size = reinterpret_cast<uint32_t *>(carve(next, sizeof(uint32_t) * call.num_groups));
+  space->kept_next = reinterpret_cast<int32_t *>(carve(next, sizeof(int32_t) * call.max_kept));
+  space->kept_boxes = reinterpret_cast<Box *>(carve(next, sizeof(Box) * call.max_kept));
+  space->kept_group = reinterpret_cast<int32_t *>(carve(next, sizeof(int32_t) * call.max_kept));
   return static_cast<size_t>(next - memory);
 }
 
-__device__ __forceinline__ Workspace space_of(const Call &call, int image) {
+__device__ __forceinline__ Workspace workspace_of(const Call &call, int image) {
   Workspace space;
-  lay_out(call, call.workspace + call.image_size * image, &space);
+  carve_workspace(call, call.workspace + call.image_size * image, &space);
   return space;
+}
+
+template <typename T>
+__device__ __forceinline__ const T *logits_of(const Call &call, int image) {
+  return static_cast<const T *>(call.heads.class_logits) +
+         static_cast<size_t>(image) * call.params.num_anchors * call.params.num_columns;
 }
 
 // ---- scores and places -------------------------------------------------------------------------------------------
@@ -99,84 +108,19 @@ __device__ __forceinline__ Workspace space_of(const Call &call, int image) {
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 
-// 64 bins an octave, up to score 1; a higher score never has a lower bin.
+// The bin of a score in the histogram: 64 bins an octave, up to score 1. A higher score never has a lower bin.
 __device__ __forceinline__ int bin_of(float score) {
   if (!(score > 0.0f)) return 0;
   const int bin = static_cast<int>(bits_of(score) >> 17) - (127 - kBins / 64) * 64;
   return bin < 0 ? 0 : bin < kBins ? bin : kBins - 1;
 }
 
-// The least score in a bin above 0.
+// The lowest score in a bin above bin 0.
 __device__ __forceinline__ float lowest_of_bin(int bin) {
   return float_of(static_cast<uint32_t>(bin + (127 - kBins / 64) * 64) << 17);
 }
 
-__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(0xffffffffu, value);
-#else
-#pragma unroll
-  for (int offset = 16; offset > 0; offset >>= 1)
-    value = max(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  return value;
-#endif
-}
-
-__device__ __forceinline__ uint32_t warp_sum(uint32_t value) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_add_sync(0xffffffffu, value);
-#else
-#pragma unroll
-  for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-#endif
-}
-
-__device__ __forceinline__ uint32_t warp_or(uint32_t value) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_or_sync(0xffffffffu, value);
-#else
-#pragma unroll
-  for (int offset = 16; offset > 0; offset >>= 1) value |= __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-#endif
-}
-
-__device__ __forceinline__ uint64_t warp_max(uint64_t value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset >>= 1) {
-    const uint64_t other = __shfl_xor_sync(0xffffffffu, value, offset);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
-__device__ __forceinline__ uint64_t warp_sum(uint64_t value) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xffffffffu, value, offset);
-  return value;
-}
-
-// The sum of the values of this lane and all higher ones; and of this one and all lower ones.
-__device__ __forceinline__ uint32_t sum_from_lane(uint32_t value) {
-#pragma unroll
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const uint32_t other = __shfl_down_sync(0xffffffffu, value, offset);
-    if (lane_id() + offset < 32) value += other;
-  }
-  return value;
-}
-
-__device__ __forceinline__ uint32_t sum_to_lane(uint32_t value) {
-#pragma unroll
-  for (int offset = 1; offset < 32; offset <<= 1) {
-    const uint32_t other = __shfl_up_sync(0xffffffffu, value, offset);
-    if (lane_id() >= offset) value += other;
-  }
-  return value;
-}
-
-// What a number up to `width` must be shifted by to have `bits` bits at most.
+// How far numbers up to `width` must be shifted right so that they have at most `bits` bits.
 __device__ __forceinline__ int shift_for(uint32_t width, int bits) {
   return max(0, 32 - __clz(static_cast<int>(width)) - bits);
 }
@@ -190,10 +134,10 @@ __device__ __forceinline__ float score_of_logit(float scaled) {
 }
 
 struct Softmax {
-  float maximum, sum;  // of a whole row; the maximum is NaN if any score would be
+  float maximum, sum;  // over the whole row; the maximum is NaN if any score would be NaN
 };
 
-// Called by a whole warp.
+// A whole warp calls this.
 template <typename T>
 __device__ __forceinline__ Softmax softmax_of(const T *row, const odtrt_postprocess_params &params) {
   uint32_t best = 0;
@@ -216,11 +160,11 @@ __device__ __forceinline__ float score_of_logit(const Softmax &softmax, float sc
   return normal_or_zero(divide(exponential(sub(scaled, softmax.maximum)), softmax.sum));
 }
 
-// Where a pair stands among equal scores. Class by class; class-agnostic: anchor by anchor.
 struct Pair {
   int32_t anchor, label;
 };
 
+// The rank of a pair among pairs of equal score: by class, then by anchor; class-agnostic: by anchor, then by class.
 __device__ __forceinline__ uint32_t place_of_pair(const odtrt_postprocess_params &params, Pair pair) {
   const uint32_t classes = static_cast<uint32_t>(params.num_columns - params.background_column);
   return params.class_agnostic
@@ -242,26 +186,27 @@ __device__ __forceinline__ int32_t group_of(const odtrt_postprocess_params &para
   return params.class_agnostic ? 0 : pair.label;
 }
 
-// A scaled logit that is less has a score that is less than `score`: by a margin, so that it may be rough.
+// A scaled logit below this has a score below `score`. The bound is computed roughly, and a margin makes up for that.
 template <int kConverter>
-ODTRT_HD float cautious_logit(float score) {
+ODTRT_HD float logit_lower_bound(float score) {
   if (kConverter == ODTRT_IDENTITY) return score;
   if (kConverter == ODTRT_SOFTMAX || !(score > 0.0f)) return float_of(0xff800000u);
-  const float rest = fmaxf(1.0f - score, 1e-7f);
+  const float complement = fmaxf(1.0f - score, 1e-7f);
 #if defined(__CUDA_ARCH__)
-  const float logit = __logf(__fdividef(score, rest));
+  const float logit = __logf(__fdividef(score, complement));
 #else
-  const float logit = logf(score / rest);
+  const float logit = logf(score / complement);
 #endif
   return fminf(logit, 15.0f) - 0.01f - 0.001f * fabsf(logit);
 }
 
-// The pairs of an anchor that may have a score of `least` or more, and others. Called by a whole warp, as
-// visit(is_candidate, key) is, for 32 columns at a time. Class-agnostic: one lane has the anchor's best class.
+// Calls visit(is_candidate, key) for all pairs of an anchor whose score is min_score or more, and perhaps for others.
+// A whole warp calls this, and visit is called by all lanes, for 32 columns at a time. Class-agnostic: one lane has
+// the pair of the anchor's best class.
 template <typename T, int kConverter, typename Visit>
 __device__ __forceinline__ void visit_pairs(const odtrt_postprocess_params &params, const T *__restrict__ row,
-                                            int anchor, float least, Visit visit) {
-  const float least_logit = cautious_logit<kConverter>(least);
+                                            int anchor, float min_score, Visit visit) {
+  const float min_logit = logit_lower_bound<kConverter>(min_score);
   constexpr int kUnrolled = 4;
   Softmax softmax{};
   if (kConverter == ODTRT_SOFTMAX) softmax = softmax_of(row, params);
@@ -282,7 +227,7 @@ __device__ __forceinline__ void visit_pairs(const odtrt_postprocess_params &para
       const float scaled = mul(logits[k], params.logit_factor);
       const bool is_class = label >= 0 && column < params.num_columns;
       if (kConverter != ODTRT_SOFTMAX && !params.class_agnostic &&
-          !__any_sync(0xffffffffu, is_class && scaled >= least_logit)) {
+          !__any_sync(0xffffffffu, is_class && scaled >= min_logit)) {
         continue;
       }
       const float score =
@@ -303,7 +248,7 @@ __device__ __forceinline__ void visit_pairs(const odtrt_postprocess_params &para
   }
 }
 
-// The best score of an anchor with a softmax; NaN: no candidate. Called by a whole warp.
+// The best score of an anchor with a softmax; NaN: it has no candidate. A whole warp calls this.
 template <typename T>
 __device__ __forceinline__ float best_of_softmax(const odtrt_postprocess_params &params,
                                                  const T *__restrict__ row) {
@@ -313,6 +258,10 @@ __device__ __forceinline__ float best_of_softmax(const odtrt_postprocess_params 
     best = max(best, ordered(to_float(row[c])));
   }
   return score_of_logit(softmax, mul(unordered(warp_max(best)), params.logit_factor));
+}
+
+__device__ __forceinline__ Box box_from(const float4 &corners) {
+  return {corners.x, corners.y, corners.z, corners.w};
 }
 
 struct EncodedBox {
@@ -363,6 +312,39 @@ __device__ void write_detection(const Call &call, int image, int m, const Box &b
   call.out.scores[at] = score_of(key);
   call.out.classes[at] = pair.label;
   if (call.out.anchors != nullptr) call.out.anchors[at] = pair.anchor;
+}
+
+// Pads the detections with zeros from `found` on, and writes how many there are. All kThreads threads of one block
+// call this.
+template <int kThreads>
+__device__ __forceinline__ void write_padding(const Call &call, int image, int found) {
+  for (int m = found + static_cast<int>(threadIdx.x); m < call.params.max_total_detections; m += kThreads) {
+    const size_t at = static_cast<size_t>(image) * call.params.max_total_detections + m;
+    reinterpret_cast<float4 *>(call.out.boxes)[at] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    call.out.scores[at] = 0.0f;
+    call.out.classes[at] = 0;
+    if (call.out.anchors != nullptr) call.out.anchors[at] = 0;
+  }
+  if (threadIdx.x == 0) call.out.num_detections[image] = found;
+}
+
+// Whether a pair is not decided yet: nothing that was kept suppresses it, and its group is not full. knows_sizes:
+// whether group_size is up to date. Reads through the L2 cache, because another block writes what was kept.
+template <typename T>
+__device__ __forceinline__ bool is_pair_undecided(const Call &call, const Workspace &space, int image,
+                                                  uint64_t key, bool knows_sizes) {
+  const Pair pair = pair_of(call.params, key);
+  const int group = group_of(call.params, pair);
+  if (knows_sizes && __ldcg(space.group_size + group) >= static_cast<uint32_t>(call.cap)) return false;
+  int at = __ldcg(space.group_first + group);
+  if (at < 0) return true;
+  const Box box = with_ordered_corners(box_of<T>(call, image, pair.anchor));
+  const float area = signed_area(box);
+  for (; at >= 0; at = __ldcg(space.kept_next + at)) {
+    const Box kept = box_from(__ldcg(reinterpret_cast<const float4 *>(space.kept_boxes) + at));
+    if (suppresses(kept, signed_area(kept), box, area, call.params.iou_threshold)) return false;
+  }
+  return true;
 }
 
 }  // namespace

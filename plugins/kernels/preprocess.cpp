@@ -1,4 +1,4 @@
-// odtrt_preprocess_cpu: row by row, so that what lies between the image and the output stays in the cache.
+// odtrt_preprocess_cpu works row by row, so that intermediate values stay in the cache.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -31,7 +31,7 @@ struct Column {
 
 struct Columns {
   std::vector<Column> columns;
-  size_t with_next;  // of so many, from the first, the four bytes from each pixel on lie in the row
+  size_t with_next;  // for so many columns from the left, the row has a fourth byte behind each pixel's three
   bool interpolates;
 };
 
@@ -49,7 +49,7 @@ Columns columns_of(const odtrt_preprocess_params &params) {
   return found;
 }
 
-// Three channels, and with kBytes = 4 whatever follows them.
+// Loads the three channels of a pixel. With kBytes = 4 it also loads the byte behind them, which is quicker.
 template <size_t kBytes>
 Floats4 pixel_at(const uint8_t *bytes) {
 #if defined(__SSE2__) || (defined(__ARM_NEON) && defined(__aarch64__))
@@ -70,7 +70,7 @@ Floats4 pixel_at(const uint8_t *bytes) {
 
 void store(float *at, Floats4 values) { std::memcpy(at, &values, sizeof values); }
 
-// A row of the image at the output's width: four floats a pixel, of which the last means nothing.
+// Resizes a row of the image to the output's width. `line` gets four floats a pixel; the last one has no meaning.
 void resize_line(const uint8_t *row, const Columns &columns, float *line) {
   const Column *const own = columns.columns.data();
   const size_t width = columns.columns.size();
@@ -89,7 +89,7 @@ void resize_line(const uint8_t *row, const Columns &columns, float *line) {
   }
 }
 
-// The two lines that the next output row lies between; a line that the row before had already is kept.
+// The two resized lines that an output row lies between. A line that the row before used is not computed again.
 class Lines {
  public:
   Lines(const odtrt_preprocess_params &params, const Columns &columns, const uint8_t *image)
@@ -97,6 +97,7 @@ class Lines {
     for (auto &line : lines_) line.resize(columns.columns.size() * 4);
   }
 
+  // The resized line of an image row. The line of row `needed_too` stays valid.
   const float *get(int32_t row, int32_t needed_too) {
     for (int i = 0; i < 2; ++i) {
       if (rows_[i] == row) return lines_[i].data();
@@ -116,10 +117,10 @@ class Lines {
 };
 
 struct Normalisation {
-  float scale[3], offset[3];  // in the image's order of channels
+  float scale[3], offset[3];  // in the order of the image's channels
 };
 
-// planes: where each of the image's channels goes, count floats.
+// Interpolates between two lines and normalises. planes[i] receives `count` floats of the image's channel i.
 void normalise(const float *top, const float *bottom, float weight, size_t count, const Normalisation &by,
                float *const planes[3]) {
   const Normalisation n = by;
@@ -171,6 +172,7 @@ class Output {
   const size_t width_, channel_stride_, pixel_stride_;
 };
 
+// Where `normalise` can write a row directly; nullptr if the values must be converted or interleaved first.
 float *direct_row(const Output<float> &output, size_t y, size_t channel) {
   return output.is_planar() ? output.row(y, channel) : nullptr;
 }

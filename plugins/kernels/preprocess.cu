@@ -1,4 +1,4 @@
-// odtrt_preprocess_cuda: one kernel, one thread an output pixel.
+// odtrt_preprocess_cuda: one kernel, in which each thread computes one output pixel.
 #include <cuda_fp16.h>
 
 #include "check.h"

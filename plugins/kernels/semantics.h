@@ -1,11 +1,11 @@
-// What the OD API computes, operation by operation, in float32: the one statement of it for CPU and GPU.
+// The OD API's arithmetic, operation by operation, in float32. CPU and GPU code both include this file.
 //
 // Every function is written in single IEEE operations, rounded to nearest: no fused multiply-add, no fast
-// division, no library exp. The same bits come out of g++, clang, nvcc and the numpy reference
+// division, no library exp. g++, clang, nvcc and the numpy reference therefore give the same bits
 // (odtrt_lib/nms.py). Compile host code with -ffp-contract=off; on the device the intrinsics see to it.
 //
-// TensorFlow's threads flush subnormal numbers to zero. Here no mode of the processor is changed: wherever a
-// subnormal number could decide about a detection, `flushed` and its kin say that it is 0.
+// TensorFlow's threads flush subnormal numbers to zero. This library changes no mode of the processor. Instead
+// `flushed` and the functions like it replace a subnormal number by 0 wherever it could change a detection.
 #pragma once
 
 #include <cstdint>
@@ -65,7 +65,7 @@ ODTRT_HD float float_of(uint32_t bits) {
 #endif
 }
 
-// A number for each float, in the floats' order: a < b <=> ordered(a) < ordered(b), NaN aside. Never 0.
+// Maps floats to integers in the same order: a < b <=> ordered(a) < ordered(b), except for NaN. Never returns 0.
 ODTRT_HD uint32_t ordered(float value) {
   const uint32_t bits = bits_of(value);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -100,15 +100,16 @@ ODTRT_HD float exponential(float x) {
 constexpr float kSmallestNormal = 1.17549435e-38f;  // 2^-126
 constexpr float kGreatestSubnormal = 1.17549421e-38f;
 
-// 0 where the value is subnormal, and for -0.
+// 0 if the value is subnormal or -0, else the value.
 ODTRT_HD float flushed(float value) {
   return value < kSmallestNormal && value > -kSmallestNormal ? 0.0f : value;
 }
 
-// 0 where the value is subnormal or negative. As all that follows, it leaves NaN as it is.
+// 0 if the value is subnormal or negative, else the value. NaN stays NaN, here and in all functions below.
 ODTRT_HD float normal_or_zero(float value) { return value < kSmallestNormal ? 0.0f : value; }
 
-// flushed(a - b). A subnormal sum is exact, so that the device's flushing instruction gives the same bits.
+// flushed(a - b). The device's flushing instruction gives the same bits, because a subnormal sum is exact before it is
+// flushed.
 ODTRT_HD float flushed_sub(float a, float b) {
 #if defined(__CUDA_ARCH__)
   float difference;
@@ -121,7 +122,8 @@ ODTRT_HD float flushed_sub(float a, float b) {
 
 ODTRT_HD float sigmoid(float x) { return normal_or_zero(divide(1.0f, add(1.0f, exponential(-x)))); }
 
-// softmax: exp(x - max) / sum, the sum in whole units of 2^-40, so that its order does not matter.
+// softmax is exp(x - max) / sum. The sum counts whole units of 2^-40: integer addition gives the same result in any
+// order.
 ODTRT_HD uint64_t softmax_units(float exp_of_difference) {
   const float units = mul(exp_of_difference, 1099511627776.0f);  // 2^40; exp_of_difference is 0 to 1
 #if defined(__CUDA_ARCH__)
@@ -154,11 +156,11 @@ ODTRT_HD Box decode(const float encoding[4], const float anchor[4], const float 
   return {sub(y, half_height), sub(x, half_width), add(y, half_height), add(x, half_width)};
 }
 
-// std::min and std::max, which TensorFlow's kernel uses: a where either is NaN.
+// std::min and std::max, which TensorFlow's kernel uses. Both return a if either argument is NaN.
 ODTRT_HD float smaller(float a, float b) { return b < a ? b : a; }
 ODTRT_HD float larger(float a, float b) { return a < b ? b : a; }
 
-// Height times width of flushed corners; positive too where a box is upside down both ways, as in the OD API.
+// Height times width. As in the OD API it is also positive if both are negative.
 ODTRT_HD float signed_area(const Box &box) {
   return flushed(mul(flushed_sub(box.ymax, box.ymin), flushed_sub(box.xmax, box.xmin)));
 }
@@ -173,16 +175,20 @@ ODTRT_HD Box with_ordered_corners(const Box &given) {
           larger(box.xmin, box.xmax)};
 }
 
-// Whether nothing that `suppresses` computes of this box and any other is subnormal, or it does not matter. The
-// difference of two coordinates is only where both are below 2^-102, or as the side of a box, whose area is 0 then.
+// Whether `suppresses` can skip its flushing for this box, whatever the other box is, because no subnormal value that
+// it computes could change its answer. A difference of two coordinates is subnormal only if both are below 2^-102, or
+// if it is the side of a box, whose area is 0 then.
 ODTRT_HD bool is_usual(const Box &box, float area, float iou_threshold) {
-  const float least = 1.9721523e-31f;  // 2^-102
-  const auto is_far = [&](float value) { return value >= least || value <= -least || value == 0.0f; };
+  const float min_magnitude = 1.9721523e-31f;  // 2^-102
+  const auto is_far = [&](float value) {
+    return value >= min_magnitude || value <= -min_magnitude || value == 0.0f;
+  };
   return is_far(box.ymin) && is_far(box.xmin) && is_far(box.ymax) && is_far(box.xmax) && area >= 1e-30f &&
          iou_threshold >= 1e-6f;
 }
 
-// NonMaxSuppressionV5: does `kept` suppress the weaker `other`? Both with ordered corners, and their areas.
+// NonMaxSuppressionV5: whether the IoU of `kept` and the weaker `other` is above the threshold. Both have ordered
+// corners. kIsUsual: is_usual holds for one of the two boxes, and nothing needs to be flushed.
 template <bool kIsUsual = false>
 ODTRT_HD bool suppresses(const Box &kept, float kept_area, const Box &other, float other_area,
                          float iou_threshold) {
@@ -195,12 +201,12 @@ ODTRT_HD bool suppresses(const Box &kept, float kept_area, const Box &other, flo
     const float intersection = kIsUsual ? mul(height, width) : flush(mul(height, width));
     iou = divide(intersection, sub(add(other_area, kept_area), intersection));
   }
-  // A subnormal overlap is 0: not above a threshold that is 0.
+  // A subnormal IoU counts as 0, which is not above a threshold of 0.
   if (flushed(iou_threshold) == 0.0f) iou_threshold = kGreatestSubnormal;
   return !(iou <= iou_threshold);
 }
 
-// tf.minimum and tf.maximum as numpy has them: NaN stays NaN.
+// tf.minimum and tf.maximum, which keep NaN as numpy's do.
 ODTRT_HD float clamp(float value, float low, float high) {
   if (value != value) return value;
   value = flushed(value);
@@ -219,7 +225,8 @@ ODTRT_HD Box in_frame_of(const Box &window, const Box &box) {
                   mul(flushed_sub(box.ymax, window.ymin), y), mul(flushed_sub(box.xmax, window.xmin), x)});
 }
 
-// The final order as one number, larger first: score down, then `place` up. Never 0.
+// Packs score and place into one integer. The final order is that of descending keys: score down, then `place` up. A
+// key is never 0.
 ODTRT_HD uint64_t order_key(float score, uint32_t place) {
   return static_cast<uint64_t>(ordered(score)) << 32 | static_cast<uint32_t>(~place);
 }
@@ -227,7 +234,8 @@ ODTRT_HD uint64_t order_key(float score, uint32_t place) {
 ODTRT_HD uint32_t place_of(uint64_t key) { return ~static_cast<uint32_t>(key); }
 ODTRT_HD float score_of(uint64_t key) { return unordered(static_cast<uint32_t>(key >> 32)); }
 
-// One axis of ResizeBilinear with half_pixel_centers=False: source[lower] * (1 - weight) + source[upper] * weight.
+// Where output pixel i of an axis lies in the source: source[lower] * (1 - weight) + source[upper] * weight. The rule
+// is that of ResizeBilinear with half_pixel_centers=False.
 struct Sample {
   int32_t lower, upper;
   float weight;
@@ -241,7 +249,7 @@ ODTRT_HD Sample sample(int32_t i, int32_t in_size, float in_over_out) {
   return {lower, upper, upper > lower ? sub(position, static_cast<float>(lower)) : 0.0f};
 }
 
-// `low` and `high` at a weight, as TensorFlow adds them.
+// Interpolates between `low` and `high` with TensorFlow's order of operations.
 ODTRT_HD float between(float low, float high, float weight) { return add(low, mul(sub(high, low), weight)); }
 
 }  // namespace odtrt

@@ -1,4 +1,4 @@
-// What a status means, what this library is, and, without CUDA, what stands in for the kernels.
+// Messages of status codes, facts about this library, and replacements for the *_cuda functions if it has no CUDA.
 #include "odtrt.h"
 
 #ifdef ODTRT_WITH_CUDA

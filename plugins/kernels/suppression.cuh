@@ -1,30 +1,33 @@
-// Exact greedy suppression of up to 2560 candidates in their final order, in two kernels:
+// Exact greedy suppression of up to 2560 candidates that are in their final order. A rival of a candidate is a better
+// candidate of the same group whose IoU with it is above the threshold. Two kernels share the work:
 //
-// 1. mark_overlaps, many blocks: for each candidate j, a bit for each better candidate of its group that would
-//    suppress it. Nothing here depends on which candidates stay, so all pairs are tested at once.
-// 2. keep_survivors, one block: from the best chunk of 64 down, as a pipeline of warps. While one warp settles a
-//    chunk, eight test the next one against all that stayed before, four have the mask of the chunks after it copied
-//    into shared memory, and one counts what the last chunk brought.
-//    Settling goes in rounds: who has no undecided rival left stays, and takes those it suppresses along. That is
-//    the greedy result, not an approximation: the best undecided candidate never has an undecided rival.
+// 1. compute_iou_mask, in many blocks, sets a bit for each candidate and each of its rivals. It does not matter here
+//    which rivals are kept, so all pairs are tested at the same time.
+// 2. suppress_chunks, in one block, goes through chunks of 64 candidates, best first, as a pipeline of warps. While
+//    one warp decides about a chunk, eight warps test the next chunk against everything kept before, four warps copy
+//    the masks of later chunks into shared memory, and one warp counts the detections of the chunk before. A chunk
+//    takes a few rounds: each candidate without an undecided rival is kept, and each candidate that a kept one
+//    suppresses is dropped. That is exactly the greedy result, because the best undecided candidate never has an
+//    undecided rival.
 #pragma once
 
 #include <cuda_pipeline.h>
 
 #include "launch.cuh"
 #include "semantics.h"
+#include "warp.cuh"
 
 namespace odtrt {
 
 constexpr int kChunk = 64;
 constexpr int kMaxChunks = 40;
 constexpr int kMaxCandidates = kChunk * kMaxChunks;
-constexpr int kMarkThreads = 256;  // of one tile
+constexpr int kMaskThreads = 256;  // that compute one tile of the mask
 
 constexpr int kTesters = 256;
-constexpr int kParts = kTesters / kChunk;  // testers of one candidate: each takes every kParts-th word
+constexpr int kParts = kTesters / kChunk;  // threads that test one candidate; each reads every kParts-th word
 constexpr int kCopiers = 128;
-constexpr int kKeepThreads = kTesters + kCopiers + 64;
+constexpr int kSuppressThreads = kTesters + kCopiers + 64;
 constexpr int kStages = 3;
 constexpr int kRingBytes = kStages * kChunk * kMaxChunks * static_cast<int>(sizeof(uint64_t));
 
@@ -33,20 +36,9 @@ struct Candidate {
   int32_t group;
 };
 
-__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) >> 5; }
-__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
-
-// For each lane in `vote`, which is not 0, a place of its own behind `*size`. Called by a whole warp.
-template <typename Count>
-__device__ __forceinline__ Count take_place(Count *size, unsigned vote) {
-  Count at = 0;
-  if (lane_id() == 0) at = atomicAdd(size, static_cast<Count>(__popc(vote)));
-  return __shfl_sync(0xffffffffu, at, 0) + __popc(vote & ((1u << lane_id()) - 1));
-}
-
-// What decides most pairs at once: rectangles that do not overlap here cannot suppress each other. Candidates that
-// need the full test against everything (NaN, infinities, a negative threshold) get the whole plane, candidates
-// without area an empty rectangle, which overlaps nothing.
+// A rectangle for a quick first test: boxes whose rectangles do not overlap cannot suppress each other. A box that
+// needs the full test against every other (NaN, infinities, a negative threshold) gets the whole plane. A box without
+// area gets an empty rectangle, which overlaps nothing.
 __device__ __forceinline__ Box outline_of(const Box &box, float area, float iou_threshold) {
   const float infinity = float_of(0x7f800000u);
   if (!isfinite(area) || !(iou_threshold >= 0.0f)) return {-infinity, -infinity, infinity, infinity};
@@ -57,49 +49,50 @@ __device__ __forceinline__ bool overlap(const Box &a, const Box &b) {
   return a.ymin < b.ymax && b.ymin < a.ymax && a.xmin < b.xmax && b.xmin < a.xmax;
 }
 
-// Deciding most pairs without a division. The quotient is at most t where intersection <= t / (1 + t) * (area +
-// other area). So areas are multiplied by t / (1 + t), less a margin of 2^-19 that no rounding bridges, and added: an
-// intersection below that sum does not suppress, one above it by more than kSurely does. Areas that are not of a usual
-// size become NaN, and so do all where the threshold is not: then nothing is decided here.
-constexpr float kSurely = 1.0f + 7.62939453125e-6f;  // 2^-17
+// Most pairs are decided without a division: with a threshold t, IoU <= t is the same as intersection <= t / (1 + t)
+// * (area + other area). The fraction t / (1 + t) of the areas' sum is made smaller by a margin of 2^-19, which is
+// more than all rounding errors together. An intersection below fraction * (area + other area) then does not
+// suppress, and one above kCertainFactor times that surely does. An area or a threshold of unusual size gives NaN,
+// for which both comparisons are false: such pairs take the exact test.
+constexpr float kCertainFactor = 1.0f + 7.62939453125e-6f;  // 2^-17
 
-__device__ __forceinline__ float share_of_union(float iou_threshold) {
+__device__ __forceinline__ float union_fraction_for(float iou_threshold) {
   return iou_threshold >= 1e-6f && iou_threshold <= 2.0f
              ? mul(divide(iou_threshold, add(1.0f, iou_threshold)), 1.0f - 1.9073486328125e-6f)
              : float_of(0x7fc00000u);
 }
 
-__device__ __forceinline__ float cautious_area(float area, float share) {
-  return area >= 1e-20f && area <= 1e10f ? mul(area, share) : float_of(0x7fc00000u);
+__device__ __forceinline__ float scaled_area(float area, float union_fraction) {
+  return area >= 1e-20f && area <= 1e10f ? mul(area, union_fraction) : float_of(0x7fc00000u);
 }
 
-__device__ __forceinline__ float intersection_of(const Box &a, const Box &b) {  // or something negative
+__device__ __forceinline__ float intersection_of(const Box &a, const Box &b) {  // may be negative
   return mul(fmaxf(flushed_sub(fminf(a.ymax, b.ymax), fmaxf(a.ymin, b.ymin)), 0.0f),
              flushed_sub(fminf(a.xmax, b.xmax), fmaxf(a.xmin, b.xmin)));
 }
 
-__device__ __forceinline__ bool may_suppress(const Box &a, float cautious_of_a, const Box &b,
-                                             float cautious_of_b) {
-  return !(intersection_of(a, b) < add(cautious_of_a, cautious_of_b));
+__device__ __forceinline__ bool may_suppress(const Box &a, float scaled_area_of_a, const Box &b,
+                                             float scaled_area_of_b) {
+  return !(intersection_of(a, b) < add(scaled_area_of_a, scaled_area_of_b));
 }
 
 struct Tile {
-  float4 outlines[kChunk];  // of the better
+  float4 outlines[kChunk];  // of the better candidates
   Candidate better[kChunk], weaker[kChunk];
   float better_area[kChunk], weaker_area[kChunk];
 };
 
-// mask[(r * kMaxChunks + c) * 64 + l], bit b: candidate 64 c + b comes before 64 r + l and suppresses it.
-// Called by all threads of the block, of which each kMarkThreads take a tile of 64 x 64 at a time, in their
-// element of `tiles`.
-// load(i) gives a Candidate; on_row(i) is called once for each i < count.
+// Sets bit b of mask[(r * kMaxChunks + c) * 64 + l] if candidate 64 c + b comes before candidate 64 r + l and
+// suppresses it. All threads of the block call this. Each group of kMaskThreads threads computes one tile of 64 x 64
+// pairs at a time, and uses its own element of `tiles`. load(i) returns a Candidate; on_row(i) is called once for
+// each i < count.
 template <typename Load, typename OnRow>
-__device__ __forceinline__ void mark_overlaps(int count, float iou_threshold, uint64_t *__restrict__ mask,
-                                              Tile *tiles, Load load, OnRow on_row) {
+__device__ __forceinline__ void compute_iou_mask(int count, float iou_threshold, uint64_t *__restrict__ mask,
+                                                 Tile *tiles, Load load, OnRow on_row) {
   const int chunks = (count + kChunk - 1) / kChunk, num_tiles = chunks * (chunks + 1) / 2;
-  const int thread = static_cast<int>(threadIdx.x) % kMarkThreads;
-  const int at_once = static_cast<int>(blockDim.x) / kMarkThreads;
-  const int own = static_cast<int>(threadIdx.x) / kMarkThreads;
+  const int thread = static_cast<int>(threadIdx.x) % kMaskThreads;
+  const int at_once = static_cast<int>(blockDim.x) / kMaskThreads;
+  const int own = static_cast<int>(threadIdx.x) / kMaskThreads;
   Tile &tile = tiles[own];
   for (int start = static_cast<int>(blockIdx.x) * at_once; start < num_tiles;
        start += static_cast<int>(gridDim.x) * at_once) {
@@ -142,7 +135,7 @@ __device__ __forceinline__ void mark_overlaps(int count, float iou_threshold, ui
                               overlap(outline, {other.x, other.y, other.z, other.w});
         rivals |= static_cast<uint32_t>(is_rival) << k;
       }
-      if (row == column) rivals &= (1u << ((local - part + 3) >> 2)) - 1;  // only those before j
+      if (row == column) rivals &= (1u << ((local - part + 3) >> 2)) - 1;  // only candidates before j
       for (; rivals != 0; rivals &= rivals - 1) {
         const int b = 4 * (__ffs(static_cast<int>(rivals)) - 1) + part;
         if (suppresses(tile.better[b].box, tile.better_area[b], weaker.box, area, iou_threshold))
@@ -158,22 +151,24 @@ __device__ __forceinline__ void mark_overlaps(int count, float iou_threshold, ui
 }
 
 struct Survivors {
-  uint64_t kept[kMaxChunks];   // a bit for each candidate that stayed
-  uint64_t found[kMaxChunks];  // those of them that `filter` let through
-  int32_t before[kMaxChunks];  // how many were found in the chunks before
-  int32_t chunks;              // how many of the above are filled
-  int32_t num_found;           // at most `most`
-  int32_t stop[2];             // set in one round, read after it, free again in the one after that
-  // Of the chunk that is being settled, and of the next:
-  uint4 dead[2][2];                                 // 32 candidates' bits from each part of the testers
-  uint64_t rivals[2][2][kChunk];                    // in the chunk itself, and in the one before
-  alignas(16) uint64_t kept_before[2][kMaxChunks];  // `kept` for the testers: written while they read the other
+  uint64_t kept[kMaxChunks];   // a bit for each candidate that was kept
+  uint64_t found[kMaxChunks];  // those of them that `filter` returned
+  int32_t before[kMaxChunks];  // how many bits of `found` are set in earlier chunks
+  int32_t chunks;              // how many elements of these arrays are set
+  int32_t num_found;           // at most max_found
+  int32_t stop[2];             // enough are found; elements alternate: one is set while the other is read
+  // Two elements each: for the chunk that is being decided, and for the next one.
+  uint4 dead[2][2];               // 32 bits from each part of the testers: candidates that are suppressed
+  uint64_t rivals[2][2][kChunk];  // in the same chunk, and in the chunk before
+  // Copies of `kept`: the testers read one while the other is written.
+  alignas(16) uint64_t kept_before[2][kMaxChunks];
 };
 
-// Those of 64 undecided candidates that stay, a bit each. Lane l has the rivals of candidates l (of a lower number,
-// so 32 bits are enough) and l + 32. Called by a whole warp.
-__device__ __forceinline__ uint64_t settle(uint32_t low, uint32_t high, uint32_t rivals_of_low,
-                                           uint64_t rivals_of_high) {
+// Decides about the 64 candidates of a chunk, and returns a bit for each that is kept. low, high: the bits of those
+// that no earlier chunk suppresses. Lane l has the rivals of candidates l and l + 32; rivals have lower indices, so
+// 32 bits are enough for candidate l. A whole warp calls this.
+__device__ __forceinline__ uint64_t suppress_chunk(uint32_t low, uint32_t high, uint32_t rivals_of_low,
+                                                   uint64_t rivals_of_high) {
   const int lane = lane_id();
   const uint32_t rivals_low = static_cast<uint32_t>(rivals_of_high), rivals_high = rivals_of_high >> 32;
   uint32_t kept_low = 0, kept_high = 0;
@@ -192,23 +187,24 @@ __device__ __forceinline__ uint64_t settle(uint32_t low, uint32_t high, uint32_t
   return static_cast<uint64_t>(kept_high) << 32 | kept_low;
 }
 
-// Called by all kKeepThreads threads. was_dead: bits of candidates that are dead already, or NULL. ring: kRingBytes
-// of shared memory. filter(chunk, kept bits) returns those that count; it is called by all lanes of one warp, chunk
-// by chunk, until `most` are found.
+// Step 2. All kSuppressThreads threads of the block call this. was_dead: bits of candidates that are suppressed
+// already, or NULL. ring: kRingBytes of shared memory. filter(chunk, kept bits) returns the bits that count as found;
+// all lanes of one warp call it, chunk by chunk, until max_found are found.
 template <typename Filter>
-__device__ __forceinline__ void keep_survivors(int count, const uint64_t *__restrict__ mask,
-                                               const uint64_t *was_dead, int most, uint64_t *ring,
-                                               Survivors &shared, Filter filter) {
+__device__ __forceinline__ void suppress_chunks(int count, const uint64_t *__restrict__ mask,
+                                                const uint64_t *was_dead, int max_found, uint64_t *ring,
+                                                Survivors &shared, Filter filter) {
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
   const int chunks = (count + kChunk - 1) / kChunk;
   const bool is_tester = thread < kTesters, is_copier = !is_tester && thread < kTesters + kCopiers;
-  const bool is_settler = warp_id() == (kTesters + kCopiers) / 32,
-             is_reporter = warp_id() == kKeepThreads / 32 - 1;
-  const int half = warp_id() & 1, part = warp_id() >> 1;  // a tester's: which 32 candidates, which words
+  const bool is_resolver = warp_id() == (kTesters + kCopiers) / 32,
+             is_reporter = warp_id() == kSuppressThreads / 32 - 1;
+  const int half = warp_id() & 1, part = warp_id() >> 1;  // of a tester: which 32 candidates, which words
 
-  // Few warps take turns here, so what counts is how few instructions follow one another: these loops are quicker
-  // rolled up.
-  auto request = [&](int chunk, uint64_t *stage) {  // the mask of a chunk, up to the chunk itself
+  // Few warps run here, so the length of each one's chain of instructions decides about the time. The loops below are
+  // therefore quicker if they are not unrolled.
+  // Starts to copy a chunk's mask, up to the chunk itself.
+  auto request = [&](int chunk, uint64_t *stage) {
     if (chunk < chunks) {
       const int first = (warp_id() - kTesters / 32) * kChunk + 2 * lane;
       const uint64_t *source = mask + static_cast<size_t>(chunk) * kMaxChunks * kChunk;
@@ -219,7 +215,8 @@ __device__ __forceinline__ void keep_survivors(int count, const uint64_t *__rest
     }
     __pipeline_commit();
   };
-  auto test = [&](int chunk, const uint64_t *stage) {  // against what stayed, but for the chunk before it
+  // Tests a chunk against all kept candidates but those of the chunk before it.
+  auto test = [&](int chunk, const uint64_t *stage) {
     const int now = chunk & 1;
     const uint64_t *words = stage + half * 32 + lane, *kept = shared.kept_before[now ^ 1];
     const uint64_t rivals = words[max(chunk - (part & 1), 0) * kChunk];
@@ -237,7 +234,7 @@ __device__ __forceinline__ void keep_survivors(int count, const uint64_t *__rest
     constexpr int kStage = kChunk * kMaxChunks;
     return stage == ring + (kStages - 1) * kStage ? ring : stage + kStage;
   };
-  uint64_t *stage = ring;  // of the chunk that is being settled
+  uint64_t *stage = ring;  // of the chunk that is being decided
 
   if (thread == 0) shared.stop[0] = shared.stop[1] = shared.num_found = shared.chunks = 0;
   if (thread < 2 * kMaxChunks) shared.kept_before[thread / kMaxChunks][thread % kMaxChunks] = 0;
@@ -250,8 +247,8 @@ __device__ __forceinline__ void keep_survivors(int count, const uint64_t *__rest
   if (is_tester && chunks > 0) test(0, ring);
   if (is_copier) __pipeline_wait_prior(kStages - 2);
   __syncthreads();
-  uint64_t kept = 0;  // of the settler: what stayed in the last chunk
-  int num_found = 0;  // of the reporter
+  uint64_t kept = 0;  // the resolver: what was kept of the last chunk
+  int num_found = 0;  // the reporter
   auto report = [&](int chunk) {
     const uint64_t found = filter(chunk, shared.kept[chunk]);
     if (lane == 0) {
@@ -261,18 +258,18 @@ __device__ __forceinline__ void keep_survivors(int count, const uint64_t *__rest
     }
     num_found += __popcll(found);
     if (lane == 0) {
-      shared.num_found = min(num_found, most);
-      shared.stop[~chunk & 1] = num_found >= most;  // it is called one round after the chunk's own
+      shared.num_found = min(num_found, max_found);
+      shared.stop[~chunk & 1] = num_found >= max_found;  // a chunk is reported one round after it is decided
     }
   };
   int chunk = 0;
   for (; chunk < chunks; ++chunk) {
     if (is_copier) {
-      request(chunk + kStages, stage);  // where that chunk was: it has been tested
+      request(chunk + kStages, stage);  // in place of this chunk's mask, which the testers have read
       __pipeline_wait_prior(kStages - 2);
     } else if (is_tester) {
       if (chunk + 1 < chunks) test(chunk + 1, stage_after(stage));
-    } else if (is_settler) {
+    } else if (is_resolver) {
       const int now = chunk & 1;
       const uint64_t low_rivals = shared.rivals[now][0][lane], high_rivals = shared.rivals[now][0][lane + 32];
       const uint64_t before = kept;  // 0 for the first chunk
@@ -283,7 +280,7 @@ __device__ __forceinline__ void keep_survivors(int count, const uint64_t *__rest
           ~(low_dead.x | low_dead.y | low_dead.z | low_dead.w | __ballot_sync(0xffffffffu, low_hit));
       const uint32_t high =
           ~(high_dead.x | high_dead.y | high_dead.z | high_dead.w | __ballot_sync(0xffffffffu, high_hit));
-      kept = settle(low, high, static_cast<uint32_t>(low_rivals), high_rivals);
+      kept = suppress_chunk(low, high, static_cast<uint32_t>(low_rivals), high_rivals);
       if (lane == 0) {
         shared.kept[chunk] = kept;
         shared.kept_before[now ^ 1][chunk] = kept;
@@ -301,18 +298,18 @@ __device__ __forceinline__ void keep_survivors(int count, const uint64_t *__rest
   __syncthreads();
 }
 
-// Calls visit(place, candidate) for each that was found. Called by all threads; list: shared memory for
-// kMaxCandidates, which makes neighbouring threads take neighbouring places.
+// Calls visit(place, candidate) for each candidate that was found. All threads call this. list: shared memory for
+// kMaxCandidates indices; through it neighbouring threads write neighbouring places.
 template <typename Visit>
 __device__ __forceinline__ void visit_found(const Survivors &shared, uint16_t *list, Visit visit) {
-  for (int i = static_cast<int>(threadIdx.x); i < shared.chunks * kChunk; i += kKeepThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < shared.chunks * kChunk; i += kSuppressThreads) {
     const uint64_t found = shared.found[i / kChunk];
     const int place = shared.before[i / kChunk] + __popcll(found & ((1ull << (i % kChunk)) - 1));
     if ((found >> (i % kChunk) & 1) && place < shared.num_found) list[place] = static_cast<uint16_t>(i);
   }
   __syncthreads();
 #pragma unroll 4
-  for (int place = static_cast<int>(threadIdx.x); place < shared.num_found; place += kKeepThreads) {
+  for (int place = static_cast<int>(threadIdx.x); place < shared.num_found; place += kSuppressThreads) {
     visit(place, static_cast<int>(list[place]));
   }
 }

@@ -52,15 +52,15 @@ constexpr char kNamespace[] = "odtrt";
 
 enum Input { kBoxEncodings, kClassLogits, kAnchors, kClipWindows };
 enum Output { kNumDetections, kBoxes, kScores, kClasses, kNumOutputs };
-constexpr int32_t kFewestInputs = kClipWindows, kMostInputs = kClipWindows + 1;
+constexpr int32_t kMinInputs = kClipWindows, kMaxInputs = kClipWindows + 1;
 
 // ---- Messages -------------------------------------------------------------------------------------------
 
 std::atomic<void *> logger_finder{nullptr};
 
-// Where ILoggerFinder's findLogger and ILogger's log stand in their tables of virtual functions. TensorRT 11
-// put four entries in front of them, so a binary that serves 10 and 11 must look at the library that `finder`
-// belongs to, and call by place. -1: a library that is not known.
+// The index of ILoggerFinder::findLogger, and of ILogger::log, in their tables of virtual functions. TensorRT 11 put
+// four entries in front of them. So a binary for 10 and 11 must look up the version of the library that `finder`
+// belongs to, and call by index. -1: the library is not known.
 int32_t place_of_own_function(void *finder) {
 #if !ODTRT_PLUGIN_V3
   (void)finder;
@@ -84,7 +84,7 @@ Function virtual_function(void *object, int32_t place) {
   return reinterpret_cast<Function>((*static_cast<void ***>(object))[place]);
 }
 
-// To the log of the TensorRT that calls us, or to stderr where it has none.
+// Writes to the log of the TensorRT that called the plugin, or to stderr if there is none.
 void log_error(const char *message) noexcept {
   constexpr int32_t kError = 1;
   void *finder = logger_finder.load();
@@ -140,7 +140,7 @@ constexpr Attribute kAttributes[] = {
 #undef ODTRT_FLOAT
 };
 
-// The attributes with their values in `params`, or, without it, their names and types.
+// The attributes with their values in `params`; if that is nullptr, only their names and types.
 std::vector<PluginField> fields_of(const odtrt_postprocess_params *params) {
   std::vector<PluginField> fields;
   for (const Attribute &attribute : kAttributes) {
@@ -209,17 +209,17 @@ struct Postprocess {
   odtrt_postprocess_params params{};  // num_anchors and num_columns: 0 until shapes are known
   int32_t num_inputs = 0;
 
-  // Takes num_inputs, num_anchors and num_columns from the input shapes; -1 stands for a size not known yet.
-  bool take_shapes(const Dims *shapes, int32_t count) {
-    static const char *const kNames[kMostInputs] = {"box_encodings", "class_logits", "anchors",
+  // Reads num_inputs, num_anchors and num_columns from the input shapes. A size of -1 is not known yet.
+  bool read_shapes(const Dims *shapes, int32_t count) {
+    static const char *const kNames[kMaxInputs] = {"box_encodings", "class_logits", "anchors",
                                                     "clip_windows"};
-    if (count < kFewestInputs || count > kMostInputs)
+    if (count < kMinInputs || count > kMaxInputs)
       return refuse("%d inputs, expected box_encodings, class_logits, anchors and, optionally, clip_windows",
                     count);
     const Dims &boxes = shapes[kBoxEncodings], &logits = shapes[kClassLogits];
     const int64_t batch = boxes.nbDims == 3 ? boxes.d[0] : -1, anchors = boxes.nbDims == 3 ? boxes.d[1] : -1;
     const int64_t columns = logits.nbDims == 3 ? logits.d[2] : -1;
-    const int64_t expected[kMostInputs][3] = {
+    const int64_t expected[kMaxInputs][3] = {
         {batch, anchors, 4}, {batch, anchors, columns}, {anchors, 4, 0}, {batch, 4, 0}};
     for (int32_t i = 0; i < count; ++i) {
       const int32_t rank = i <= kClassLogits ? 3 : 2;
@@ -227,7 +227,7 @@ struct Postprocess {
       for (int32_t axis = 0; agrees && axis < rank; ++axis)
         agrees = shapes[i].d[axis] == expected[i][axis] || shapes[i].d[axis] == -1 || expected[i][axis] == -1;
       if (agrees) continue;
-      static const char *const kExpected[kMostInputs] = {"[B, N, 4]", "[B, N, columns]", "[N, 4]", "[B, 4]"};
+      static const char *const kExpected[kMaxInputs] = {"[B, N, 4]", "[B, N, columns]", "[N, 4]", "[B, 4]"};
       return refuse("input %s has shape %s, expected %s (box_encodings is %s)", kNames[i],
                     text_of(shapes[i]).c_str(), kExpected[i], text_of(boxes).c_str());
     }
@@ -240,19 +240,19 @@ struct Postprocess {
     return true;
   }
 
-  // As take_shapes, for shapes that are all known, the batch the largest one.
-  bool take_largest_shapes(const Dims *shapes, int32_t count) {
-    if (!take_shapes(shapes, count)) return false;
+  // As read_shapes, for shapes that are all known, with the largest batch.
+  bool read_largest_shapes(const Dims *shapes, int32_t count) {
+    if (!read_shapes(shapes, count)) return false;
     if (workspace(shapes[kBoxEncodings].d[0]) > 0) return true;
     return refuse("shapes %s and %s with these attributes are out of range (%s)",
                   text_of(shapes[kBoxEncodings]).c_str(), text_of(shapes[kClassLogits]).c_str(),
                   odtrt_error_string(ODTRT_INVALID_ARGUMENT));
   }
 
-  // Of a call with these shapes, whatever shapes were taken before.
+  // The workspace of a call with these shapes, whatever shapes were read before.
   size_t workspace_of(const Dims *shapes, int32_t count) const {
     Postprocess asked = *this;
-    return asked.take_shapes(shapes, count) ? asked.workspace(shapes[kBoxEncodings].d[0]) : 0;
+    return asked.read_shapes(shapes, count) ? asked.workspace(shapes[kBoxEncodings].d[0]) : 0;
   }
 
   size_t workspace(int64_t batch) const {
@@ -295,16 +295,16 @@ bool is_supported(const PluginTensorDesc &tensor, int32_t position, int32_t num_
   return tensor.type == (position == kClassLogits ? heads : DataType::kFLOAT);
 }
 
-DimsExprs output_shape(int32_t index, const DimsExprs *inputs, int32_t most, IExprBuilder &expressions) {
+DimsExprs output_shape(int32_t index, const DimsExprs *inputs, int32_t max_detections, IExprBuilder &expressions) {
   DimsExprs shape{};
   shape.nbDims = index == kNumDetections ? 1 : index == kBoxes ? 3 : 2;
   shape.d[0] = inputs[kBoxEncodings].d[0];
-  shape.d[1] = expressions.constant(most);
+  shape.d[1] = expressions.constant(max_detections);
   shape.d[2] = expressions.constant(4);
   return shape;
 }
 
-// The sizes in `expressions` that are constants, and -1.
+// The sizes in `expressions`; -1 for those that are not constant.
 std::vector<Dims> known_shapes(const DimsExprs *expressions, int32_t count) {
   std::vector<Dims> shapes(count);
   for (int32_t i = 0; i < count; ++i) {
@@ -368,7 +368,7 @@ class Detect final : public nvinfer1::IPluginV3,
   int32_t getOutputShapes(const DimsExprs *inputs, int32_t num_inputs, const DimsExprs *, int32_t,
                           DimsExprs *outputs, int32_t num_outputs,
                           IExprBuilder &expressions) noexcept override {
-    if (!postprocess_.take_shapes(known_shapes(inputs, num_inputs).data(), num_inputs)) return -1;
+    if (!postprocess_.read_shapes(known_shapes(inputs, num_inputs).data(), num_inputs)) return -1;
     for (int32_t i = 0; i < num_outputs; ++i)
       outputs[i] = output_shape(i, inputs, postprocess_.params.max_total_detections, expressions);
     return 0;
@@ -381,7 +381,7 @@ class Detect final : public nvinfer1::IPluginV3,
 
   int32_t configurePlugin(const DynamicPluginTensorDesc *inputs, int32_t num_inputs,
                           const DynamicPluginTensorDesc *, int32_t) noexcept override {
-    return postprocess_.take_largest_shapes(largest_shapes(inputs, num_inputs).data(), num_inputs) ? 0 : -1;
+    return postprocess_.read_largest_shapes(largest_shapes(inputs, num_inputs).data(), num_inputs) ? 0 : -1;
   }
 
   size_t getWorkspaceSize(const DynamicPluginTensorDesc *inputs, int32_t num_inputs,
@@ -391,7 +391,7 @@ class Detect final : public nvinfer1::IPluginV3,
 
   int32_t onShapeChange(const PluginTensorDesc *inputs, int32_t num_inputs, const PluginTensorDesc *,
                         int32_t) noexcept override {
-    return postprocess_.take_largest_shapes(current_shapes(inputs, num_inputs).data(), num_inputs) ? 0 : -1;
+    return postprocess_.read_largest_shapes(current_shapes(inputs, num_inputs).data(), num_inputs) ? 0 : -1;
   }
 
   int32_t enqueue(const PluginTensorDesc *input_shapes, const PluginTensorDesc *, const void *const *inputs,
@@ -461,7 +461,7 @@ class Detect final : public nvinfer1::IPluginV2DynamicExt {
 
   DimsExprs getOutputDimensions(int32_t index, const DimsExprs *inputs, int32_t num_inputs,
                                 IExprBuilder &expressions) noexcept override {
-    if (!postprocess_.take_shapes(known_shapes(inputs, num_inputs).data(), num_inputs)) {
+    if (!postprocess_.read_shapes(known_shapes(inputs, num_inputs).data(), num_inputs)) {
       DimsExprs none{};
       none.nbDims = -1;
       return none;
@@ -476,7 +476,7 @@ class Detect final : public nvinfer1::IPluginV2DynamicExt {
 
   void configurePlugin(const DynamicPluginTensorDesc *inputs, int32_t num_inputs,
                        const DynamicPluginTensorDesc *, int32_t) noexcept override {
-    is_configured_ = postprocess_.take_largest_shapes(largest_shapes(inputs, num_inputs).data(), num_inputs);
+    is_configured_ = postprocess_.read_largest_shapes(largest_shapes(inputs, num_inputs).data(), num_inputs);
   }
 
   size_t getWorkspaceSize(const PluginTensorDesc *inputs, int32_t num_inputs, const PluginTensorDesc *,

@@ -1,4 +1,4 @@
-// Copies that a thread starts, and waits for later.
+// Copies that a thread starts now and waits for later.
 #pragma once
 
 #include "cuda_runtime.h"

@@ -187,7 +187,7 @@ struct cudaLaunchConfig_t {
 
 inline long long emulated_cluster() { return emulator::setting("CLUSTER", 16); }
 
-// A device for each size of clusters: the library asks each once how many blocks make one.
+// Each size of clusters is a device of its own, because the library asks each device only once.
 inline cudaError_t cudaGetDevice(int *device) {
   *device = static_cast<int>(emulated_cluster());
   return cudaSuccess;

@@ -71,8 +71,8 @@ struct Case {
 const char *const kOutputs[] = {"num_detections", "boxes", "scores", "classes"};
 
 std::vector<size_t> output_sizes(const Header &h) {
-  const size_t batch = h.batch, most = h.attributes.max_total_detections;
-  return {4 * batch, 16 * batch * most, 4 * batch * most, 4 * batch * most};
+  const size_t batch = h.batch, max_detections = h.attributes.max_total_detections;
+  return {4 * batch, 16 * batch * max_detections, 4 * batch * max_detections, 4 * batch * max_detections};
 }
 
 Case read_case(const char *path) {
@@ -152,9 +152,9 @@ std::vector<PluginTensorDesc> input_descs(const Header &h) {
 }
 
 std::vector<PluginTensorDesc> output_descs(const Header &h) {
-  const int64_t most = h.attributes.max_total_detections;
-  return {tensor(DataType::kINT32, {h.batch}), tensor(DataType::kFLOAT, {h.batch, most, 4}),
-          tensor(DataType::kFLOAT, {h.batch, most}), tensor(DataType::kINT32, {h.batch, most})};
+  const int64_t max_detections = h.attributes.max_total_detections;
+  return {tensor(DataType::kINT32, {h.batch}), tensor(DataType::kFLOAT, {h.batch, max_detections, 4}),
+          tensor(DataType::kFLOAT, {h.batch, max_detections}), tensor(DataType::kINT32, {h.batch, max_detections})};
 }
 
 // For a batch of 1 up to the one in `descs`.

@@ -1,62 +1,64 @@
-// settle, the second way: all blocks of the cluster at one batch. It needs no classes and truncates nothing.
+// The second algorithm of suppress_in_cluster: all blocks of the cluster work on the same batch. It works for every
+// call, and truncates nothing.
 //
-// The blocks share the candidates out among themselves and keep them in their own shared memory, in no order. Then,
-// until max_total_detections are found, a batch after the other:
-//   select   the best kBatch at most that are still in the running: the bound is found in a histogram of the keys
-//            (never between equal keys), and every block gets all of the batch.
-//   mark     each block compares some of the batch with all of it: who is better, and who of these would suppress it.
-//   settle   the first block: who has no undecided rival left stays, and takes those it suppresses along, and again.
-//            Two or three rounds do. Then it writes what was found.
-//   filter   each block drops of its candidates those that the batch suppresses.
-// Candidates below those that the blocks hold ("the head") are collected when the head is used up: nothing is ever
-// truncated. A cluster is scheduled as a whole and has a barrier of its own, so no block waits for one that may not
-// run.
+// The candidates are distributed over the blocks, which hold them in shared memory, not sorted. Until
+// max_total_detections are found, the blocks take one batch after the other:
+//   select     finds the best undecided candidates, kBatch at most, by a histogram select over the keys of all
+//              blocks. The bound never separates equal keys. Every block gets a copy of the whole batch.
+//   mask       compares some candidates of the batch, in each block, with the whole batch: it counts the better ones,
+//              and sets a bit for each rival.
+//   suppress   runs in the first block. In rounds, it keeps the candidates without an undecided rival, and drops
+//              those that a kept one suppresses. Two or three rounds are usual. Then it writes the detections.
+//   filter     drops, in each block, the candidates that the batch suppresses.
+// The candidates that the blocks hold are the head of the final order. When the head is used up, the blocks collect
+// the next one from the logits. A cluster is scheduled as a whole and has its own barrier, so no block waits for one
+// that does not run.
 #pragma once
 
-#include "postprocess_candidates.cuh"
+#include "postprocess_cluster.cuh"
 
 namespace odtrt {
 namespace {
 
 constexpr int kBatch = 256;
 constexpr int kBatchWords = kBatch / 32;
-constexpr int kRowWords = kBatchWords + 4;  // of the mask: rivals, rank
+constexpr int kRowWords = kBatchWords + 4;  // of the mask: rivals, then rank
 constexpr int kHeld = 1024;                 // candidates that one block holds
-constexpr int kAnchorsHeld = 4096;          // that are looked at before their pairs are collected
-// Anchors of the first head, where not all pairs fit; at least two thirds of it.
-constexpr uint32_t kRowsMost = 3072;
+constexpr int kAnchorsHeld = 4096;          // anchors that a block chooses before it reads their pairs
+// Anchors of the first head that is collected, if not all fit. It has at least two thirds as many.
+constexpr uint32_t kMaxRows = 3072;
 constexpr int kRowsInFlight = 4;
-static_assert(kBatch <= kTailThreads && kHeld % kTailThreads == 0 && kBatch % 128 == 0, "");
+static_assert(kBatch <= kClusterThreads && kHeld % kClusterThreads == 0 && kBatch % 128 == 0, "");
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
-struct Status {       // after a batch
+struct Status {       // known to all blocks after a batch
   uint32_t found;     // detections so far
-  uint32_t num_kept;  // in global memory
-  uint32_t is_sized;  // group_size is up to date, and decides
+  uint32_t num_kept;  // kept boxes so far, which are in global memory
+  uint32_t is_sized;  // 1: group_size is up to date, and the cap is checked with it
 };
 
-struct Tail {
+struct GlobalShared {
   float4 own_boxes[kHeld];
   uint4 own[kHeld];
   float4 batch_boxes[kBatch];
   uint4 batch[kBatch];
   float4 kept_boxes[kBatch];
   uint4 kept[kBatch];
-  uint32_t rows[kBatch * kRowWords];    // of the first block: of each of the batch, rivals and rank
-  uint32_t spans[2][kSpans];            // how many keys lie in each; read by the other blocks
-  uint32_t counts[2][kMostRanks];       // written by the other blocks
-  uint32_t copies[kMostRanks][kSpans];  // of everyone's spans, summed up from the last span down
-  uint32_t kept_bits[kBatchWords];      // written by the first block, as the next
+  uint32_t rows[kBatch * kRowWords];   // first block only: for each of the batch, rivals and rank
+  uint32_t spans[2][kSpans];           // numbers of keys; other blocks read them
+  uint32_t counts[2][kMaxRanks];       // other blocks write them
+  uint32_t copies[kMaxRanks][kSpans];  // of all blocks' spans, summed from the last span down
+  uint32_t kept_bits[kBatchWords];     // the first block writes this and `status`
   Status status;
-  alignas(16) uint32_t undecided[kBatchWords];  // of the first block, as the next three
+  alignas(16) uint32_t undecided[kBatchWords];  // first block only, as the next two
   alignas(16) uint32_t stays[kBatchWords];
   uint32_t by_rank[kBatchWords];
   int32_t anchors[kAnchorsHeld];
   uint16_t list[kHeld];
   uint8_t is_alive[kHeld];
   uint32_t size, num_anchors, num_selected, span, num_alive, bound;
-  // A function that is called finds them sooner here than among the kernel's arguments or on the stack.
+  // Copies: a function that is not inlined reads them faster than the kernel's arguments or the stack.
   Call call;
   Workspace space;
   Box window;
@@ -65,25 +67,27 @@ struct Tail {
 // ---- selecting -----------------------------------------------------------------------------------------------------
 
 struct Selection {
-  uint64_t low;     // keys from here on are selected
+  uint64_t low;     // keys from here up are selected
   uint32_t in_all;  // how many there are
-  uint32_t before;  // of which in blocks of a lower rank
+  uint32_t before;  // how many of them are in blocks of a lower rank
 };
 
-// Finds the lowest bound of a span in `range` such that all blocks together hold at most `most` keys from it on and
-// none more than `most_each`; goes on into the span below it while there are fewer than `enough`.
-// for_each_key(visit) calls visit(key) for each key of this block, in any thread. `parity` alternates. Called by all
-// threads of all blocks. most_each is for keys that are all different, and for enough = 1, only.
+// A histogram select over the keys of all blocks: finds the lowest start of a span in `range` such that all blocks
+// together hold at most max_in_all keys from there up, and each block at most max_each. If these are fewer than
+// `enough`, it divides the next lower span in the same way. for_each_key(visit) calls visit(key) for each key of this
+// block, in any thread. `parity` changes from call to call. All threads of all blocks call this. A max_each below ~0
+// is allowed only if all keys differ and enough is 1.
 template <typename ForEachKey>
-__device__ __forceinline__ Selection select(Tail &shared, Range range, uint32_t enough, uint32_t most,
-                                            uint32_t most_each, int &parity, ForEachKey for_each_key) {
+__device__ __forceinline__ Selection select(GlobalShared &shared, Range range, uint32_t enough,
+                                            uint32_t max_in_all, uint32_t max_each, int &parity,
+                                            ForEachKey for_each_key) {
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
   const int ranks = cluster_size(), rank = cluster_rank();
   uint32_t above = 0, above_before = 0;  // keys above the range
   for (;;) {
     const int shift = shift_of(range);
     uint32_t *own = shared.spans[parity];
-    for (int i = thread; i < kSpans; i += kTailThreads) own[i] = 0;
+    for (int i = thread; i < kSpans; i += kClusterThreads) own[i] = 0;
     if (thread == 0) shared.span = kSpans;
     __syncthreads();
     for_each_key([&](uint64_t key) {
@@ -91,7 +95,7 @@ __device__ __forceinline__ Selection select(Tail &shared, Range range, uint32_t 
     });
     __syncwarp();
     sync_cluster();
-    for (int r = warp_id(); r < ranks; r += kTailThreads / 32) {
+    for (int r = warp_id(); r < ranks; r += kClusterThreads / 32) {
       reinterpret_cast<uint4 *>(shared.copies[r])[lane] = sums_of_spans(in_block(own, r));
     }
     parity ^= 1;
@@ -103,7 +107,7 @@ __device__ __forceinline__ Selection select(Tail &shared, Range range, uint32_t 
         in_all += shared.copies[r][thread];
         largest = max(largest, shared.copies[r][thread]);
       }
-      const unsigned fits = __ballot_sync(0xffffffffu, in_all <= most && largest <= most_each);
+      const unsigned fits = __ballot_sync(0xffffffffu, in_all <= max_in_all && largest <= max_each);
       if (lane == 0 && fits != 0) {
         atomicMin(&shared.span, static_cast<uint32_t>(thread + __ffs(static_cast<int>(fits)) - 1));
       }
@@ -118,20 +122,21 @@ __device__ __forceinline__ Selection select(Tail &shared, Range range, uint32_t 
         if (r < rank) before += count;
       }
     }
-    __syncthreads();  // all has been read before it is written again
+    __syncthreads();  // all threads have read shared.copies and shared.span
     if (span == 0 || in_all >= enough)
       return {range.low + (static_cast<uint64_t>(span) << shift), in_all, before};
-    if (shift == 0)
-      return {range.low + static_cast<uint64_t>(span - 1), most, 0};  // of equal ones, all or none
+    // Equal keys are selected together.
+    if (shift == 0) return {range.low + static_cast<uint64_t>(span - 1), max_in_all, 0};
     above = in_all;
     above_before = before;
-    range = span_of(range, span - 1, shift);  // nothing is above that is not counted
+    range = span_of(range, span - 1, shift);  // `above` has counted all keys above the new range
   }
 }
 
-// Gives every block this block's number, and returns the sum, and the sum of those of a lower rank. kTooMany
-// where any is that. `parity` alternates.
-__device__ __forceinline__ uint32_t exchange(Tail &shared, uint32_t number, int parity, uint32_t *before) {
+// Gives every block this block's number. Returns the sum over all blocks, and sets *before to the sum over blocks of
+// a lower rank. Returns kTooMany if any number is that. `parity` changes from call to call.
+__device__ __forceinline__ uint32_t exchange(GlobalShared &shared, uint32_t number, int parity,
+                                             uint32_t *before) {
   const int ranks = cluster_size(), rank = cluster_rank();
   if (static_cast<int>(threadIdx.x) < ranks) {
     in_block(&shared.counts[parity][rank], static_cast<int>(threadIdx.x))[0] = number;
@@ -149,68 +154,58 @@ __device__ __forceinline__ uint32_t exchange(Tail &shared, uint32_t number, int 
   return is_too_many ? kTooMany : sum;
 }
 
-// Is this pair still in the running, after what global memory says was kept?
+// Not inlined: its callers run seldom, and the kernel's code is long.
 template <typename T>
-__device__ __noinline__ bool is_in_running(const Call &call, const Workspace &space, int image, uint64_t key,
-                                           bool is_sized) {
-  const Pair pair = pair_of(call.params, key);
-  const int group = group_of(call.params, pair);
-  if (is_sized && __ldcg(space.group_size + group) >= static_cast<uint32_t>(call.cap)) return false;
-  int at = __ldcg(space.group_first + group);
-  if (at < 0) return true;
-  const Box box = with_ordered_corners(box_of<T>(call, image, pair.anchor));
-  const float area = signed_area(box);
-  for (; at >= 0; at = __ldcg(space.kept_next + at)) {
-    const Box kept = box_from(__ldcg(reinterpret_cast<const float4 *>(space.kept_boxes) + at));
-    if (suppresses(kept, signed_area(kept), box, area, call.params.iou_threshold)) return false;
-  }
-  return true;
+__device__ __noinline__ bool is_undecided(const Call &call, const Workspace &space, int image, uint64_t key,
+                                          bool knows_sizes) {
+  return is_pair_undecided<T>(call, space, image, key, knows_sizes);
 }
 
 struct Head {
-  uint64_t low, high;  // its keys
-  uint32_t rows_most;  // of the next one
-  int32_t num_linked;  // of what was kept: in the lists
-  bool is_complete;    // nothing is left below it
-  bool is_linked;      // there are lists
+  uint64_t low, high;  // range of its keys
+  uint32_t max_rows;   // anchors of the next head
+  int32_t num_linked;  // kept boxes that are in the lists of their groups
+  bool is_complete;    // no candidates are left below it
+  bool is_linked;      // the lists exist
 };
 
-// Calls visit(is_in, key) with all lanes, for the pairs of this block's anchors from `low` to `high` that are still
-// in the running.
+// Calls visit(is_in, key), with all lanes, for the undecided pairs of this block's anchors with keys from `low` to
+// head.high.
 template <typename T, int kConverter, typename Visit>
 __device__ __forceinline__ void visit_own_pairs(const Call &call, const Workspace &space, int image,
-                                                Tail &shared, const Head &head, uint64_t low, Visit visit) {
+                                                GlobalShared &shared, const Head &head, uint64_t low,
+                                                Visit visit) {
   const odtrt_postprocess_params &params = call.params;
-  const T *logits = static_cast<const T *>(call.heads.class_logits) +
-                    static_cast<size_t>(image) * params.num_anchors * params.num_columns;
+  const T *logits = logits_of<T>(call, image);
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
   const int ranks = cluster_size(), columns = params.num_columns;
-  const uint32_t least_grade = max(1u, static_cast<uint32_t>(low >> 32));
-  const float least = low == 0 ? params.score_threshold : fmaxf(params.score_threshold, score_of(low));
+  const uint32_t min_best_score = max(1u, static_cast<uint32_t>(low >> 32));
+  const float min_score = low == 0 ? params.score_threshold : fmaxf(params.score_threshold, score_of(low));
   const bool is_plain = kConverter != ODTRT_SOFTMAX && !params.class_agnostic && columns <= kColumnsAtOnce;
   const bool is_sized = shared.status.is_sized != 0;
   auto check = [&](bool is_candidate, uint64_t key) {
     bool is_in = is_candidate && key >= low && key <= head.high;
-    if (is_in && head.is_linked) is_in = is_in_running<T>(call, space, image, key, is_sized);
+    if (is_in && head.is_linked) is_in = is_undecided<T>(call, space, image, key, is_sized);
     visit(is_in, key);
   };
-  // Groups of 32 anchors go round the blocks; a block looks at kAnchorsHeld of its own at a time.
+  // Groups of 32 anchors are dealt out to the blocks. A block takes kAnchorsHeld of its own at a time.
   const int groups = (params.num_anchors + 31) / 32, own_groups = (groups - cluster_rank() + ranks - 1) / ranks;
   for (int start = 0; start < own_groups; start += kAnchorsHeld / 32) {
     if (thread == 0) shared.num_anchors = 0;
     __syncthreads();
-    constexpr int kEach = kAnchorsHeld / kTailThreads;
-    uint32_t grades[kEach];
+    constexpr int kEach = kAnchorsHeld / kClusterThreads;
+    uint32_t best_scores[kEach];
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
-      const int group = start + warp_id() + k * (kTailThreads / 32);
+      const int group = start + warp_id() + k * (kClusterThreads / 32);
       const int anchor = (cluster_rank() + group * ranks) * 32 + lane;
-      grades[k] = group < own_groups && anchor < params.num_anchors ? __ldcg(space.grades + anchor) : 0;
+      best_scores[k] =
+          group < own_groups && anchor < params.num_anchors ? __ldcg(space.best_scores + anchor) : 0;
     }
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
-      const int group = start + warp_id() + k * (kTailThreads / 32);
-      if (grades[k] >= least_grade) {
+      const int group = start + warp_id() + k * (kClusterThreads / 32);
+      if (best_scores[k] >= min_best_score) {
         shared.anchors[atomicAdd(&shared.num_anchors, 1u)] = (cluster_rank() + group * ranks) * 32 + lane;
       }
     }
@@ -218,8 +213,8 @@ __device__ __forceinline__ void visit_own_pairs(const Call &call, const Workspac
     const int count = static_cast<int>(shared.num_anchors);
     if (is_plain) {
       constexpr int kEachRow = kColumnsAtOnce / 32;
-      const float least_logit = cautious_logit<kConverter>(least);
-      for (int i = warp_id() * kRowsInFlight; i < count; i += kTailThreads / 32 * kRowsInFlight) {
+      const float min_logit = logit_lower_bound<kConverter>(min_score);
+      for (int i = warp_id() * kRowsInFlight; i < count; i += kClusterThreads / 32 * kRowsInFlight) {
         float values[kRowsInFlight][kEachRow];
         int anchors[kRowsInFlight];
 #pragma unroll
@@ -239,17 +234,17 @@ __device__ __forceinline__ void visit_own_pairs(const Call &call, const Workspac
             const float value = k == 0 ? values[r][0] : k == 1 ? values[r][1] : values[r][2];
             const float scaled = mul(value, params.logit_factor);
             const bool is_class = label >= 0 && column < columns;
-            if (!__any_sync(0xffffffffu, is_class && scaled >= least_logit)) continue;
-            const float score = score_of_logit<kOfLogit<kConverter>>(scaled);
+            if (!__any_sync(0xffffffffu, is_class && scaled >= min_logit)) continue;
+            const float score = score_of_logit<kLogitConverter<kConverter>>(scaled);
             check(is_class && score > params.score_threshold,
                   order_key(score, place_of_pair(params, {anchors[r], label})));
           }
         }
       }
     } else {
-      for (int i = warp_id(); i < count; i += kTailThreads / 32) {
+      for (int i = warp_id(); i < count; i += kClusterThreads / 32) {
         const int anchor = shared.anchors[i];
-        visit_pairs<T, kConverter>(params, logits + static_cast<size_t>(anchor) * columns, anchor, least,
+        visit_pairs<T, kConverter>(params, logits + static_cast<size_t>(anchor) * columns, anchor, min_score,
                                    check);
       }
     }
@@ -257,34 +252,35 @@ __device__ __forceinline__ void visit_own_pairs(const Call &call, const Workspac
   }
 }
 
-// Takes a key into this block's candidates, where there is room. Called by all lanes.
-__device__ __forceinline__ void take_candidate(Tail &shared, bool is_in, uint64_t key) {
+// Appends a key of each lane for which is_in holds to this block's candidates. Keys beyond kHeld are counted, not
+// stored. A whole warp calls this.
+__device__ __forceinline__ void push_candidate(GlobalShared &shared, bool is_in, uint64_t key) {
   const unsigned vote = __ballot_sync(0xffffffffu, is_in);
   if (vote == 0) return;
-  const uint32_t at = take_place(&shared.size, vote);
+  const uint32_t at = reserve_places(&shared.size, vote);
   if (is_in && at < kHeld) {
     shared.own[at].x = static_cast<uint32_t>(key);
     shared.own[at].y = static_cast<uint32_t>(key >> 32);
   }
 }
 
-// The next head, from all pairs below the last one. Called by all threads of all blocks.
+// Collects the next head from all pairs below the last one. All threads of all blocks call this.
 template <typename T, int kConverter>
-__device__ __noinline__ void collect_head(const Call &call, const Workspace &space, int image, Tail &shared,
-                                          Head &head, int &parity, int &exchanges) {
+__device__ __noinline__ void collect_head(const Call &call, const Workspace &space, int image,
+                                          GlobalShared &shared, Head &head, int &parity, int &exchanges) {
   const odtrt_postprocess_params &params = call.params;
   const int thread = static_cast<int>(threadIdx.x), ranks = cluster_size(), rank = cluster_rank();
   const int num_kept = static_cast<int>(shared.status.num_kept);
   if (num_kept > head.num_linked) {
     if (!head.is_linked) {
-      for (int i = thread + rank * kTailThreads; i < call.num_groups; i += kTailThreads * ranks) {
+      for (int i = thread + rank * kClusterThreads; i < call.num_groups; i += kClusterThreads * ranks) {
         space.group_first[i] = -1;
       }
       sync_cluster();
     }
     if (rank == 0) {
       __syncthreads();  // what the last batch kept has been written
-      for (int i = head.num_linked + thread; i < num_kept; i += kTailThreads) {
+      for (int i = head.num_linked + thread; i < num_kept; i += kClusterThreads) {
         space.kept_next[i] = atomicExch(&space.group_first[space.kept_group[i]], i);
       }
     }
@@ -294,26 +290,27 @@ __device__ __noinline__ void collect_head(const Call &call, const Workspace &spa
   }
   const uint32_t lowest = ordered(params.score_threshold);
   const uint32_t highest = kConverter == ODTRT_IDENTITY ? 0xffffffffu : ordered(1.0f);
-  const Selection rows = select(
-      shared, {lowest, max(lowest, highest)}, head.rows_most - head.rows_most / 3, head.rows_most, ~0u, parity,
-      [&](auto visit) {
-        constexpr int kEach = 8;
-        const int groups = (params.num_anchors + 31) / 32, step = ranks * (kTailThreads / 32);
-        for (int first = rank + ranks * warp_id(); first < groups; first += step * kEach) {
-          uint32_t grades[kEach];
+  const Selection rows =
+      select(shared, {lowest, max(lowest, highest)}, head.max_rows - head.max_rows / 3, head.max_rows, ~0u,
+             parity, [&](auto visit) {
+               constexpr int kEach = 8;
+               const int groups = (params.num_anchors + 31) / 32, step = ranks * (kClusterThreads / 32);
+               for (int first = rank + ranks * warp_id(); first < groups; first += step * kEach) {
+                 uint32_t best_scores[kEach];
 #pragma unroll
-          for (int k = 0; k < kEach; ++k) {
-            const int anchor = (first + k * step) * 32 + lane_id();
-            grades[k] =
-                first + k * step < groups && anchor < params.num_anchors ? __ldcg(space.grades + anchor) : 0;
-          }
+                 for (int k = 0; k < kEach; ++k) {
+                   const int anchor = (first + k * step) * 32 + lane_id();
+                   best_scores[k] = first + k * step < groups && anchor < params.num_anchors
+                                        ? __ldcg(space.best_scores + anchor)
+                                        : 0;
+                 }
 #pragma unroll
-          for (int k = 0; k < kEach; ++k) {
-            if (grades[k] != 0) visit(static_cast<uint64_t>(grades[k]));
-          }
-        }
-      });
-  head.rows_most = head.rows_most > 0x3fffffffu ? 0xffffffffu : head.rows_most * 4;
+                 for (int k = 0; k < kEach; ++k) {
+                   if (best_scores[k] != 0) visit(static_cast<uint64_t>(best_scores[k]));
+                 }
+               }
+             });
+  head.max_rows = head.max_rows > 0x3fffffffu ? 0xffffffffu : head.max_rows * 4;
   head.is_complete = rows.low <= lowest;
   head.low = head.is_complete ? 0 : rows.low << 32;
   for (;;) {
@@ -321,7 +318,7 @@ __device__ __noinline__ void collect_head(const Call &call, const Workspace &spa
     __syncthreads();
     if (head.low <= head.high) {
       visit_own_pairs<T, kConverter>(call, space, image, shared, head, head.low,
-                                     [&](bool is_in, uint64_t key) { take_candidate(shared, is_in, key); });
+                                     [&](bool is_in, uint64_t key) { push_candidate(shared, is_in, key); });
     }
     __syncthreads();
     uint32_t before;
@@ -339,11 +336,12 @@ __device__ __noinline__ void collect_head(const Call &call, const Workspace &spa
   }
 }
 
-// The first block: who of the batch stays. Leaves that in shared.kept_bits and shared.by_rank, and gives everyone the
-// status; arrives at the cluster's barrier.
+// Runs in the first block: decides about a batch, writes its detections, sends shared.kept_bits and shared.status to
+// all blocks, and arrives at the cluster's barrier.
 template <typename T>
-__device__ __forceinline__ void settle_batch_of(const Call &call, const Workspace &space, int image,
-                                                Tail &shared, const Box &window, int size) {
+__device__ __forceinline__ void suppress_batch_in_first_block(const Call &call, const Workspace &space,
+                                                              int image, GlobalShared &shared,
+                                                              const Box &window, int size) {
   const odtrt_postprocess_params &params = call.params;
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id(), warp = warp_id();
   const Status before = shared.status;
@@ -404,8 +402,8 @@ __device__ __forceinline__ void settle_batch_of(const Call &call, const Workspac
   };
   uint32_t num_kept = count_kept();
   uint32_t is_sized = before.is_sized;
-  // A group may hold max_detections_per_class; that cannot matter before so many are kept in all, nor where by then
-  // max_total_detections were found.
+  // The cap of a group, max_detections_per_class, cannot matter before so many are kept in all groups together. Nor
+  // does it matter if max_total_detections are found by then.
   const uint32_t num_visible =
       static_cast<uint32_t>(__syncthreads_count(is_kept && (shared.batch[thread % kBatch].z & kVisible)));
   const bool is_cap_idle = is_sized == 0 && static_cast<uint32_t>(call.cap) >=
@@ -413,9 +411,9 @@ __device__ __forceinline__ void settle_batch_of(const Call &call, const Workspac
                                                     (before.num_kept + num_kept - before.found - num_visible);
   if (before.num_kept + num_kept > static_cast<uint32_t>(call.cap) && !is_cap_idle) {
     if (is_sized == 0) {
-      for (int i = thread; i < call.num_groups; i += kTailThreads) space.group_size[i] = 0;
+      for (int i = thread; i < call.num_groups; i += kClusterThreads) space.group_size[i] = 0;
       __syncthreads();
-      for (int i = thread; i < static_cast<int>(before.num_kept); i += kTailThreads) {
+      for (int i = thread; i < static_cast<int>(before.num_kept); i += kClusterThreads) {
         atomicAdd(&space.group_size[space.kept_group[i]], 1u);
       }
       __syncthreads();
@@ -450,9 +448,9 @@ __device__ __forceinline__ void settle_batch_of(const Call &call, const Workspac
     in_all += __popc(word);
     place += __popc(k < rank >> 5 ? word : k == rank >> 5 ? word & ((1u << (rank & 31)) - 1) : 0u);
   }
-  const uint32_t most = static_cast<uint32_t>(params.max_total_detections);
-  const Status after{min(most, before.found + in_all), before.num_kept + num_kept, is_sized};
-  for (int i = thread; i < cluster_size() * kBatchWords; i += kTailThreads) {
+  const uint32_t max_detections = static_cast<uint32_t>(params.max_total_detections);
+  const Status after{min(max_detections, before.found + in_all), before.num_kept + num_kept, is_sized};
+  for (int i = thread; i < cluster_size() * kBatchWords; i += kClusterThreads) {
     if (i >= kBatchWords) {
       *in_block(&shared.kept_bits[i % kBatchWords], i / kBatchWords) = shared.kept_bits[i % kBatchWords];
     }
@@ -463,13 +461,13 @@ __device__ __forceinline__ void settle_batch_of(const Call &call, const Workspac
   if (is_kept) {
     place += before.found;
     const float4 corners = shared.batch_boxes[thread];
-    if ((own.z & kVisible) && place < most) {
+    if ((own.z & kVisible) && place < max_detections) {
       const uint64_t key = key_of(own);
       const Box box =
           own.z & kIsDecoded ? box_from(corners) : box_of<T>(call, image, pair_of(params, key).anchor);
       write_detection(call, image, static_cast<int>(place), box, window, key, pair_of(params, key));
     }
-    if (after.found < most) {
+    if (after.found < max_detections) {
       uint32_t at = before.num_kept + __popc(shared.kept_bits[warp] & ((1u << lane) - 1));
       for (int k = 0; k < warp; ++k) at += __popc(shared.kept_bits[k]);
       reinterpret_cast<float4 *>(space.kept_boxes)[at] = corners;
@@ -478,16 +476,16 @@ __device__ __forceinline__ void settle_batch_of(const Call &call, const Workspac
   }
 }
 
-// All detections of an image, whatever it takes. Called by all threads of all blocks.
+// Writes all detections of an image. All threads of all blocks call this.
 template <typename T, int kConverter>
-__device__ __noinline__ void settle_together(int image, float share, Tail &shared) {
+__device__ __noinline__ void suppress_global(int image, float union_fraction, GlobalShared &shared) {
   const Call &call = shared.call;
   const Workspace &space = shared.space;
   const Box &window = shared.window;
   const odtrt_postprocess_params &params = call.params;
   const int thread = static_cast<int>(threadIdx.x), lane = lane_id(), warp = warp_id();
   const int ranks = cluster_size(), rank = cluster_rank();
-  constexpr int kWarps = kTailThreads / 32;
+  constexpr int kWarps = kClusterThreads / 32;
   uint32_t bound = 0;
   if (thread == 0) {
     shared.size = shared.bound = 0;
@@ -495,7 +493,8 @@ __device__ __noinline__ void settle_together(int image, float share, Tail &share
   }
   __syncthreads();
   cluster_arrive();
-  for (int i = thread; i < call.num_slots; i += kTailThreads) bound = max(bound, __ldcg(space.slot_bounds + i));
+  for (int i = thread; i < call.num_slots; i += kClusterThreads)
+    bound = max(bound, __ldcg(space.slot_bounds + i));
   bound = warp_max(bound);
   if (lane == 0) atomicMax(&shared.bound, bound);
   __syncthreads();
@@ -503,28 +502,28 @@ __device__ __noinline__ void settle_together(int image, float share, Tail &share
 
   bool is_too_many = bound == kTooMany;
   if (!is_too_many) {
-    const uint64_t least = max(uint64_t{1}, static_cast<uint64_t>(bound) << 32);
+    const uint64_t min_key = max(uint64_t{1}, static_cast<uint64_t>(bound) << 32);
     const int own_slots = (call.num_slots - rank + ranks - 1) / ranks;
 #pragma unroll 4
-    for (int i = thread; i < (own_slots * kSlot + 31) / 32 * 32; i += kTailThreads) {
-      const uint64_t key = __ldcg(reinterpret_cast<const unsigned long long *>(space.gathered) +
-                                  (rank + i / kSlot * ranks) * kSlot + i % kSlot);
-      take_candidate(shared, key >= least, key);
+    for (int i = thread; i < (own_slots * kSlotSize + 31) / 32 * 32; i += kClusterThreads) {
+      const uint64_t key = __ldcg(reinterpret_cast<const unsigned long long *>(space.collected) +
+                                  (rank + i / kSlotSize * ranks) * kSlotSize + i % kSlotSize);
+      push_candidate(shared, key >= min_key, key);
     }
   }
   __syncthreads();
   is_too_many |= shared.size > kHeld;
 
   auto decode_own = [&](int size) {
-    for (int i = thread; i < size; i += kTailThreads) {
-      const Decoded candidate = decode_candidate<T>(call, image, window, share, key_of(shared.own[i]));
+    for (int i = thread; i < size; i += kClusterThreads) {
+      const Decoded candidate = decode_candidate<T>(call, image, window, union_fraction, key_of(shared.own[i]));
       shared.own_boxes[i] = candidate.box;
       shared.own[i] = candidate.info;
       shared.is_alive[i] = 1;
     }
   };
 
-  Head head{0, kConverter == ODTRT_IDENTITY ? ~0ull : (ordered(1.0f) + 1ull) << 32, kRowsMost, 0, true, false};
+  Head head{0, kConverter == ODTRT_IDENTITY ? ~0ull : (ordered(1.0f) + 1ull) << 32, kMaxRows, 0, true, false};
   if (bound != 0 && bound != kTooMany) {
     head.low = static_cast<uint64_t>(bound) << 32;
     head.is_complete = false;
@@ -549,10 +548,10 @@ __device__ __noinline__ void settle_together(int image, float share, Tail &share
       uint64_t low = 0;
       uint32_t size = alive;
       if (alive > kBatch) {
-        const uint64_t least = max(head.low, static_cast<uint64_t>(ordered(params.score_threshold)) << 32);
+        const uint64_t min_key = max(head.low, static_cast<uint64_t>(ordered(params.score_threshold)) << 32);
         const Selection selection =
-            select(shared, {least, max(least, high)}, 1, kBatch, ~0u, parity, [&](auto visit) {
-              for (int i = thread; i < static_cast<int>(own_count); i += kTailThreads) {
+            select(shared, {min_key, max(min_key, high)}, 1, kBatch, ~0u, parity, [&](auto visit) {
+              for (int i = thread; i < static_cast<int>(own_count); i += kClusterThreads) {
                 if (shared.is_alive[i]) visit(key_of(shared.own[i]));
               }
             });
@@ -562,7 +561,7 @@ __device__ __noinline__ void settle_together(int image, float share, Tail &share
       }
       if (thread == 0) shared.num_selected = shared.num_alive = 0;
       __syncthreads();
-      for (int i = thread; i < static_cast<int>(own_count); i += kTailThreads) {
+      for (int i = thread; i < static_cast<int>(own_count); i += kClusterThreads) {
         if (shared.is_alive[i] && key_of(shared.own[i]) >= low) {
           shared.is_alive[i] = 0;
           shared.list[atomicAdd(&shared.num_selected, 1u)] = static_cast<uint16_t>(i);
@@ -570,7 +569,7 @@ __device__ __noinline__ void settle_together(int image, float share, Tail &share
       }
       __syncthreads();
       const int selected = static_cast<int>(shared.num_selected), log = __ffs(ranks) - 1;
-      for (int i = thread; i < selected << log; i += kTailThreads) {
+      for (int i = thread; i < selected << log; i += kClusterThreads) {
         const int own = shared.list[i >> log], place = static_cast<int>(before) + (i >> log),
                   to = i & (ranks - 1);
         *in_block(&shared.batch_boxes[place], to) = shared.own_boxes[own];
@@ -578,14 +577,15 @@ __device__ __noinline__ void settle_together(int image, float share, Tail &share
       }
       __syncwarp();
       sync_cluster();
-      // mark
+      // mask
       for (int row = rank + ranks * warp; row < static_cast<int>(size); row += ranks * kWarps) {
         const float4 own_corners = shared.batch_boxes[row];
         const Box own = box_from(own_corners);
         const uint4 own_info = shared.batch[row];
         const uint64_t own_key = key_of(own_info);
         const float own_area = float_of(own_info.w);
-        uint32_t of_lane = 0, own_rank = 0, unclear = 0;  // a bit for each word of columns
+        uint32_t of_lane = 0, own_rank = 0,
+                 unclear = 0;  // of_lane: lane k has word k; unclear: bit k for word k
 #pragma unroll
         for (int k = 0; k < kBatchWords; ++k) {
           const int column = 32 * k + lane;
@@ -593,9 +593,9 @@ __device__ __noinline__ void settle_together(int image, float share, Tail &share
           const uint4 info = shared.batch[column];
           const bool is_better = column < static_cast<int>(size) && key_of(info) > own_key;
           const bool is_rival = is_better && is_same_group(info, own_info);
-          const Verdict verdict = judge(other, float_of(info.w), own, own_area);
-          const uint32_t word = __ballot_sync(0xffffffffu, is_rival && verdict.surely);
-          unclear |= static_cast<uint32_t>(is_rival && verdict.perhaps) << k;
+          const OverlapTest test = test_overlap(other, float_of(info.w), own, own_area);
+          const uint32_t word = __ballot_sync(0xffffffffu, is_rival && test.certain);
+          unclear |= static_cast<uint32_t>(is_rival && test.possible) << k;
           own_rank += __popc(__ballot_sync(0xffffffffu, is_better));
           of_lane = lane == k ? word : of_lane;
         }
@@ -613,9 +613,9 @@ __device__ __noinline__ void settle_together(int image, float share, Tail &share
       }
       __syncwarp();
       sync_cluster();
-      // settle
+      // suppress
       if (rank == 0) {
-        settle_batch_of<T>(call, space, image, shared, window, static_cast<int>(size));
+        suppress_batch_in_first_block<T>(call, space, image, shared, window, static_cast<int>(size));
       } else {
         cluster_arrive();
       }
@@ -644,7 +644,7 @@ __device__ __noinline__ void settle_together(int image, float share, Tail &share
       }
       __syncthreads();
       const int part = lane & 3;  // four threads a candidate
-      for (int start = 0; start < static_cast<int>(own_count); start += kTailThreads / 4) {
+      for (int start = 0; start < static_cast<int>(own_count); start += kClusterThreads / 4) {
         const int i = start + thread / 4;
         const bool is_here = i < static_cast<int>(own_count) && shared.is_alive[i];
         bool is_dead = false;
@@ -657,9 +657,10 @@ __device__ __noinline__ void settle_together(int image, float share, Tail &share
 #pragma unroll 4
           for (int k = part; k < static_cast<int>(num_kept); k += 4) {
             const uint4 info = shared.kept[k];
-            const Verdict verdict = judge(box_from(shared.kept_boxes[k]), float_of(info.w), own, own_area);
-            is_dead |= is_same_group(info, own_info) && verdict.surely;
-            is_unclear |= is_same_group(info, own_info) && verdict.perhaps;
+            const OverlapTest test =
+                test_overlap(box_from(shared.kept_boxes[k]), float_of(info.w), own, own_area);
+            is_dead |= is_same_group(info, own_info) && test.certain;
+            is_unclear |= is_same_group(info, own_info) && test.possible;
           }
           if (is_unclear && !is_dead) {
 #pragma unroll 1
@@ -687,7 +688,7 @@ __device__ __noinline__ void settle_together(int image, float share, Tail &share
     head.high = min(head.high, head.low - 1);
     alive = kTooMany;
   }
-  if (rank == 0) write_padding(call, image, static_cast<int>(shared.status.found));
+  if (rank == 0) write_padding<kClusterThreads>(call, image, static_cast<int>(shared.status.found));
 }
 
 }  // namespace
