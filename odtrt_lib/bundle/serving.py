@@ -12,6 +12,7 @@ from typing import (
 
 from odtrt_lib import __version__
 from odtrt_lib.errors import (
+    InputError,
     UnsupportedError,
     one_line,
 )
