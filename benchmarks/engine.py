@@ -13,9 +13,9 @@ Rows by ``kind``:
 * ``build``: a plan without a limit. ``seconds`` is the median of three builds, ``peak_rss_mb`` the largest
   peak of the building process; for fp16 ``conversion_peak_rss_mb`` is that of the process that writes half
   precision into the ONNX.
-* ``setting``: the same with one setting of the ladder alone: what lowers the peak, and what does not.
-* ``sample``: resident memory over the attempts of the first ladder.
-* ``ladder``: one row a rung, under a limit that the first rungs exceed. ``limit_mb`` is the peak without
+* ``setting``: the same with one setting of the fallback alone: what lowers the peak, and what does not.
+* ``sample``: resident memory over the attempts of the first fallback.
+* ``fallback``: one row a step, under a limit that the first steps exceed. ``limit_mb`` is the peak without
   a limit less the share that the row's ``case`` names.
 """
 
@@ -37,7 +37,7 @@ import numpy as np
 from corpus import D1_FROM_D0
 
 from odtrt_lib import engine
-from odtrt_lib.engine import passport
+from odtrt_lib.engine import fallback, passport
 from odtrt_lib.errors import BuildError
 from odtrt_lib.folder import seal
 from odtrt_lib.preprocess import preprocess
@@ -69,7 +69,7 @@ WEIGHTS = {
 # half precision; with trained weights an SSD MobileNet of the same kind passes.
 PARTS, PARTS_640 = (f"ssd_mobilenet_v2_fpnlite_{side}_parts" for side in (320, 640))
 RECORDED = {**WEIGHTS, PARTS: "trained", PARTS_640: "trained"}
-# What the limit takes off the peak without one, and what the ladder may give up.
+# What the limit takes off the peak without one, and what a build may change.
 LADDERS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     ("efficientdet_d0_512", 0.04, ()),
     ("efficientdet_d1_1024", 0.06, ()),
@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> None:
             rows += setting_rows(name, Path(work))
         for name, share, allow in LADDERS:
             has_samples = not any(row["kind"] == "sample" for row in rows)
-            rows += ladder_rows(name, share, allow, Path(work), rows, has_samples)
+            rows += fallback_rows(name, share, allow, Path(work), rows, has_samples)
     write_results(RESULTS, "engine", "python benchmarks/engine.py", rows)
 
 
@@ -193,23 +193,23 @@ def build_row(name: str, precision: str, work: Path) -> dict[str, Any]:
 
 
 def setting_rows(name: str, work: Path) -> list[dict[str, Any]]:
-    """Each setting of the ladder alone."""
+    """Each setting of the fallback alone."""
     rows = []
-    whole = engine.FALLBACK
-    for rung in (one for one in whole if one.concession is None):
+    whole = fallback.FALLBACK
+    for step in (one for one in whole if one.allowance is None):
         with model_folder(name, work) as folder:
-            engine.FALLBACK = (rung,)
+            fallback.FALLBACK = (step,)
             try:
                 engine.build(folder)
             finally:
-                engine.FALLBACK = whole
+                fallback.FALLBACK = whole
             (found,) = passport.passports(folder)
         rows.append(
             {
                 "kind": "setting",
                 "model": name,
                 "precision": "fp32",
-                "setting": rung.name,
+                "setting": step.name,
                 "seconds": found.attempts[-1]["seconds"],
                 "peak_rss_mb": found.attempts[-1]["peak_rss_mb"],
             }
@@ -218,7 +218,7 @@ def setting_rows(name: str, work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def ladder_rows(
+def fallback_rows(
     name: str,
     share: float,
     allow: tuple[str, ...],
@@ -226,7 +226,7 @@ def ladder_rows(
     rows: list[dict[str, Any]],
     has_samples: bool,
 ) -> list[dict[str, Any]]:
-    """The ladder under a limit of the peak without a limit less ``share`` of it."""
+    """The fallback under a limit of the peak without a limit less ``share`` of it."""
     free = next(row for row in rows if (row["kind"], row["model"]) == ("build", name))
     limit = int(free["peak_rss_mb"] * (1 - share))
     attempts: list[dict[str, Any]] = []
@@ -236,20 +236,20 @@ def ladder_rows(
             attempts += passport.passports(folder)[0].attempts
         except BuildError as error:
             pattern = r"([a-z][a-zA-Z ]+): ([^;]*?) \(peak (\d+) MiB\)"
-            for rung, outcome, peak in re.findall(pattern, str(error)):
+            for step, outcome, peak in re.findall(pattern, str(error)):
                 attempts.append(
-                    {"name": rung, "outcome": outcome, "seconds": None, "peak_rss_mb": float(peak)}
+                    {"name": step, "outcome": outcome, "seconds": None, "peak_rss_mb": float(peak)}
                 )
     made = [
         {
-            "kind": "ladder",
-            "case": f"{name} less {share:.0%}" + ", may give up ".join(["", *allow]),
+            "kind": "fallback",
+            "case": f"{name} less {share:.0%}" + ", allowed: ".join(["", *allow]),
             "model": name,
             "precision": "fp16" if "half precision" in attempt["name"] else "fp32",
             "allow": " ".join(allow),
             "limit_mb": limit,
             "number": number,
-            "rung": attempt["name"],
+            "step": attempt["name"],
             "outcome": "built" if attempt["outcome"] == "built" else "out of memory",
             "how": attempt["outcome"].replace("out of memory: ", ""),
             "seconds": attempt["seconds"],
@@ -269,7 +269,7 @@ def sample_rows(row: dict[str, Any], samples: list[list[float]]) -> list[dict[st
     """The resident memory over one attempt; the first and the last sample are among those kept."""
     kept = {round(i) for i in np.linspace(0, len(samples) - 1, min(len(samples), SAMPLES))}
     chosen = [samples[i] for i in sorted(kept)]
-    same = {key: row[key] for key in ("case", "model", "number", "rung")}
+    same = {key: row[key] for key in ("case", "model", "number", "step")}
     return [{"kind": "sample", **same, "seconds": seconds, "rss_mb": rss} for seconds, rss, _ in chosen]
 
 

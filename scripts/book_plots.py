@@ -58,15 +58,15 @@ def engine_memory(results: Path) -> str:
     if not samples:
         return f"<p><em>Not measured yet: <code>results/{path.name}</code> has no samples.</em></p>\n"
     case = samples[0]["case"]
-    rungs = [row for row in rows if row["kind"] == "ladder" and row["case"] == case]
-    limit, model = rungs[0]["limit_mb"], rungs[0]["model"]
-    most = max(limit, *(row["rss_mb"] for row in samples), *(rung["peak_rss_mb"] for rung in rungs)) * 1.12
+    steps = [row for row in rows if row["kind"] == "fallback" and row["case"] == case]
+    limit, model = steps[0]["limit_mb"], steps[0]["model"]
+    most = max(limit, *(row["rss_mb"] for row in samples), *(step["peak_rss_mb"] for step in steps)) * 1.12
     left, right, plot_top, bottom = 70, WIDTH - 16, 30, 290
-    height = bottom + 44 + 21 * len(rungs)
+    height = bottom + 44 + 21 * len(steps)
     starts, end = {}, 0.0
-    for rung in rungs:
-        starts[rung["number"]] = end
-        end += max(row["seconds"] for row in samples if row["number"] == rung["number"]) * 1.06
+    for step in steps:
+        starts[step["number"]] = end
+        end += max(row["seconds"] for row in samples if row["number"] == step["number"]) * 1.06
 
     def x(seconds: float) -> float:
         return round(left + seconds / end * (right - left), 1)
@@ -80,7 +80,7 @@ def engine_memory(results: Path) -> str:
             height,
             "Memory of a build under a limit, attempt by attempt",
             f"Host memory in MiB over time while {model} is built under a limit of {limit} MiB: "
-            + "; ".join(f"{rung['rung']}: {rung['outcome']}" for rung in rungs)
+            + "; ".join(f"{step['step']}: {step['outcome']}" for step in steps)
             + ". A dot marks the peak of each attempt. The table has the peaks.",
         ),
         f'<text class="soft" x="{left}" y="16">MiB of the building process. '
@@ -97,28 +97,28 @@ def engine_memory(results: Path) -> str:
         f'<text class="soft" x="{(left + right) / 2:.0f}" y="{bottom + 20}" text-anchor="middle">'
         f"one attempt after the other, {end:.0f} seconds together</text>"
     )
-    for row, rung in enumerate(rungs):
-        start, number = starts[rung["number"]], rung["number"]
+    for row, step in enumerate(steps):
+        start, number = starts[step["number"]], step["number"]
         own = [sample for sample in samples if sample["number"] == number]
         points = " ".join(f"{x(start + sample['seconds'])},{y(sample['rss_mb'])}" for sample in own)
-        kind, mark = ("good", "✓") if rung["outcome"] == "built" else ("bad", "✗")
-        peak = f"peak {rung['peak_rss_mb']:.0f} MiB"
+        kind, mark = ("good", "✓") if step["outcome"] == "built" else ("bad", "✗")
+        peak = f"peak {step['peak_rss_mb']:.0f} MiB"
         parts.append(
             f'<polyline class="trace {kind}" points="{points}"><title>'
-            f"{escape(rung['rung'])}: {escape(rung['outcome'])}, {peak}</title></polyline>"
+            f"{escape(step['step'])}: {escape(step['outcome'])}, {peak}</title></polyline>"
         )
         middle, line = x(start + own[-1]["seconds"] / 2), bottom + 44 + 21 * row
         highest = max(own, key=lambda sample: sample["rss_mb"])
         parts.append(
             f'<circle class="peak {kind}" cx="{x(start + highest["seconds"])}" '
-            f'cy="{y(rung["peak_rss_mb"])}" r="5"/>'
+            f'cy="{y(step["peak_rss_mb"])}" r="5"/>'
         )
         parts.append(
             f'<text class="{kind} mark" x="{middle}" y="{bottom - 10}" text-anchor="middle">'
             f"{number} {mark}</text>"
             f'<text class="{kind} mark" x="{left}" y="{line}">{number} {mark}</text>'
-            f'<text class="ink" x="{left + 42}" y="{line}">{escape(rung["rung"])}: '
-            f"{escape(rung['outcome'])}, {peak}</text>"
+            f'<text class="ink" x="{left + 42}" y="{line}">{escape(step["step"])}: '
+            f"{escape(step['outcome'])}, {peak}</text>"
         )
     return "\n".join([*parts, "</svg></div>"]) + "\n"
 

@@ -411,17 +411,17 @@ TABLES |= {
         only={"kind": ("setting",)},
         made="Built",
     ),
-    "engine_ladder": Table(
+    "engine_fallback": Table(
         "engine.cpu.json",
         (
             Column("model", "model"),
             Column("limit, MiB", "limit_mb", ","),
-            Column("rung", "rung"),
+            Column("step", "step"),
             Column("outcome", "outcome"),
             Column("noticed by", "how"),
             Column("peak memory, MiB", "peak_rss_mb", ",.0f"),
         ),
-        only={"kind": ("ladder",)},
+        only={"kind": ("fallback",)},
         made="Built",
     ),
     "engine_gpu_latency": Table(

@@ -256,11 +256,11 @@ def test_the_tree_of_questions_has_every_rule_that_says_no():
 
 
 def test_the_memory_figure_draws_each_attempt_under_its_limit(tmp_path: Path):
-    rungs = [("as asked", "out of memory", 320), ("frugal heap", "built", 290)]
+    steps = [("as asked", "out of memory", 320), ("frugal heap", "built", 290)]
     case = {"case": "d0 less 4%", "model": "d0"}
     rows = [
-        {**case, "kind": "ladder", "number": i, "rung": rung, "outcome": outcome, "peak_rss_mb": peak}
-        for i, (rung, outcome, peak) in enumerate(rungs, 1)
+        {**case, "kind": "fallback", "number": i, "step": step, "outcome": outcome, "peak_rss_mb": peak}
+        for i, (step, outcome, peak) in enumerate(steps, 1)
     ]
     rows += [
         {**case, "kind": "sample", "number": i, "seconds": seconds, "rss_mb": seconds * 100.0}

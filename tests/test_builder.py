@@ -538,7 +538,7 @@ def test_the_stand_ins_have_the_names_of_the_real_bindings(version):
     assert typed is ("STRONGLY_TYPED" in real_names("NetworkDefinitionCreationFlag"))
 
 
-# ---- The ladder, under real limits ------------------------------------------------------------------------
+# ---- The fallback, under real limits ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", VERSIONS)

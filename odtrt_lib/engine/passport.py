@@ -69,7 +69,7 @@ class Passport:
     model: the ONNX file in the folder that it was built from. version: the library's, e.g. ``10.3.0``.
     compute_capabilities: TensorRT-RTX's targets, ``("default",)`` or e.g. ``("8.6", "8.9")``; ``()`` for
     TensorRT. settings: the builder's, of the attempt that succeeded. layers: how many run in which precision.
-    attempts: each rung that was tried, with name, settings, outcome, seconds and memory. trtexec: the
+    attempts: each step that was tried, with name, settings, outcome, seconds and memory. trtexec: the
     equivalent command line, "" where there is none. built: the time, ISO 8601, UTC.
     """
 
