@@ -110,7 +110,7 @@ class Tensor:
 
 class Layer:
     def __init__(self, type, dtype):
-        self.type, self.num_outputs, self.dtype = type, 1, dtype
+        self.type, self.num_outputs, self.num_inputs, self.dtype = type, 1, 0, dtype
     def get_output(self, i): return Tensor("", (), self.dtype)
 
 

@@ -59,13 +59,6 @@ def available_runtimes() -> List[Tuple[str, str]]:
     return found
 
 
-def is_weakly_typed(trt: Any) -> bool:
-    """Whether this library takes the precision from a builder flag, because it has no typed networks."""
-    return not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") and hasattr(
-        trt.BuilderFlag, "FP16"
-    )
-
-
 def load_plugin(registry: Any, library: Path) -> bool:
     """Loads ``libodtrt_tensorrt.so`` unless the registry has it already; whether it has it now.
 

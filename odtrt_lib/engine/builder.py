@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from odtrt_lib import errors
-from odtrt_lib.engine.bindings import error_recorder, is_weakly_typed, let_rtx_find_itself, load_plugin
+from odtrt_lib.engine.bindings import error_recorder, let_rtx_find_itself, load_plugin
 from odtrt_lib.errors import (
     BuildError,
     CheckError,
@@ -123,6 +123,13 @@ def error_in(answer: Mapping[str, Any]) -> Optional[OdtrtError]:
     """The error that a child reports, as an exception to raise."""
     kind = getattr(errors, str(answer.get("error")), None)
     return kind(answer["message"]) if kind is not None else None
+
+
+def is_weakly_typed(trt: Any) -> bool:
+    """Whether this library takes the precision from a builder flag, because it has no typed networks."""
+    return not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") and hasattr(
+        trt.BuilderFlag, "FP16"
+    )
 
 
 def is_out_of_memory(text: str) -> bool:
@@ -489,16 +496,24 @@ Counts = Dict[str, int]
 
 
 def _layers_of_network(network: Any) -> Tuple[Counts, Counts]:
-    """How many layers give out which precision: all, and those that do the work (convolutions, products)."""
+    """How many layers give out which precision: all, and those that do the work (convolutions, products).
+
+    One that works on dequantised values counts as int8: TensorRT computes it so.
+    """
     every: Counts = {}
     computing: Counts = {}
+    dequantised = set()
     for layer in (network.get_layer(i) for i in range(network.num_layers)):
         if layer.num_outputs == 0:
             continue
-        kind = str(layer.get_output(0).dtype).rpartition(".")[2].lower()
-        precision = _PRECISIONS.get(kind, "other")
+        kind, output = str(layer.type).rpartition(".")[2], layer.get_output(0)
+        precision = _PRECISIONS.get(str(output.dtype).rpartition(".")[2].lower(), "other")
         every[precision] = every.get(precision, 0) + 1
-        if str(layer.type).rpartition(".")[2] in _COMPUTING:
+        if kind == "DEQUANTIZE":
+            dequantised.add(output.name)
+        elif kind in _COMPUTING:
+            if layer.num_inputs and layer.get_input(0).name in dequantised:
+                precision = "int8"
             computing[precision] = computing.get(precision, 0) + 1
     return every, computing
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
 from odtrt_lib.engine import builder
-from odtrt_lib.engine.bindings import FLAVOURS, is_weakly_typed
+from odtrt_lib.engine.bindings import FLAVOURS
 from odtrt_lib.engine.watch import NO_MEMORY, UNTOUCHED_RLIMIT_ALLOWANCE, Progress, RunResult, run
 from odtrt_lib.errors import BuildError
 from odtrt_lib.machine import MIB, Machine
@@ -170,7 +170,7 @@ def _needs_half_model(attempt: Attempt, identity: Mapping[str, Any]) -> bool:
     """Strongly typed networks take half precision from the ONNX model, others from a builder flag."""
     if identity["precision"] != "fp16" or attempt.is_half:
         return False
-    return not is_weakly_typed(importlib.import_module(identity["flavour"]))
+    return not builder.is_weakly_typed(importlib.import_module(identity["flavour"]))
 
 
 def _run(attempt: Attempt, request: builder.Request) -> RunResult:

@@ -45,6 +45,7 @@ BUILD_PLUGIN = (
 
 _LARGEST_PASSPORT = 8 << 20
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}\Z")
+_MODEL = re.compile(r"(\w+/)?[\w.-]+\Z")
 _PLAN = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}\.plan\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _NUMBERS = re.compile(r"\d{1,5}(\.\d{1,5}){1,4}\Z")
@@ -402,7 +403,7 @@ _PASSPORT_FIELDS: Dict[str, _Check] = {
     "plan": ("<fingerprint>-<8 digits>.plan", _matches(_PLAN)),
     "plan_sha256": _DIGEST,
     "plan_bytes": ("a count", _is_count),
-    "model": ("a file name", lambda value: _is_text(value) and re.match(r"[\w.-]+\Z", value) is not None),
+    "model": ("a file name", lambda value: _is_text(value) and _MODEL.match(value) is not None),
     "onnx_sha256": _DIGEST,
     "spec_sha256": _DIGEST,
     "flavour": (f"one of {', '.join(FLAVOURS)}", lambda value: isinstance(value, str) and value in FLAVOURS),
