@@ -36,6 +36,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from odtrt_lib import __version__
 from odtrt_lib.errors import InputError, OdtrtError, one_line
+from odtrt_lib.machine import peak_rss_mb
 from odtrt_lib.variants import models
 
 LOG = "log.jsonl"
@@ -70,6 +71,47 @@ class StageResult:
     record: Dict[str, Any]
     is_up_to_date: bool
     note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One run of a stage: what it is made from, and the record that it leaves.
+
+    inputs: what the stage reads, name -> SHA-256 of the content that matters. settings: JSON values. A stage
+    that finds :meth:`finished` has nothing to do; else it writes its files inside :func:`staging` and calls
+    :meth:`record` there, so that files and record appear in one step.
+    """
+
+    folder: Path
+    name: str
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def finished(self, force: bool = False) -> Optional[Dict[str, Any]]:
+        """The record of an earlier run with the same inputs and settings whose outputs are intact."""
+        return None if force else up_to_date(self.folder, self.name, self.inputs, self.settings)
+
+    def record(
+        self,
+        staged: Path,
+        outputs: Sequence[str],
+        versions: Mapping[str, str],
+        checks: Mapping[str, Any],
+    ) -> Dict[str, Any]:
+        """Writes the record, with the time since this object was made and the process's peak of memory."""
+        return write_record(
+            self.folder,
+            self.name,
+            staged=staged,
+            inputs=self.inputs,
+            settings=self.settings,
+            outputs=outputs,
+            versions=versions,
+            seconds=time.perf_counter() - self.started,
+            peak_rss_mb=peak_rss_mb("self") or 0.0,
+            checks=checks,
+        )
 
 
 def sha256(path: Union[str, Path]) -> str:

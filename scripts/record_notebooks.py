@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -97,7 +98,11 @@ def library_sha256(modules: Iterable[str], root: Path) -> str:
 
 def essential(path: Path) -> str:
     """A module's source without comments, docstrings, blank lines and trailing spaces."""
-    text = path.read_text(encoding="utf-8")
+    return _essential(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _essential(text: str) -> str:
     lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -273,18 +278,23 @@ def _text(output: Any) -> str:
 def _imported(text: str, root: Path) -> set[str]:
     """The files of odtrt_lib that are imported by name, each with the packages that it is in."""
     files = set()
-    for node in ast.walk(ast.parse(text)):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("odtrt_lib"):
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            parts = name.split(".") if name.split(".")[0] == "odtrt_lib" else []
-            for count in range(1, len(parts) + 1):
-                path = "/".join(parts[:count])
-                files |= {one for one in (f"{path}.py", f"{path}/__init__.py") if (root / one).is_file()}
+    for name in _imported_names(text):
+        parts = name.split(".")
+        for count in range(1, len(parts) + 1):
+            path = "/".join(parts[:count])
+            files |= {one for one in (f"{path}.py", f"{path}/__init__.py") if (root / one).is_file()}
     return files
+
+
+@functools.cache
+def _imported_names(text: str) -> tuple[str, ...]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(name for name in names if name.split(".")[0] == "odtrt_lib")
 
 
 def _without_magics(source: str) -> str:

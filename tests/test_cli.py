@@ -855,6 +855,7 @@ class TestDoctor:
             doctor, "device_info", lambda: {"machine": "aarch64", "cpu": "", "cores": 12, "l4t": "R36"}
         )
         monkeypatch.setattr(doctor, "_lines", lambda path: [])
+        monkeypatch.setattr(doctor, "meminfo", dict)
         machine = doctor.machine()
         assert machine["Jetson"] == "board unknown, L4T R36"
         assert machine["JetPack"] == "not in odtrt's table; `apt show nvidia-jetpack` says which"
@@ -893,7 +894,7 @@ def test_ctrl_c_during_a_real_stage_leaves_nothing(tmp_path):
         "export.export = slow\n"
         "cli.main(['export', 'model', '-o', sys.argv[1]])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     process = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path / "out")],
         stdout=subprocess.PIPE,
@@ -925,7 +926,7 @@ def test_tensorflows_log_is_kept_from_the_terminal_and_nothing_else(tmp_path):
         "export.export = noisy\n"
         "cli.main(['export', 'model'])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, env=environment, cwd=tmp_path
     )

@@ -60,12 +60,12 @@ def test_a_word_of_a_command_is_read_back_by_a_shell(name):
 def odtrt(code: str, **options) -> subprocess.CompletedProcess:
     """Runs a stand-in for `odtrt export`, whose work is ``code``, in a process of its own."""
     script = (
-        "import os, sys, types\nimport odtrt_lib\nfrom odtrt_lib import cli\n"
+        "import os, sys, types\nimport odtrt_lib\nfrom odtrt_lib.app import cli\n"
         f"def work(source, target, **_):\n    {code}\n"
         "stage = odtrt_lib.export = sys.modules['odtrt_lib.export'] = types.SimpleNamespace(export=work)\n"
         "cli.main(['export', 'model', '-o', 'out'])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), **options.pop("env", {})}
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2]), **options.pop("env", {})}
     return subprocess.run(
         [sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE, text=True, **options
     )
@@ -143,7 +143,7 @@ def test_ctrl_c_ends_the_command_wherever_it_falls(code):
 
 def test_ctrl_c_during_the_imports_is_no_traceback(tmp_path):
     (tmp_path / "typer.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(600)\n")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(cli.__file__).parents[1]}"}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(cli.__file__).parents[2]}"}
     done = subprocess.run(
         [sys.executable, "-m", "odtrt_lib", "--version"],
         env=environment,

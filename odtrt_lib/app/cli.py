@@ -31,7 +31,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from odtrt_lib import __version__
+from odtrt_lib import IMPORT_PATH, __version__
 from odtrt_lib.app import terminal
 from odtrt_lib.app.terminal import out as _out
 from odtrt_lib.app.terminal import say_error as _say_error
@@ -920,9 +920,10 @@ def _printable_usage_errors() -> Iterator[None]:
 
 
 def _require_workstation() -> None:
-    if not Path(__file__).with_name("export.py").is_file():
+    package = Path(IMPORT_PATH) / "odtrt_lib"
+    if not (package / "export").is_dir():
         raise MissingDependencyError(
-            f"{Path(__file__).parent}: the device side of odtrt, without export and convert: run them on a "
+            f"{package}: the device side of odtrt, without export and convert: run them on a "
             "workstation, from a checkout of odtrt; build, detect and eval work here"
         )
     if sys.version_info < _PYTHON_OF_TENSORFLOW:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import resource
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
@@ -95,8 +93,13 @@ def look_at(folder: Path, pictures: Sequence[Picture]) -> Tuple[folders.StageRes
     """
     from odtrt_lib.results import versions
 
-    started = time.perf_counter()
     detector = Detector.open(folder)
+    inputs = {
+        **folders.check_seal(folder, "heads.onnx", "anchors.npy", "spec.json"),
+        **{picture.title: picture.sha256 for picture in pictures},
+    }
+    settings = {"backend": detector.backend.name, "min_score": MIN_SCORE}
+    stage = folders.Stage(folder, "detect", inputs, settings)
     detections = [confident(detector.detect(picture.image), MIN_SCORE) for picture in pictures]
     rows = [row for i, picture in enumerate(pictures) for row in as_rows(picture.title, detections[i])]
     checks: Dict[str, Any] = {"pictures": len(pictures), "detections": len(rows)}
@@ -104,21 +107,7 @@ def look_at(folder: Path, pictures: Sequence[Picture]) -> Tuple[folders.StageRes
         checks.update(count_found([picture.truth or [] for picture in pictures], detections))
     with folders.staging(folder) as staged:
         (staged / "detections.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        record = folders.write_record(
-            folder,
-            "detect",
-            staged=staged,
-            inputs={
-                **folders.check_seal(folder, "heads.onnx", "anchors.npy", "spec.json"),
-                **{picture.title: picture.sha256 for picture in pictures},
-            },
-            settings={"backend": detector.backend.name, "min_score": MIN_SCORE},
-            outputs=["detections.json"],
-            versions=versions("numpy", "onnxruntime"),
-            seconds=time.perf_counter() - started,
-            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            checks=checks,
-        )
+        record = stage.record(staged, ["detections.json"], versions("numpy", "onnxruntime"), checks)
     return folders.StageResult(record, False), detections
 
 

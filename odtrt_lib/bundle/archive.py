@@ -55,7 +55,7 @@ from typing import (
     Union,
 )
 
-from odtrt_lib import __version__
+from odtrt_lib import IMPORT_PATH, __version__
 from odtrt_lib.bundle.serving import comment, deepstream_files, require_source, triton_repository
 from odtrt_lib.errors import (
     CheckError,
@@ -461,8 +461,8 @@ def _readme(spec: DetectorSpec, members: Iterable[str]) -> str:
 
 
 def _device_side() -> Iterator[Tuple[str, Union[Path, bytes]]]:
-    package = Path(__file__).resolve().parents[1]
-    checkout = package.parent
+    checkout = Path(IMPORT_PATH)
+    package = checkout / "odtrt_lib"
     for path in sorted(package.rglob("*.py")):
         name = path.relative_to(package)
         if name.parts[0] not in WORKSTATION:

@@ -29,7 +29,7 @@ from typing import (
     Union,
 )
 
-from odtrt_lib import requirements
+from odtrt_lib import IMPORT_PATH, requirements
 from odtrt_lib.bundle.archive import (
     MODEL,
     PLUGIN,
@@ -379,7 +379,7 @@ def _tell_plans(folder: Path, say: Callable[[str], None]) -> None:
 def _has_half_precision_flag(flavour: Optional[str]) -> bool:
     """Asked in a process of its own, because a builder should be the first to load TensorRT."""
     question = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r}); "
+        f"import sys; sys.path.insert(0, {IMPORT_PATH!r}); "
         f"import {flavour} as trt; from odtrt_lib.engine.builder import is_weakly_typed; "
         "sys.exit(not is_weakly_typed(trt))"
     )

@@ -10,7 +10,7 @@ from typing import (
     Union,
 )
 
-from odtrt_lib import __version__
+from odtrt_lib import IMPORT_PATH, __version__
 from odtrt_lib.errors import (
     InputError,
     UnsupportedError,
@@ -131,7 +131,7 @@ def deepstream_files(folder: Path, spec: DetectorSpec) -> Iterator[Tuple[str, Un
     labels = [re.sub(r"[\s;]+", " ", label.name).strip() for label in spec.labels]
     yield "deepstream/nvinfer.txt", configuration.encode()
     yield "deepstream/labels.txt", ("\n".join(labels) + "\n").encode()
-    parser = Path(__file__).resolve().parents[2] / "plugins" / "deepstream" / "nvdsinfer_odtrt.cpp"
+    parser = Path(IMPORT_PATH, "plugins") / "deepstream" / "nvdsinfer_odtrt.cpp"
     yield "deepstream/nvdsinfer_odtrt.cpp", require_source(parser)
 
 

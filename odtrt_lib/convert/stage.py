@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
-import resource
-import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,13 +94,12 @@ def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> fold
             "(17 is read by TensorRT 8.5 and later)"
         )
     folder = Path(folder)
-    started = time.monotonic()
     frozen_path = folders.require(folder, "frozen.pb", "export")
     files = folders.sealed(folder, "frozen.pb", "spec.json")
     spec = load_spec(folder / "spec.json", files["spec.json"])
     inputs = folders.made_from("heads.onnx", files)
-    settings = {"opset": opset}
-    record = None if force else folders.up_to_date(folder, "convert", inputs, settings)
+    stage = folders.Stage(folder, "convert", inputs, {"opset": opset})
+    record = stage.finished(force)
     if record is not None:
         return folders.StageResult(record, is_up_to_date=True)
 
@@ -118,16 +115,10 @@ def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> fold
         parity = _compare(frozen, path, spec, images=4)
         _require_parity(folder / "heads.onnx", parity)
         operations = Counter(node.op_type for node in model.graph.node)
-        record = folders.write_record(
-            folder,
-            "convert",
-            staged=staged,
-            inputs=inputs,
-            settings=settings,
+        record = stage.record(
+            staged,
             outputs=["heads.onnx"],
             versions={name: _version(name) for name in _VERSIONED},
-            seconds=time.monotonic() - started,
-            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             checks={
                 "opset": model.opset_import[0].version,
                 "ir_version": model.ir_version,

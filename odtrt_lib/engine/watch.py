@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
+from odtrt_lib import IMPORT_PATH
 from odtrt_lib.engine import builder
 from odtrt_lib.errors import one_line
 from odtrt_lib.folder import ctrl_c_later
@@ -214,7 +215,7 @@ def _follow(watchdog: _Watchdog, reading: int, progress: Progress) -> List[Dict[
 
 def _import_paths() -> Iterator[str]:
     """Where a child looks for modules: where this process does, a notebook's additions included."""
-    yield str(Path(__file__).resolve().parents[2])
+    yield IMPORT_PATH
     for path in sys.path:
         if path and Path(path).is_dir() and Path(path).name != "odtrt_lib":
             yield str(Path(path).resolve())

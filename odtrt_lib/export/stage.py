@@ -16,8 +16,6 @@ import io
 import json
 import os
 import re
-import resource
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +27,12 @@ from odtrt_lib.export import noise, odapi
 from odtrt_lib.export.contract import compare_with_odapi
 from odtrt_lib.export.pipeline import PipelineSettings, read_pipeline
 from odtrt_lib.folder import (
+    Stage,
     StageResult,
     last_record,
     sealed,
     sha256,
     staging,
-    up_to_date,
-    write_record,
 )
 from odtrt_lib.spec import DetectorSpec, HeadsSpec, InputSpec, Source, problems
 
@@ -138,7 +135,6 @@ def export(
     ``frozen.pb`` and ``anchors.npy`` stay as they are; ``spec.json`` is made anew and compared with the OD
     API. The note and the check ``network_kept_from`` say so. force: make everything anew in any case.
     """
-    started = time.perf_counter()
     folder = Path(folder)
     files = find_model(source, pipeline)
     odapi.regenerate_protos()
@@ -149,7 +145,8 @@ def export(
     inputs = {"pipeline.config": sha256(files.pipeline), "checkpoint": _checkpoint_sha256(files.checkpoint)}
     options = _options(files, settings, size, batch)
     note = f"checkpoint: {files.checkpoint} ({files.choice})"
-    record = None if force else up_to_date(folder, "export", inputs, options)
+    stage = Stage(folder, "export", inputs, options)
+    record = stage.finished(force)
     if record is not None:
         return StageResult(record, True, note)
 
@@ -165,18 +162,7 @@ def export(
     with staging(folder) as out:
         _stage(folder, out, network, kept)
         (out / "spec.json").write_text(spec.to_json(), encoding="utf-8")
-        record = write_record(
-            folder,
-            "export",
-            staged=out,
-            inputs=inputs,
-            settings=options,
-            outputs=list(OUTPUTS),
-            versions=versions,
-            seconds=time.perf_counter() - started,
-            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            checks=checks,
-        )
+        record = stage.record(out, OUTPUTS, versions, checks)
     return StageResult(record, False, note)
 
 

@@ -16,8 +16,6 @@ and ``classes`` int32 ``[batch, M]``, as in :class:`odtrt_lib.nms.Postprocessed`
 from __future__ import annotations
 
 import importlib.metadata
-import resource
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
@@ -46,16 +44,14 @@ def fuse(folder: Union[str, Path], *, form: str = "plugin", force: bool = False)
     ``spec.json``, MissingDependencyError without onnx or onnx-graphsurgeon, CheckError where the ONNX checker
     refuses the outcome; nothing is written then.
     """
-    started = time.monotonic()
     folder = Path(folder)
     if form not in FUSED:
         raise InputError(f"form {form!r}: expected one of {', '.join(FUSED)}")
-    name, stage = FORMS[form].file, FORMS[form].stage
+    name = FORMS[form].file
     files = folders.sealed(folder, "heads.onnx", "anchors.npy", "spec.json")
     spec = load_spec(folder / "spec.json", files["spec.json"])
-    inputs = folders.made_from(name, files)
-    settings = {"form": form}
-    record = None if force else folders.up_to_date(folder, stage, inputs, settings)
+    stage = folders.Stage(folder, FORMS[form].stage, folders.made_from(name, files), {"form": form})
+    record = stage.finished(force)
     if record is not None:
         return folders.StageResult(record, is_up_to_date=True)
 
@@ -65,16 +61,10 @@ def fuse(folder: Union[str, Path], *, form: str = "plugin", force: bool = False)
         fused = with_plugin(heads, spec, anchors) if form == "plugin" else with_onnx_nms(heads, spec, anchors)
         _require_valid(folder / name, fused)
         (staged / name).write_bytes(fused.SerializeToString(deterministic=True))
-        record = folders.write_record(
-            folder,
-            stage,
-            staged=staged,
-            inputs=inputs,
-            settings=settings,
+        record = stage.record(
+            staged,
             outputs=[name],
             versions={each: importlib.metadata.version(each) for each in ("onnx", "onnx-graphsurgeon")},
-            seconds=time.monotonic() - started,
-            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             checks={
                 "onnx_checker": "full check passed",
                 "nodes": len(fused.graph.node),

@@ -22,6 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Union
 
+from odtrt_lib import IMPORT_PATH
 from odtrt_lib.engine import passport as passports
 from odtrt_lib.engine.passport import Passport
 from odtrt_lib.errors import BuildError, CheckError, InputError, OdtrtError, one_line
@@ -243,8 +244,7 @@ def _spawn(
         "force": force,
         "lock": lock,
     }
-    package = str(Path(__file__).resolve().parent.parent)
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [IMPORT_PATH, *filter(None, [os.environ.get("PYTHONPATH")])]
     with (folder / passports.PLANS / OUTPUT).open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "odtrt_lib.portability", json.dumps(request)],
