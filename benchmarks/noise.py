@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import onnx
 
-from odtrt_lib import convert as chapter2
-from odtrt_lib import export as chapter1
+from odtrt_lib.convert import stage as chapter2
 from odtrt_lib.convert.resizes import audit_resizes, require_agreement
 from odtrt_lib.errors import CheckError
 from odtrt_lib.export import noise, odapi
+from odtrt_lib.export import stage as chapter1
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import DetectorSpec, load_spec
 

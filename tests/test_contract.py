@@ -9,9 +9,10 @@ import pytest
 from conftest import TINY_CONFIG
 
 from odtrt_lib.errors import CheckError
-from odtrt_lib.export import _centre_size, _normalisation, odapi
+from odtrt_lib.export import odapi
 from odtrt_lib.export.contract import compare_with_odapi, draw_heads, try_wrong_fields, wrong_fields
 from odtrt_lib.export.pipeline import read_pipeline
+from odtrt_lib.export.stage import _centre_size, _normalisation
 from odtrt_lib.nms import decode_boxes
 from odtrt_lib.spec import DetectorSpec, HeadsSpec, InputSpec, Source, load_spec
 

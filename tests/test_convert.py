@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from odtrt_lib import convert as convert_module
 from odtrt_lib import folder as folders
 from odtrt_lib import spec as spec_module
+from odtrt_lib.convert import stage as convert_module
 from odtrt_lib.errors import CheckError, InputError, UnsupportedError
 from odtrt_lib.folder import seal
 

@@ -6,7 +6,6 @@ import ast
 import dataclasses
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from conftest import ROOT
 
 from odtrt_lib import detector as detector_room
 from odtrt_lib import preprocess as preprocess_room
+from odtrt_lib.bundle.archive import WORKSTATION
 from odtrt_lib.detector import Backend, Detections, Detector
 from odtrt_lib.errors import InputError, MissingDependencyError
 from odtrt_lib.evaluate import agreement, coco_results, load_detections
@@ -588,18 +588,17 @@ def with_means_in_two_steps(folder: Path, copy: Path) -> Path:
 # --- the rooms that run on a Jetson
 
 
-def device_rooms() -> list[Path]:
-    """Those that pyproject.toml says are Python 3.8's."""
-    text = (ROOT / "pyproject.toml").read_text()
-    names = re.search(r'"odtrt_lib/\{(.+)\}\.py" = "py38"', text).group(1).split(",")
-    rooms = [ROOT / "odtrt_lib" / f"{name}.py" for name in names]
-    assert {"spec", "nms", "preprocess", "detector", "engine", "evaluate", "folder"} <= set(names)
-    return [room for room in rooms if room.exists()]
+def device_side() -> list[Path]:
+    """What a bundle carries of odtrt_lib: all that needs neither TensorFlow nor OpenCV."""
+    package = ROOT / "odtrt_lib"
+    found = [path.relative_to(package) for path in sorted(package.rglob("*.py"))]
+    return [path for path in found if path.parts[0] not in WORKSTATION]
 
 
-@pytest.mark.parametrize("room", device_rooms(), ids=lambda room: room.stem)
-def test_a_device_room_is_python_38(room):
-    ast.parse(room.read_text(encoding="utf-8"), str(room), feature_version=(3, 8))
+@pytest.mark.parametrize("module", device_side(), ids=str)
+def test_a_module_of_the_device_side_is_python_38(module):
+    path = ROOT / "odtrt_lib" / module
+    ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 8))
 
 
 def test_newer_syntax_is_caught():
@@ -607,17 +606,18 @@ def test_newer_syntax_is_caught():
         ast.parse("match x:\n    case 1: pass\n", feature_version=(3, 8))
 
 
-def import_all_rooms() -> str:
+def import_the_device_side() -> str:
     """Those that need numpy alone: all but the command line's, made with typer and rich."""
-    command_line = ("__init__", "__main__", "cli", "terminal")
-    names = [room.stem for room in device_rooms() if room.stem not in command_line]
-    return "import " + ", ".join(f"odtrt_lib.{name}" for name in names)
+    modules = [path.with_suffix("").as_posix().replace("/", ".") for path in device_side()]
+    command_line = ("app.cli", "app.terminal")
+    names = [name for name in modules if not name.endswith("__main__") and name not in command_line]
+    return "import " + ", ".join(f"odtrt_lib.{name.removesuffix('.__init__')}" for name in names)
 
 
-def test_the_device_rooms_load_nothing_heavy():
+def test_the_device_side_loads_nothing_heavy():
     heavy = ["tensorflow", "tf_keras", "onnx", "onnxruntime", "cv2", "PIL", "pycocotools", "tensorrt"]
     heavy += ["tensorrt_rtx", "polygraphy"]
-    script = f"{import_all_rooms()}; import sys; print([m for m in {heavy} if m in sys.modules])"
+    script = f"{import_the_device_side()}; import sys; print([m for m in {heavy} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 
@@ -687,7 +687,7 @@ def test_python_38_with_numpy_alone_detects_the_same(python38, tiny, tmp_path):
         box_encodings=recorded[1],
         class_logits=recorded[2],
     )
-    script = DETECT_ON_38.format(imports=import_all_rooms())
+    script = DETECT_ON_38.format(imports=import_the_device_side())
     paths = [tiny / "spec.json", tmp_path / "in.npz", tmp_path / "out.npz"]
     run = subprocess.run([python38, "-c", script, *paths], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

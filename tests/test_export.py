@@ -13,11 +13,11 @@ import pytest
 from conftest import TINY_CONFIG
 from spec_cases import SPEC
 
-from odtrt_lib import export as export_room
 from odtrt_lib.convert import convert
 from odtrt_lib.detector import Detector
 from odtrt_lib.errors import CheckError, InputError, OdtrtError, UnsupportedError
 from odtrt_lib.export import export, find_model, odapi, run_frozen
+from odtrt_lib.export import stage as export_stage
 from odtrt_lib.export.pipeline import read_pipeline
 from odtrt_lib.folder import append_record, last_record, read_log, sealed
 from odtrt_lib.spec import load_spec
@@ -83,13 +83,13 @@ def test_postprocessing_left_in_the_graph_is_caught(tiny_model, tmp_path, monkey
 
         return heads.get_concrete_function()
 
-    monkeypatch.setattr(export_room, "_trace", trace_with_nms)
+    monkeypatch.setattr(export_stage, "_trace", trace_with_nms)
     assert_one_line_error(lambda: export(tiny_model, tmp_path / "out"), CheckError, "NonMaxSuppression")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_frozen_graph_that_differs_from_the_model_is_caught(tiny_model, tmp_path, monkeypatch):
-    freeze = export_room._freeze
+    freeze = export_stage._freeze
 
     def freeze_badly(concrete):
         graph = freeze(concrete)
@@ -99,14 +99,14 @@ def test_a_frozen_graph_that_differs_from_the_model_is_caught(tiny_model, tmp_pa
                 tensor.tensor_content = bytes(len(tensor.tensor_content))
         return graph
 
-    monkeypatch.setattr(export_room, "_freeze", freeze_badly)
+    monkeypatch.setattr(export_stage, "_freeze", freeze_badly)
     assert_one_line_error(lambda: export(tiny_model, tmp_path / "out"), CheckError, "eager")
 
 
 def test_a_kernel_that_freezing_changes_by_a_thousandth_is_caught(tiny_model, tmp_path, monkeypatch):
     import tensorflow as tf
 
-    freeze = export_room._freeze
+    freeze = export_stage._freeze
 
     def freeze_badly(concrete):
         graph = freeze(concrete)
@@ -115,7 +115,7 @@ def test_a_kernel_that_freezing_changes_by_a_thousandth_is_caught(tiny_model, tm
         kernel.CopyFrom(tf.make_tensor_proto(tf.make_ndarray(kernel) * np.float32(1.001)))
         return graph
 
-    monkeypatch.setattr(export_room, "_freeze", freeze_badly)
+    monkeypatch.setattr(export_stage, "_freeze", freeze_badly)
     with pytest.raises(CheckError, match=r"times the noise of float32 .* the freezing changed the network"):
         export(tiny_model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -145,12 +145,12 @@ def test_anchors_of_another_generator_are_caught(tiny_model):
     settings = read_pipeline(tiny_model / "pipeline.config")
     few = predictions_with(np.array([[0.0, 0.0, 0.5, 0.5]] * 10, np.float32))
     assert_one_line_error(
-        lambda: export_room._checked_anchors(settings, (96, 128), few), CheckError, "anchor_generator"
+        lambda: export_stage._checked_anchors(settings, (96, 128), few), CheckError, "anchor_generator"
     )
-    moved = corners_of(export_room.anchors_from_config(settings, (96, 128)))
+    moved = corners_of(export_stage.anchors_from_config(settings, (96, 128)))
     moved[5] += 1e-4
     assert_one_line_error(
-        lambda: export_room._checked_anchors(settings, (96, 128), predictions_with(moved)),
+        lambda: export_stage._checked_anchors(settings, (96, 128), predictions_with(moved)),
         CheckError,
         "differ",
     )
@@ -192,10 +192,10 @@ def test_anchors_of_every_generator_are_checked_on_any_feature_maps(tmp_path, ge
     corners = np.concatenate(
         [each.get().numpy() for each in builder.generate(maps, im_height=96, im_width=128)]
     )
-    anchors, error = export_room._checked_anchors(settings, (96, 128), predictions_with(corners, maps))
+    anchors, error = export_stage._checked_anchors(settings, (96, 128), predictions_with(corners, maps))
     assert error == 0 and len(anchors) == 6 * sum(height * width for height, width in maps)
     unknown = {"anchors": corners}
-    taken, why = export_room._checked_anchors(settings, (96, 128), unknown)
+    taken, why = export_stage._checked_anchors(settings, (96, 128), unknown)
     np.testing.assert_array_equal(taken, anchors)
     assert "not compared" in why
 
@@ -206,7 +206,7 @@ def test_a_flexible_grid_model_gives_its_own_anchors(tmp_path):
     settings = read_pipeline(tmp_path / "pipeline.config")
     model = odapi.build_model(settings.path, settings.message)
     predictions = model.predict(tf.zeros([1, 96, 128, 3]), None)
-    anchors, error = export_room._checked_anchors(settings, (96, 128), predictions)
+    anchors, error = export_stage._checked_anchors(settings, (96, 128), predictions)
     expected = []
     for stride, (rows, columns) in zip((8, 16, 32, 64), ((12, 16), (6, 8), (3, 4), (2, 2)), strict=True):
         for row, column, i in np.ndindex(rows, columns, 6):
@@ -215,7 +215,7 @@ def test_a_flexible_grid_model_gives_its_own_anchors(tmp_path):
             expected.append((row * stride / 96, column * stride / 128, height / 96, width / 128))
     np.testing.assert_allclose(anchors, expected, atol=1e-6)
     assert error == 0
-    np.testing.assert_array_equal(export_room.anchors_from_config(settings, (96, 128)), anchors)
+    np.testing.assert_array_equal(export_stage.anchors_from_config(settings, (96, 128)), anchors)
 
 
 def test_an_input_size_that_the_pyramid_cannot_take_is_one_line(tiny_model, tmp_path):
@@ -321,10 +321,10 @@ def test_outputs_that_overflow_are_not_called_a_fault_of_freezing(tmp_path):
     import tensorflow as tf
 
     heads = {"box_encodings": tf.zeros([1, 5, 4]), "class_predictions_with_background": tf.zeros([1, 5, 3])}
-    export_room._require_finite_heads(tmp_path / "ckpt-0", heads)
+    export_stage._require_finite_heads(tmp_path / "ckpt-0", heads)
     heads["class_predictions_with_background"] += [0.0, np.inf, np.nan]
     assert_one_line_error(
-        lambda: export_room._require_finite_heads(tmp_path / "ckpt-0", heads), InputError, "10 of 15 values"
+        lambda: export_stage._require_finite_heads(tmp_path / "ckpt-0", heads), InputError, "10 of 15 values"
     )
 
 
@@ -338,7 +338,7 @@ def test_the_frozen_graph_is_the_same_bytes_whatever_order_tensorflow_gives(
     del graph.node[:]
     graph.node.extend(nodes)
     assert graph.SerializeToString(deterministic=True) != content
-    export_room._sort_nodes(graph)
+    export_stage._sort_nodes(graph)
     assert graph.SerializeToString(deterministic=True) == content
     known = set()
     for node in graph.node:
@@ -419,7 +419,7 @@ def test_another_label_or_threshold_keeps_the_network_and_gives_the_odapis_detec
     convert(folder)
     before = {name: identity(folder / name) for name in ("frozen.pb", "anchors.npy")}
     source = changed_copy(tiny_model, tmp_path / "source", THRESHOLD)
-    monkeypatch.setattr(export_room, "_make_network", lambda *arguments: pytest.fail("made anew"))
+    monkeypatch.setattr(export_stage, "_make_network", lambda *arguments: pytest.fail("made anew"))
     result = export(source, folder)
     assert "frozen.pb and anchors.npy kept" in result.note and not result.is_up_to_date
     assert {name: identity(folder / name) for name in before} == before
@@ -471,7 +471,7 @@ def test_what_concerns_the_network_makes_it_anew(tiny_model, tiny_folder, tmp_pa
         del log["settings"]["network_sha256"]  # as odtrt wrote it before
         (folder / "log.jsonl").unlink()
         append_record(folder, log)
-    monkeypatch.setattr(export_room, "_make_network", make)
+    monkeypatch.setattr(export_stage, "_make_network", make)
     with pytest.raises(MadeAnewError):
         export(source, folder, **options)
 
@@ -496,7 +496,7 @@ def test_the_files_that_are_kept_are_those_that_were_checked(
     monkeypatch.setattr(os, "link", hard_link)
     export(changed_copy(tiny_model, tmp_path / "source", THRESHOLD), folder)
     assert (folder / "frozen.pb").read_bytes() == content
-    assert set(sealed(folder, "frozen.pb", "anchors.npy", "spec.json")) == set(export_room.OUTPUTS)
+    assert set(sealed(folder, "frozen.pb", "anchors.npy", "spec.json")) == set(export_stage.OUTPUTS)
 
 
 def test_dynamic_batch_runs_any_batch(tiny_model, tmp_path):
@@ -827,7 +827,7 @@ def test_full_disk_or_interrupt_leaves_nothing_half_written(tiny_model, tmp_path
     def fail(*args, **kwargs):
         raise fault
 
-    monkeypatch.setattr(export_room.np, "save", fail)
+    monkeypatch.setattr(export_stage.np, "save", fail)
     with pytest.raises((OdtrtError, KeyboardInterrupt)) as caught:
         export(tiny_model, tmp_path / "deep" / "out")
     if isinstance(fault, OSError):
@@ -839,14 +839,14 @@ def test_nothing_is_written_that_the_later_stages_refuse_to_read(tmp_path):
     (tmp_path / "pipeline.config").write_text(TINY_CONFIG)
     settings = read_pipeline(tmp_path / "pipeline.config")
     anchors = np.full((SPEC.heads.num_anchors, 4), 0.5, np.float32)
-    export_room._check_values(settings, SPEC, anchors)
+    export_stage._check_values(settings, SPEC, anchors)
     anchors[2, 3] = 0
     assert_one_line_error(
-        lambda: export_room._check_values(settings, SPEC, anchors),
+        lambda: export_stage._check_values(settings, SPEC, anchors),
         CheckError,
         "anchor_generator: anchor 2 is",
     )
     wrong = dataclasses.replace(SPEC, input=dataclasses.replace(SPEC.input, scale=(1.0, 0.0, 1.0)))
     assert_one_line_error(
-        lambda: export_room._check_values(settings, wrong, anchors + 1), CheckError, "input.scale"
+        lambda: export_stage._check_values(settings, wrong, anchors + 1), CheckError, "input.scale"
     )

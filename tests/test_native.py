@@ -574,7 +574,8 @@ class RealHeads:
 def real_heads(source: Path, images: list[np.ndarray]) -> RealHeads:
     """All of it is the OD API's own: preprocess, predict, postprocess."""
     tf = pytest.importorskip("tensorflow")
-    from odtrt_lib.export import _centre_size, find_model, odapi
+    from odtrt_lib.export import find_model, odapi
+    from odtrt_lib.export.stage import _centre_size
 
     files = find_model(source)
     model = odapi.load_model(files.pipeline, files.checkpoint)

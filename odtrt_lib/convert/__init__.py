@@ -4,6 +4,8 @@
 ``resizes`` audits every Resize.
 """
 
+from odtrt_lib.convert.resizes import audit_resizes as audit_resizes
+from odtrt_lib.convert.stage import OPSETS as OPSETS
 from odtrt_lib.convert.stage import Parity as Parity
 from odtrt_lib.convert.stage import check_parity as check_parity
 from odtrt_lib.convert.stage import convert as convert
