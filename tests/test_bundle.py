@@ -1597,7 +1597,7 @@ def test_ctrl_c_ends_the_compiler_and_leaves_nothing_half_written(archive, tmp_p
 
 def test_ctrl_c_while_the_compiler_starts_ends_it_too(interrupted_starts, tmp_path):
     with (tmp_path / "log").open("wb") as log, pytest.raises(KeyboardInterrupt):
-        bundle._run_to_its_end(["sleep", "600"], log)
+        install._run_to_its_end(["sleep", "600"], log)
     assert [process.returncode for process in interrupted_starts] == [-signal.SIGKILL]
 
 

@@ -114,9 +114,7 @@ def test_each_plan_has_the_day_of_its_own_measurement(backends_gpu, monkeypatch,
     path.write_text(json.dumps({"rows": [old]}))
     (tmp_path / "fp32" / "new").mkdir(parents=True)
     monkeypatch.setattr(engine_gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(
-        engine_gpu.passport, "this_machine", lambda: Machine("Linux", "x86_64", gpu="NVIDIA Example")
-    )
+    monkeypatch.setattr(engine_gpu, "this_machine", lambda: Machine("Linux", "x86_64", gpu="NVIDIA Example"))
     monkeypatch.setattr(engine_gpu, "in_a_process", lambda *_: {"passed": True})
     assert engine_gpu.main([str(tmp_path), "new"]) == 0
     first, *others = json.loads(path.read_text())["rows"]
