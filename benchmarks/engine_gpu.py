@@ -19,7 +19,7 @@ as soon as it is measured:
   memory that the whole process has had by then; ``device_memory_mb``: what the loaded plan takes besides
   CUDA's own context, ``device_memory_left_mb``: what is still gone after it was closed.
   ``kernels_mb``: the kept kernels.
-* ``p50_ms`` and so on: one run of the network on device memory, batch 1, no CUDA graph; ``runs`` of them
+* ``p50_us`` and so on: one run of the network on device memory, batch 1, no CUDA graph; ``runs`` of them
   were timed. Rows without ``runs`` come from the older form of this script, which always timed 500.
 * ``boxes_relative_err``, ``logits_relative_err``: the largest difference from ONNX Runtime's single
   precision, divided by the largest value there. ``half_*``: the same of ONNX Runtime in half precision: what
@@ -42,7 +42,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -175,7 +174,7 @@ def run(folder: Path, arithmetic: str) -> dict[str, Any]:
         own = {name: getattr(found_on_cpu, name)[0, :count] for name in ("boxes", "scores", "classes")}
         agrees, counts = same_detections(reference, own, spec, arithmetic)
         row.update(counts)
-        row.update(latency(plan.run_again))
+        row.update(time_calls(plan.run_again, SAMPLING).row())
     finally:
         plan.close()
     is_trained = str(reference["weights"]) == "trained"
@@ -231,13 +230,6 @@ def coco_form(found: Any) -> list[dict[str, Any]]:
         {"image_id": 0, "category_id": int(column), "bbox": box.tolist(), "score": float(score)}
         for column, box, score in zip(found["classes"], boxes, found["scores"], strict=True)
     ]
-
-
-def latency(once: Callable[[], None]) -> dict[str, float]:
-    """Percentiles of one run, milliseconds: notebook 03 reads them."""
-    timing = time_calls(once, SAMPLING)
-    figures = {"p50_ms": timing.p50_us, "p95_ms": timing.p95_us, "p99_ms": timing.p99_us}
-    return {"runs": timing.runs, **{name: round(us / 1000, 4) for name, us in figures.items()}}
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def engine_gpu(results: Path) -> str:
     models = list(dict.fromkeys(model for model, _ in rows))
     left, gap, top, step, block = 84, 84, 100, 18, 88
     middle = (left + WIDTH - RIGHT) // 2
-    latency = Scale([row["p50_ms"] for row in rows.values()], left, middle - gap // 2)
+    latency = Scale([row["p50_us"] / 1000 for row in rows.values()], left, middle - gap // 2)
     loads = [row[f"load_{name}_seconds"] for row in rows.values() for name in ("warm", "cold")]
     load = Scale(loads, middle + gap // 2, WIDTH - RIGHT)
     bottom = top + block * len(models) - 24
@@ -169,16 +169,17 @@ def plan_line(row: Row | None, name: str, mark: str, y: float, latency: Scale, l
     parts = [f'<text class="soft" x="{latency.left - 12}" y="{y + 4}" text-anchor="end">{name}</text>']
     if row is None:
         return [*parts, f'<text class="soft halo" x="{latency.left + 6}" y="{y + 4}">not measured</text>']
+    milliseconds = row["p50_us"] / 1000
     x, again, first = (
-        latency.at(row["p50_ms"]),
+        latency.at(milliseconds),
         *(load.at(row[f"load_{name}_seconds"]) for name in ("warm", "cold")),
     )
     what = f"{escape(row['model'])}, {name}"
     return [
         *parts,
         f'<circle class="dot {mark}" cx="{x}" cy="{y}" r="6">'
-        f"<title>{what}: {row['p50_ms']:.2f} ms</title></circle>",
-        f'<text class="soft halo" x="{x + 11}" y="{y + 4}">{row["p50_ms"]:.2f}</text>',
+        f"<title>{what}: {milliseconds:.2f} ms</title></circle>",
+        f'<text class="soft halo" x="{x + 11}" y="{y + 4}">{milliseconds:.2f}</text>',
         f'<path class="span" d="M{again} {y} H{first}"/>',
         f'<circle class="dot ring {mark}" cx="{again}" cy="{y}" r="5"/>',
         f'<circle class="dot {mark}" cx="{first}" cy="{y}" r="6"><title>{what}: loaded first in '

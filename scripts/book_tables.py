@@ -428,9 +428,9 @@ TABLES |= {
         "engine.h200.json",
         (
             *_MODEL_AND_ARITHMETIC,
-            Column("median, ms", "p50_ms", ".2f", is_optional=True),
-            Column("95th percentile, ms", "p95_ms", ".2f", is_optional=True),
-            Column("99th percentile, ms", "p99_ms", ".2f", is_optional=True),
+            Column("median, ms", "p50_us", ".2f", 1000, is_optional=True),
+            Column("95th percentile, ms", "p95_us", ".2f", 1000, is_optional=True),
+            Column("99th percentile, ms", "p99_us", ".2f", 1000, is_optional=True),
         ),
         names_packages=False,
         library="TensorRT-RTX",

@@ -286,13 +286,13 @@ def test_the_memory_figure_draws_each_attempt_under_its_limit(tmp_path: Path):
     assert peaks[0] < float(limit) < peaks[1], "a peak of 320 lies above the limit, one of 290 below"
 
 
-PLAN_ROW = {"model": "d0", "p50_ms": 2.0, "load_warm_seconds": 0.5, "load_cold_seconds": 5.0}
+PLAN_ROW = {"model": "d0", "p50_us": 2000.0, "load_warm_seconds": 0.5, "load_cold_seconds": 5.0}
 
 
 @pytest.fixture
 def engine_results(tmp_path: Path) -> Path:
     """Two models built on a CPU; on the GPU one was measured in FP32 and TF32, and failed in FP16."""
-    rows = [{**PLAN_ROW, "arithmetic": "FP32", "p50_ms": 20.0}, {**PLAN_ROW, "arithmetic": "TF32"}]
+    rows = [{**PLAN_ROW, "arithmetic": "FP32", "p50_us": 20000.0}, {**PLAN_ROW, "arithmetic": "TF32"}]
     rows.append({"model": "d0", "arithmetic": "FP16", "error": "no memory"})
     built = [{"kind": "build", "model": name, "precision": "fp32"} for name in ("d0", "d1")]
     measured = {"device": {"gpu": "NVIDIA Example"}, "rows": rows}
