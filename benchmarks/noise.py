@@ -1,6 +1,7 @@
 """Shows what the gates of chapters 1 and 2 see: rounding, and defects seeded on purpose.
 
-    python benchmarks/noise.py         writes results/noise.cpu.json
+    python benchmarks/noise.py              writes results/noise.cpu.json
+    python benchmarks/noise.py MODEL ...    only the rows of these models; the others stay
 
 EfficientDet-D0 and D1 from the corpus (the folder that ODTRT_CORPUS names), and a D4 with random weights made
 from D0's config. Each is exported and converted as it is, then both gates are run on graphs with one
@@ -14,8 +15,10 @@ does not matter what a Resize computes. Where running the network shows nothing,
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,21 +37,27 @@ from odtrt_lib.spec import DetectorSpec, load_spec
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "out" / "noise"
 D4 = "efficientdet_d4_random"
+MODELS = ("zoo_efficientdet_d0", "ft_effd1_carparts18", D4)
 Row = dict[str, object]
 
 
 def main() -> None:
     corpus = Path(os.environ.get("ODTRT_CORPUS", ROOT.parent / "shared" / "corpus"))
     noise.measure = remember(noise.measure)
+    path = ROOT / "results" / "noise.cpu.json"
+    names = sys.argv[1:] or MODELS
     rows: list[Row] = []
-    for name in ("zoo_efficientdet_d0", "ft_effd1_carparts18", D4):
+    if path.is_file():
+        rows = [row for row in json.loads(path.read_text())["rows"] if row["model"] not in names]
+    for name in names:
         source = (
             corpus / name if name != D4 else random_d4(corpus / "zoo_efficientdet_d0" / "pipeline.config")
         )
         for row in measure(source, WORK / name):
             rows.append({"model": name, **row})
             print(rows[-1], flush=True)
-        write_results(ROOT / "results" / "noise.cpu.json", "noise", "python benchmarks/noise.py", rows)
+        rows.sort(key=lambda row: MODELS.index(str(row["model"])))
+        write_results(path, "noise", "python benchmarks/noise.py", rows)
 
 
 def remember(function: Callable[..., Any]) -> Callable[..., Any]:

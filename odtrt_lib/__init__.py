@@ -1,4 +1,4 @@
-"""From a TensorFlow 2 Object Detection API checkpoint to a TensorRT engine, one room a stage.
+"""From a TensorFlow 2 Object Detection API checkpoint to a TensorRT engine, one package a stage.
 
 Importing odtrt turns ONNX Runtime's telemetry off, which would write a device id into the home folder and
 look for a server of Microsoft's. It is read once, when ONNX Runtime is imported: import odtrt before it. Who

@@ -1,7 +1,7 @@
 """The native library ``libodtrt.so``: post-processing, suppression and preprocessing in C++ and CUDA.
 
 ``make plugin`` builds it; ``plugins/kernels/odtrt.h`` says what each function does, and this module is that
-header in Python. The rooms :mod:`odtrt_lib.nms` and :mod:`odtrt_lib.preprocess` use it where :func:`load`
+header in Python. The modules :mod:`odtrt_lib.nms` and :mod:`odtrt_lib.preprocess` use it if :func:`load`
 finds it and do the same in numpy where not, so that most users need nothing from here.
 
 The functions that end in ``_cpu`` take numpy arrays. Those that end in ``_cuda`` take the addresses of

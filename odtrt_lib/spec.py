@@ -1,6 +1,6 @@
 """The contract between the stages: everything that later stages must know about one detector.
 
-``spec.json`` is written by chapter 1 from the model's ``pipeline.config`` and read by every room after
+``spec.json`` is written by chapter 1 from the model's ``pipeline.config`` and read by every stage after
 it. Nothing in it is typed by hand or guessed from node names; a setting that odtrt does not know or does
 not support is an error that names the setting, never a default.
 

@@ -1,6 +1,6 @@
 """One attempt at a plan, in a process of its own: ``python -m odtrt_lib.engine.builder REQUEST.json``.
 
-The only room that touches a TensorRT builder; :mod:`odtrt_lib.engine` starts it, watches it and judges the
+The only module that touches a TensorRT builder; :mod:`odtrt_lib.engine` starts it, watches it and judges the
 outcome. It writes the plan and ``ANSWER.json`` into the folder of the request, and a line of JSON for each
 step of progress into the pipe whose number the request names.
 
