@@ -14,8 +14,7 @@ Conventions, everywhere in odtrt:
 * An image at the user's side is RGB, uint8, height x width x 3.
 * An anchor is ``(ycenter, xcenter, height, width)``, normalised to the network input.
 
-This module needs the standard library only, except :func:`read_pipeline`, which parses the config with
-the OD API's protobuf modules.
+This module needs the standard library only; :func:`odtrt_lib.export.pipeline.read_pipeline` reads the config.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ LAYERS = [
     "spec",
     "anchors",
     "tensors",
-    "outputs",
+    "written_files",
     "results",
     "latency",
     "fonts",

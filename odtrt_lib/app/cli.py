@@ -648,7 +648,7 @@ def detect(
 
     **Example:** `odtrt detect out/parts scene.jpg --min-score 0.5 --json found.json`
     """
-    from odtrt_lib import outputs
+    from odtrt_lib import written_files
     from odtrt_lib.app.demonstration import as_rows, confident
     from odtrt_lib.detector import Detector
     from odtrt_lib.plots import draw_detections
@@ -657,9 +657,9 @@ def detect(
     for path in images:
         _require_file(path, "a picture")
     output = output or folder / "detections"
-    targets = outputs.drawing_targets(images, output)
+    targets = written_files.drawing_targets(images, output)
     if json_file is not None:
-        outputs.require_no_input(json_file, [*images, *targets, *outputs.model_files(folder)])
+        written_files.require_no_input(json_file, [*images, *targets, *written_files.model_files(folder)])
     table = Table("picture", "object", "score", "box", title_justify="left", highlight=False)
     found: List[Dict[str, Any]] = []
     unreadable: Dict[Path, str] = {}
@@ -670,13 +670,13 @@ def detect(
             if seen is not None:
                 image, everything = seen
                 detections = confident(everything, min_score)
-                outputs.write_drawing(target, draw_detections(image, detections, min_score))
+                written_files.write_drawing(target, draw_detections(image, detections, min_score))
                 found += as_rows(str(path), detections)
                 _add_to_table(table, path.name, detections)
             advance()
     _require_some(unreadable, len(images))
     if json_file is not None:
-        outputs.write_json(json_file, found)
+        written_files.write_json(json_file, found)
     _out().print(table)
     _say_backend(detector)
     _say_renamed(images, targets, unreadable)
@@ -710,14 +710,16 @@ def evaluate(
 
     **Example:** `odtrt eval out/my_model --annotations instances_val2017.json --images val2017 --limit 500`
     """
-    from odtrt_lib import outputs
+    from odtrt_lib import written_files
     from odtrt_lib.coco import load_coco
     from odtrt_lib.evaluate import Recipe, coco_metrics, detect_pictures, merge, shards
 
     require_folder(folder)
     coco = load_coco(annotations, images)
     if json_file is not None:
-        outputs.require_no_input(json_file, [annotations, *coco.paths, *outputs.model_files(folder)])
+        written_files.require_no_input(
+            json_file, [annotations, *coco.paths, *written_files.model_files(folder)]
+        )
     parts = shards(coco, 1, limit)
     if not parts:
         raise InputError(f"{annotations}: lists no images; expected at least one to evaluate")
@@ -738,7 +740,7 @@ def evaluate(
         names = _distinct_names({label.id: label.name for label in detector.spec.labels})
         of_class = {names.get(i, str(i)): value for i, value in per_class.items()}
         lost = [str(path) for path in found.unreadable]
-        outputs.write_json(json_file, {**figures, "ap_per_class": of_class, "unreadable": lost})
+        written_files.write_json(json_file, {**figures, "ap_per_class": of_class, "unreadable": lost})
     _say_unreadable(found.unreadable, count)
 
 

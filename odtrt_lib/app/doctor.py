@@ -57,7 +57,7 @@ def packages() -> List[Finding]:
 
 
 def chapters(findings: List[Finding]) -> List[Chapter]:
-    """What works with these findings."""
+    """Each part of odtrt in :data:`NEEDS`, with the packages that it lacks by these findings."""
     works = {finding.package.name: finding.version is not None for finding in findings}
     install = {finding.package.name: finding.package.install for finding in findings}
     info = device_info()

@@ -1,4 +1,4 @@
-"""Chapter 5: a model folder as one file to carry to the device, and what is done with it there.
+"""Packs a model folder into one file for the device, and unpacks it there.
 
 ``pack`` writes a zip archive; ``python3 parts.odtrt.zip`` on the device unpacks it, ``python3 build_here.py``
 in the unpacked folder builds all that belongs to that machine. Neither needs TensorFlow, a network, or odtrt
@@ -79,15 +79,15 @@ from odtrt_lib.folder import (
     undisturbed,
     workplace,
 )
-from odtrt_lib.outputs import require_no_input
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.tensors import Shape, heads_tensors
+from odtrt_lib.written_files import require_no_input
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SUFFIX = ".odtrt.zip"
 MODEL = "model"
-# The parts of odtrt that need TensorFlow or OpenCV. All others run on a device: Python 3.8 and numpy.
+# The parts of odtrt that need TensorFlow or OpenCV. All others are carried.
 WORKSTATION = ("convert", "export", "scenes.py")
 
 _FORCE_UNPACK = "over a bundle that was unpacked there before; your own files there stay"
@@ -202,8 +202,8 @@ def unpack(
     """Unpacks a bundle into ``folder``, which appears whole or not at all.
 
     Every member is checked against the manifest before the first one appears. force: unpack over an earlier
-    bundle; what was built in it (plans, compiled libraries) stays, files that the new bundle lacks go unless
-    somebody changed them, and whoever opens the model meanwhile gets the old one or the new one. Only a
+    bundle. What was built in it (plans, compiled libraries) stays, files that the new bundle lacks are removed
+    unless somebody changed them, and whoever opens the model meanwhile gets the old one or the new one. Only a
     folder that a bundle was unpacked into is written over, and nothing outside of it: no link in it is
     followed. The model is sealed: ``model/log.jsonl`` names the bundle's hashes. expected_sha256: of the
     archive, as ``pack`` told it; 64 hexadecimal digits.
@@ -366,7 +366,7 @@ sys.exit(run_build_here(sys.argv))
 
 
 def _model_files(folder: Path, spec: DetectorSpec) -> Tuple[Dict[str, str], Dict[str, Union[Path, bytes]]]:
-    """The seal's hashes of the model's files, and what goes into the bundle, by its name there."""
+    """The recorded hashes of the model's files, and name in the bundle -> source."""
     from odtrt_lib.anchors import load_anchors
     from odtrt_lib.engine.builder import weights_by_type
 

@@ -24,7 +24,7 @@ from odtrt_lib.tensors import DOMAIN, PLUGIN, PLUGIN_VERSION
 
 # The modules, the preferred one first, and what the libraries are called.
 FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-# Allows or forbids TF32 over the builder's head; a plan loads only where it is what it was at the build.
+# Overrides the builder's TF32 setting; a plan loads only where it has the value that it had at the build.
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 _MAX_MESSAGES = 20
@@ -60,7 +60,7 @@ def available_runtimes() -> List[Tuple[str, str]]:
 
 
 def load_plugin(registry: Any, library: Path) -> bool:
-    """Loads ``libodtrt_tensorrt.so`` unless the registry has it already; whether it has it now.
+    """Loads ``libodtrt_tensorrt.so`` unless the registry has it. Returns whether it has it now.
 
     registry: an ``IPluginRegistry``. Raises OSError where TensorRT 8.5's way, the dynamic loader, fails.
     """
@@ -118,8 +118,8 @@ class TrtMessages:
 
 @functools.lru_cache(maxsize=None)
 def trt_messages(trt: Any) -> TrtMessages:
-    """One logger and recorder for the whole process: TensorRT uses them until its objects are gone, and then
-    crashes if Python has freed them before."""
+    """The logger and recorder of the module ``trt``, made once and kept until the process ends: TensorRT
+    still uses them while its objects are destroyed, and crashes if Python freed them first."""
     messages: Deque[str] = collections.deque(maxlen=_MAX_MESSAGES)
     serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 

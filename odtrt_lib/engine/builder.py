@@ -1,8 +1,8 @@
 """One attempt at a plan, in a process of its own: ``python -m odtrt_lib.engine.builder REQUEST.json``.
 
-The only module that touches a TensorRT builder; :mod:`odtrt_lib.engine` starts it, watches it and judges the
-outcome. It writes the plan and ``ANSWER.json`` into the folder of the request, and a line of JSON for each
-step of progress into the pipe whose number the request names.
+The only module that touches a TensorRT builder; :mod:`odtrt_lib.engine.watch` starts and watches it,
+:mod:`odtrt_lib.engine.fallback` decides what comes next. It writes the plan and ``ANSWER.json`` into
+the folder of the request, and a line of JSON for each step of progress into the pipe whose number the request names.
 
 It serves TensorRT 8.5, 8.6, 10, 11 and TensorRT-RTX. What a library can do is asked of the library itself
 (``hasattr``); version numbers are never compared. It imports no onnx: TensorRT reads the file itself, which
@@ -385,7 +385,7 @@ def _teller(descriptor: Optional[int]) -> Callable[[Mapping[str, Any]], None]:
 
 
 def _monitor(trt: Any, tell: Callable[[Mapping[str, Any]], None]) -> Any:
-    """A progress monitor that tells how far the whole build is: phases lie in each other."""
+    """A progress monitor that tells how far the whole build is, from nested phases."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -521,7 +521,7 @@ def _layers_of_network(network: Any) -> Tuple[Counts, Counts]:
 def _layers_of_engine(
     trt: Any, logger: Any, plan: Any, request: Request
 ) -> Tuple[Optional[Tuple[Counts, Counts]], str]:
-    """The same from the finished plan, by the engine inspector; None, and why, where it does not tell."""
+    """What :func:`_layers_of_network` counts, from the finished plan; None, and why, if the inspector fails."""
     if not hasattr(trt, "EngineInspector"):
         return None, "this library has no engine inspector"
     runtime = trt.Runtime(logger)

@@ -131,7 +131,7 @@ def build(
     ``ampere_plus`` (any GPU from Ampere on) or ``same_compute_capability``. compute_capabilities: the GPUs
     that TensorRT-RTX builds for, e.g. ``("8.6", "8.9")``; None or ``("default",)`` is its own choice.
     allow: names of :data:`~odtrt_lib.engine.fallback.ALLOWABLE`: changes to the plan that are made if memory
-    does not suffice otherwise. ``dynamic_batch``: a plan for the best-tuned batch only; ``fp32``: half
+    does not suffice otherwise. ``dynamic_batch``: a plan for the best-tuned batch only; ``fp32``: one in half
     precision.
     progress: is told the phase and how much of the attempt is done, 0 to 1.
 
@@ -315,7 +315,7 @@ def _described(
 
 
 def _weights_of_half(outcome: Outcome) -> Dict[str, int]:
-    """Of the half-precision model if one was written for this plan; else empty."""
+    """Weights by type in the half-precision model that was written for this plan; empty if none was."""
     if outcome.identity["precision"] != "fp16" or outcome.half_model is None:
         return {}
     return builder.weights_by_type(outcome.half_model)

@@ -24,7 +24,7 @@ import numpy as np
 from odtrt_lib.anchors import anchor_problem
 from odtrt_lib.errors import CheckError, InputError, UnsupportedError, one_line
 from odtrt_lib.export import noise, odapi
-from odtrt_lib.export.contract import compare_with_odapi
+from odtrt_lib.export.gate import compare_with_odapi
 from odtrt_lib.export.pipeline import PipelineSettings, read_pipeline
 from odtrt_lib.folder import (
     Stage,
@@ -128,7 +128,7 @@ def export(
     Checked, and recorded in ``log.jsonl``: every model variable was restored; the anchors that the
     config's generator makes are those that the model uses; no post-processing or control flow is left;
     the frozen graph computes what the eager model computes; spec.json and anchors.npy make the OD API's
-    own detections of raw heads (:func:`odtrt_lib.export.contract.compare_with_odapi`). Raises InputError,
+    own detections of raw heads (:func:`odtrt_lib.export.gate.compare_with_odapi`). Raises InputError,
     UnsupportedError or CheckError otherwise, and leaves nothing half-written.
 
     Where a config or a label map changed, but neither the checkpoint nor what the config says of the network,
@@ -259,7 +259,7 @@ def _find_kept(
 
 
 def _keep_network(kept: _Kept, settings: PipelineSettings, size: tuple[int, int]) -> _Network | None:
-    """With the model of the new config, which needs no weights to be asked for its post-processing.
+    """The kept network with the new config's model, built without weights: only its post-processing is used.
 
     None where that model has other anchors than the ones that are kept.
     """

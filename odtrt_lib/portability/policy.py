@@ -38,7 +38,7 @@ from odtrt_lib.folder import (
 )
 from odtrt_lib.machine import Machine, this_machine
 
-# Of best_plan at a folder in which plans are being replaced; three were once not enough.
+# How often best_plan reads the folder again while plans are being replaced; three times were once too few.
 _MOST_LOOKS = 20
 
 
@@ -311,7 +311,7 @@ class PlanCheck:
 class Rule:
     """One row of :data:`POLICY`.
 
-    sentence: the reason, with the names of :meth:`Case.words` in braces. source: see the module.
+    sentence: the reason, with the names of :meth:`PlanCheck.words` in braces. source: see the module.
     reads_plan: whether it opens the plan's file. blocks_rebuild: a build here cannot succeed or would not
     help.
     """

@@ -234,7 +234,7 @@ def _spawn(
     force: bool,
     lock: int,
 ) -> int:
-    """Starts :func:`main` with the lock in its hands; the caller's copy of it may be closed then."""
+    """Starts :func:`main` as a process that inherits the lock's descriptor; the caller may close its own."""
     request = {
         "folder": str(folder),
         "fingerprint": passport.fingerprint,

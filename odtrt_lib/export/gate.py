@@ -122,7 +122,8 @@ def try_wrong_fields(
     graph: Any,
     label_map: str | Path | None = None,
 ) -> list[tuple[str, str]]:
-    """What :func:`compare_with_odapi` says to each wrong field: (field, outcome); ``passed`` is a hole."""
+    """What :func:`compare_with_odapi` says to each wrong field: (field, outcome); ``passed``: it did not
+    notice the wrong value."""
     tf = odapi.tensorflow()
     preprocessed: dict[bytes, Any] = {}
 

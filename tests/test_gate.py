@@ -10,7 +10,7 @@ from conftest import TINY_CONFIG
 
 from odtrt_lib.errors import CheckError
 from odtrt_lib.export import odapi
-from odtrt_lib.export.contract import compare_with_odapi, draw_heads, try_wrong_fields, wrong_fields
+from odtrt_lib.export.gate import compare_with_odapi, draw_heads, try_wrong_fields, wrong_fields
 from odtrt_lib.export.pipeline import read_pipeline
 from odtrt_lib.export.stage import _centre_size, _normalisation
 from odtrt_lib.nms import decode_boxes
