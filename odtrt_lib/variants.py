@@ -1,8 +1,8 @@
 """Which ONNX model a plan is built from, who makes that model, and how the plan's layers are judged.
 
 A variant is a precision and a form. Chapters 3 to 6, the seal, the bundle and the command line all ask the
-two tables here. A precision with an ONNX model of its own is a new row; one that is made out of the fp32 model,
-as fp16 is, also concerns ``engine/fallback.py`` and ``engine/builder.py``.
+two tables here. A precision with an ONNX model of its own is a new row; one that is made out of the fp32
+model, as fp16 is, also concerns ``engine/fallback.py`` and ``engine/builder.py``.
 """
 
 from __future__ import annotations

@@ -314,7 +314,8 @@ def means_in_two_steps(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with each spatial mean taken along rows, then along columns; changed in place.
 
     Not part of :func:`tidy`. Shorter sums round less, so that, beside
-    :func:`odtrt_lib.export.odapi.exact_means` on TensorFlow's side, this tells what rounding does to a detector from what a conversion did.
+    :func:`odtrt_lib.export.odapi.exact_means` on TensorFlow's side, this tells what rounding does to a
+    detector from what a conversion did.
     """
     import onnx
 

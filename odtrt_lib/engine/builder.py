@@ -1,8 +1,9 @@
 """One attempt at a plan, in a process of its own: ``python -m odtrt_lib.engine.builder REQUEST.json``.
 
 The only module that touches a TensorRT builder; :mod:`odtrt_lib.engine.watch` starts and watches it,
-:mod:`odtrt_lib.engine.fallback` decides what comes next. It writes the plan and ``ANSWER.json`` into
-the folder of the request, and a line of JSON for each step of progress into the pipe whose number the request names.
+:mod:`odtrt_lib.engine.fallback` decides what comes next. It writes the plan and ``ANSWER.json`` into the
+folder of the request, and a line of JSON for each step of progress into the pipe whose number the request
+names.
 
 It serves TensorRT 8.5, 8.6, 10, 11 and TensorRT-RTX. What a library can do is asked of the library itself
 (``hasattr``); version numbers are never compared. It imports no onnx: TensorRT reads the file itself, which
@@ -521,7 +522,7 @@ def _layers_of_network(network: Any) -> Tuple[Counts, Counts]:
 def _layers_of_engine(
     trt: Any, logger: Any, plan: Any, request: Request
 ) -> Tuple[Optional[Tuple[Counts, Counts]], str]:
-    """What :func:`_layers_of_network` counts, from the finished plan; None, and why, if the inspector fails."""
+    """What :func:`_layers_of_network` counts, from the plan; None, and why, if it cannot be known."""
     if not hasattr(trt, "EngineInspector"):
         return None, "this library has no engine inspector"
     runtime = trt.Runtime(logger)
