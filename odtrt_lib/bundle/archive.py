@@ -203,10 +203,10 @@ def unpack(
 
     Every member is checked against the manifest before the first one appears. force: unpack over an earlier
     bundle. What was built in it (plans, compiled libraries) stays, files that the new bundle lacks are
-    removed unless somebody changed them, and whoever opens the model meanwhile gets the old one or the
-    new one. Only a folder that a bundle was unpacked into is written over, and nothing outside of it: no
-    link in it is followed. The model is sealed: ``model/log.jsonl`` names the bundle's hashes. expected_sha256: of the
-    archive, as ``pack`` told it; 64 hexadecimal digits.
+    removed unless somebody changed them, and whoever opens the model meanwhile gets the old one or the new
+    one. Only a folder that a bundle was unpacked into is written over, and nothing outside of it: no link
+    in it is followed. The model is sealed: ``model/log.jsonl`` names the bundle's hashes. expected_sha256:
+    of the archive, as ``pack`` told it; 64 hexadecimal digits.
 
     Raises InputError, naming the member, where the archive is damaged or is not what its manifest says, and
     where ``folder`` is in the way or cannot be written; CheckError where the archive is not the expected one.
