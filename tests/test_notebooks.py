@@ -549,7 +549,7 @@ def test_recording_keeps_outputs_and_stamps_them(tmp_path: Path):
     record_notebooks.record(path, tmp_path)
     notebook = read(path)
     assert notebook.cells[0].outputs[0].text == "42\n"
-    assert notebook.metadata["odtrt"]["modules"] == ["__init__"]
+    assert notebook.metadata["odtrt"]["modules"] == ["odtrt_lib/__init__.py"]
     assert notebook.metadata["odtrt"]["device"].startswith("CPU, ")
     assert record_notebooks.problems(path, tmp_path) == []
 
