@@ -39,7 +39,7 @@ from odtrt_lib.nms import Postprocessed, postprocess
 from odtrt_lib.preprocess import boxes_to_pixels, preprocess
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.tensors import Tensor, heads_tensors
-from odtrt_lib.variants import FORMS, PRECISIONS, form_of
+from odtrt_lib.variants import FLAVOURS, FORMS, PRECISIONS, form_of
 
 if TYPE_CHECKING:
     from odtrt_lib.engine.passport import Passport
@@ -606,7 +606,6 @@ def _kind(one: Passport) -> Tuple[str, str]:
 
 def _open_plan(wanted: _Wanted, one: Passport, spec: DetectorSpec, anchors: np.ndarray) -> Backend:
     from odtrt_lib.engine import runtime
-    from odtrt_lib.engine.passport import FLAVOURS
 
     plan = runtime.load(wanted.folder, one, spec, anchors, plugin=wanted.plugin)
     return Backend(

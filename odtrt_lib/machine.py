@@ -16,6 +16,9 @@ from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 MIB = 1 << 20
 
+_DRIVER_FILES = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")
+_L4T_FILE = "/etc/nv_tegra_release"
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
@@ -49,12 +52,6 @@ def this_machine() -> Machine:
         l4t=_l4t(),
         **gpu,
     )
-
-
-_DRIVER_FILES = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")
-
-
-_L4T_FILE = "/etc/nv_tegra_release"
 
 
 def _gpu() -> Dict[str, Any]:
@@ -163,7 +160,7 @@ def device_memory_meter() -> Tuple[Callable[[], Optional[float]], bool]:
     A Jetson's is; there it is what is gone from MemAvailable. Elsewhere NVML tells, without a CUDA context.
     The function gives None where there is no GPU.
     """
-    if Path("/etc/nv_tegra_release").exists():
+    if Path(_L4T_FILE).exists():
         return _used_host_mb, True
     try:
         nvml: Any = ctypes.CDLL("libnvidia-ml.so.1")

@@ -43,6 +43,11 @@ FORMS: Dict[str, Form] = {
     "onnx_nms": Form("detector_onnxnms.onnx", "fuse_onnx", "fuse --form onnx_nms", _DETECTOR),
 }
 PRECISIONS: Dict[str, Precision] = {"fp32": Precision(()), "fp16": Precision(("fp16", "int8"))}
+# TensorRT's Python modules, the preferred one first, and what the libraries are called.
+FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+HARDWARE_COMPATIBILITIES = ("none", "ampere_plus", "same_compute_capability")
+# What a build may be allowed to change about the plan if nothing else makes it fit.
+ALLOWABLE = ("dynamic_batch", "fp32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +75,13 @@ class Variant:
 
 def models() -> Dict[str, Form]:
     """Every ONNX model that a model folder can hold: file name -> its form."""
-    return {Variant(one, form).file: FORMS[form] for one in PRECISIONS for form in FORMS}
+    return {name: FORMS[form] for name, form in _forms_of_models().items()}
 
 
 def form_of(model: str) -> Optional[str]:
     """The form of an ONNX model, by its name in the model folder; None if it is no such name."""
-    return {Variant(one, form).file: form for one in PRECISIONS for form in FORMS}.get(model)
+    return _forms_of_models().get(model)
+
+
+def _forms_of_models() -> Dict[str, str]:
+    return {Variant(one, form).file: form for one in PRECISIONS for form in FORMS}

@@ -7,6 +7,7 @@ checked by ``test_tensorrt_names.py``.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -18,9 +19,9 @@ import pytest
 from conftest import pretend_machine
 
 from odtrt_lib import engine
-from odtrt_lib.engine import builder, fallback, passport, watch
+from odtrt_lib.engine import builder, fallback, passport, stage, watch
 from odtrt_lib.errors import BuildError, CheckError, InputError, UnsupportedError
-from odtrt_lib.folder import exclusive, seal
+from odtrt_lib.folder import exclusive, seal, write_record
 
 onnx = pytest.importorskip("onnx")
 from test_engine import SPEC, files_in, heads_model, model_folder  # noqa: E402
@@ -381,6 +382,25 @@ def test_a_builder_that_ignores_half_precision_is_caught(install, tmp_path, vers
         engine.build(folder, precision=precision)
     assert files_in(folder) == ["heads.onnx", "log.jsonl", "spec.json"]
     engine.build(folder, precision="fp32")
+
+
+def test_the_record_is_written_before_another_build_of_the_model_may_begin(install, tmp_path, monkeypatch):
+    """Else that one finds the plan without a record, and writes a second one."""
+    install("10.3.0")
+    folder = model_folder(tmp_path / "tiny")
+    locked = []
+
+    def record(*arguments, **options):
+        with (folder / "heads.onnx").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                locked.append(True)
+        return write_record(*arguments, **options)
+
+    monkeypatch.setattr(stage, "write_record", record)
+    engine.build(folder)
+    assert locked == [True]
 
 
 def test_half_precision_that_never_reached_the_network_is_caught(tmp_path, install, monkeypatch):

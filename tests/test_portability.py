@@ -22,6 +22,7 @@ from odtrt_lib import engine, portability
 from odtrt_lib.engine import passport
 from odtrt_lib.folder import seal, write_record
 from odtrt_lib.portability import Action, Environment, policy, rebuild
+from odtrt_lib.variants import HARDWARE_COMPATIBILITIES
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = importlib.util.spec_from_file_location("faults", ROOT / "benchmarks" / "faults.py")
@@ -105,7 +106,7 @@ def test_every_place_meets_one_row_about_the_library_and_one_about_the_gpu(folde
         ("tensorrt", text) for text in ("8.6.1", "10.0.1", "10.3.0", "10.3.0.30", "10.13.3", "11.4.1")
     ]
     one = install(folder)
-    levels = [*passport.HARDWARE_COMPATIBILITIES]
+    levels = [*HARDWARE_COMPATIBILITIES]
     for (flavour, version), built, place, level, is_compatible in itertools.product(
         libraries[1:], machines, machines, levels, (False, True)
     ):

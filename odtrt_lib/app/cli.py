@@ -35,9 +35,6 @@ from odtrt_lib import IMPORT_PATH, __version__
 from odtrt_lib.app import terminal
 from odtrt_lib.app.terminal import out as _out
 from odtrt_lib.app.terminal import say_error as _say_error
-from odtrt_lib.engine.bindings import FLAVOURS
-from odtrt_lib.engine.fallback import ALLOWABLE
-from odtrt_lib.engine.passport import HARDWARE_COMPATIBILITIES
 from odtrt_lib.errors import (
     CheckError,
     InputError,
@@ -48,7 +45,7 @@ from odtrt_lib.errors import (
     shell_word,
 )
 from odtrt_lib.folder import require_folder
-from odtrt_lib.variants import FORMS, PRECISIONS
+from odtrt_lib.variants import ALLOWABLE, FLAVOURS, FORMS, HARDWARE_COMPATIBILITIES, PRECISIONS
 
 if TYPE_CHECKING:
     import numpy as np

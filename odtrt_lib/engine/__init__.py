@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from odtrt_lib.engine import runtime as runtime
     from odtrt_lib.engine.bindings import TF32_OVERRIDE as TF32_OVERRIDE
     from odtrt_lib.engine.bindings import available_runtimes as available_runtimes
-    from odtrt_lib.engine.fallback import ALLOWABLE as ALLOWABLE
     from odtrt_lib.engine.fallback import FALLBACK as FALLBACK
     from odtrt_lib.engine.fallback import timing_cache_file as timing_cache_file
     from odtrt_lib.engine.half import half_precision as half_precision
+    from odtrt_lib.engine.stage import ALLOWABLE as ALLOWABLE
     from odtrt_lib.engine.stage import DYNAMIC_BATCH as DYNAMIC_BATCH
     from odtrt_lib.engine.stage import PRECISIONS as PRECISIONS
     from odtrt_lib.engine.stage import build as build
@@ -31,7 +31,7 @@ _HOMES = {
     "runtime": "",
     "TF32_OVERRIDE": "bindings",
     "available_runtimes": "bindings",
-    "ALLOWABLE": "fallback",
+    "ALLOWABLE": "stage",
     "FALLBACK": "fallback",
     "half_precision": "half",
     "timing_cache_file": "fallback",

@@ -21,9 +21,8 @@ from typing import Any, Deque, List, MutableSequence, Tuple
 
 from odtrt_lib.errors import MissingDependencyError, one_line
 from odtrt_lib.tensors import DOMAIN, PLUGIN, PLUGIN_VERSION
+from odtrt_lib.variants import FLAVOURS
 
-# The modules, the preferred one first, and what the libraries are called.
-FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 # Overrides the builder's TF32 setting; a plan loads only where it has the value that it had at the build.
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 

@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
 from odtrt_lib.engine import builder
-from odtrt_lib.engine.bindings import FLAVOURS
 from odtrt_lib.engine.watch import NO_MEMORY, UNTOUCHED_RLIMIT_ALLOWANCE, Progress, RunResult, run
 from odtrt_lib.errors import BuildError
 from odtrt_lib.machine import MIB, Machine
 from odtrt_lib.spec import DetectorSpec
 from odtrt_lib.tensors import detector_tensors, heads_tensors
-from odtrt_lib.variants import Variant
-
-# What a build may be allowed to change about the plan if nothing else makes it fit.
-ALLOWABLE = ("dynamic_batch", "fp32")
+from odtrt_lib.variants import FLAVOURS, Variant
 
 _WRITE_HALF = "write half precision into the ONNX"
 
@@ -29,7 +25,8 @@ class FallbackStep:
     """What is tried next when a build ran out of memory. It keeps the settings of the steps before it.
 
     setting: one of :data:`odtrt_lib.engine.builder.SETTINGS` and its value; a library without it skips the
-    step. allowance: one of :data:`ALLOWABLE`, which changes the plan and is only made if it was allowed.
+    step. allowance: one of :data:`odtrt_lib.variants.ALLOWABLE`, which changes the plan; it is only made if it
+    was allowed.
     """
 
     name: str

@@ -30,14 +30,13 @@ import struct
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
-from odtrt_lib.engine.bindings import FLAVOURS
 from odtrt_lib.errors import CheckError, InputError, one_line
 from odtrt_lib.folder import atomic_write, cannot_write, exclusive, sha256, sync
 from odtrt_lib.machine import Machine
+from odtrt_lib.variants import FLAVOURS, HARDWARE_COMPATIBILITIES
 
 PLANS = "plans"
 SCHEMA_VERSION = 2
-HARDWARE_COMPATIBILITIES = ("none", "ampere_plus", "same_compute_capability")
 BUILD_PLUGIN = (
     "run `make plugin`, or `make plugin ARCH=all` where there is no GPU, with nvcc and TensorRT's headers"
 )

@@ -29,7 +29,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Uni
 import numpy as np
 
 from odtrt_lib import native
-from odtrt_lib.engine.bindings import FLAVOURS, TrtMessages, import_library, load_plugin, trt_messages
+from odtrt_lib.engine.bindings import TrtMessages, import_library, load_plugin, trt_messages
 from odtrt_lib.engine.passport import BUILD_PLUGIN, PLANS, Passport, read_plan
 from odtrt_lib.errors import (
     CheckError,
@@ -51,7 +51,7 @@ from odtrt_lib.tensors import (
     has_clip_windows,
     heads_tensors,
 )
-from odtrt_lib.variants import form_of
+from odtrt_lib.variants import FLAVOURS, form_of
 
 _LOADING = threading.Lock()
 _SHA256_BYTES = 32

@@ -40,8 +40,8 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 from odtrt_lib.engine import builder, passport
-from odtrt_lib.engine.bindings import FLAVOURS, TF32_OVERRIDE, available_runtimes
-from odtrt_lib.engine.fallback import ALLOWABLE, Attempt, Outcome, build_with_fallback, reduced
+from odtrt_lib.engine.bindings import TF32_OVERRIDE, available_runtimes
+from odtrt_lib.engine.fallback import Attempt, Outcome, build_with_fallback, reduced
 from odtrt_lib.engine.watch import Progress
 from odtrt_lib.errors import CheckError, InputError, MissingDependencyError
 from odtrt_lib.folder import (
@@ -57,7 +57,14 @@ from odtrt_lib.folder import (
 )
 from odtrt_lib.machine import MIB, Machine, free_memory, this_machine
 from odtrt_lib.spec import DetectorSpec, load_spec
-from odtrt_lib.variants import PRECISIONS, Variant, models
+from odtrt_lib.variants import (
+    ALLOWABLE,
+    FLAVOURS,
+    HARDWARE_COMPATIBILITIES,
+    PRECISIONS,
+    Variant,
+    models,
+)
 
 # Smallest, best-tuned and largest batch of a model that was exported with a dynamic batch.
 DYNAMIC_BATCH = (1, 1, 8)
@@ -130,7 +137,7 @@ def build(
     version_compatible: newer TensorRT versions can load the plan too. hardware_compatibility: ``none``,
     ``ampere_plus`` (any GPU from Ampere on) or ``same_compute_capability``. compute_capabilities: the GPUs
     that TensorRT-RTX builds for, e.g. ``("8.6", "8.9")``; None or ``("default",)`` is its own choice.
-    allow: names of :data:`~odtrt_lib.engine.fallback.ALLOWABLE`: changes to the plan that are made if memory
+    allow: names of :data:`odtrt_lib.variants.ALLOWABLE`: changes to the plan that are made if memory
     does not suffice otherwise. ``dynamic_batch``: a plan for the best-tuned batch only; ``fp32``: one in half
     precision.
     progress: is told the phase and how much of the attempt is done, 0 to 1.
@@ -189,17 +196,8 @@ def build(
             passport.install(wanted.folder, out / outcome.place / builder.PLAN, described)
             for place in out.iterdir():
                 shutil.rmtree(place)
-    answer = outcome.answer
-    checks = {
-        "inputs_and_outputs_match_spec": True,
-        "layers": answer["layers"],
-        "layers_by_precision": answer["layers_by_precision"],
-        "layers_counted_in": answer["layers_counted_in"],
-        "half_precision_weights": weights.get("FLOAT16", 0),
-        "single_precision_weights": weights.get("FLOAT", 0),
-        "loaded_on_a_gpu": True if answer["layers_counted_in"] == "engine" else None,
-    }
-    return StageResult(_record(wanted.folder, described, checks), False)
+        checks = _checks(outcome.answer, weights)
+        return StageResult(_record(wanted.folder, described, checks), False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,6 +312,18 @@ def _described(
     )
 
 
+def _checks(answer: Mapping[str, Any], weights: Mapping[str, int]) -> Dict[str, Any]:
+    return {
+        "inputs_and_outputs_match_spec": True,
+        "layers": answer["layers"],
+        "layers_by_precision": answer["layers_by_precision"],
+        "layers_counted_in": answer["layers_counted_in"],
+        "half_precision_weights": weights.get("FLOAT16", 0),
+        "single_precision_weights": weights.get("FLOAT", 0),
+        "loaded_on_a_gpu": True if answer["layers_counted_in"] == "engine" else None,
+    }
+
+
 def _weights_of_half(outcome: Outcome) -> Dict[str, int]:
     """Weights by type in the half-precision model that was written for this plan; empty if none was."""
     if outcome.identity["precision"] != "fp16" or outcome.half_model is None:
@@ -341,10 +351,10 @@ def _one_build_at_a_time(model_file: Path, tell: Progress) -> Iterator[None]:
 def _check_arguments(precision: str, hardware_compatibility: str, allow: Sequence[str]) -> None:
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-    if hardware_compatibility not in passport.HARDWARE_COMPATIBILITIES:
+    if hardware_compatibility not in HARDWARE_COMPATIBILITIES:
         raise InputError(
             f"hardware_compatibility {hardware_compatibility!r}: expected one of "
-            + ", ".join(passport.HARDWARE_COMPATIBILITIES)
+            + ", ".join(HARDWARE_COMPATIBILITIES)
         )
     for one in allow:
         if one not in ALLOWABLE:

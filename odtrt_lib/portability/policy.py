@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from odtrt_lib.engine import passport as passports
-from odtrt_lib.engine.bindings import FLAVOURS, TF32_OVERRIDE, available_runtimes
+from odtrt_lib.engine.bindings import TF32_OVERRIDE, available_runtimes
 from odtrt_lib.engine.passport import Passport, PluginIdentity
 from odtrt_lib.errors import InputError
 from odtrt_lib.folder import (
@@ -37,6 +37,7 @@ from odtrt_lib.folder import (
     recorded,
 )
 from odtrt_lib.machine import Machine, this_machine
+from odtrt_lib.variants import FLAVOURS
 
 # How often best_plan reads the folder again while plans are being replaced; three times were once too few.
 _MOST_LOOKS = 20
