@@ -25,8 +25,8 @@ class FallbackStep:
     """What is tried next when a build ran out of memory. It keeps the settings of the steps before it.
 
     setting: one of :data:`odtrt_lib.engine.builder.SETTINGS` and its value; a library without it skips the
-    step. allowance: one of :data:`odtrt_lib.variants.ALLOWABLE`, which changes the plan; it is only made if it
-    was allowed.
+    step. allowance: one of :data:`odtrt_lib.variants.ALLOWABLE`, which changes the plan; it is made only if
+    it was allowed.
     """
 
     name: str
