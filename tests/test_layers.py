@@ -28,6 +28,7 @@ LAYERS = [
     "results",
     "latency",
     "fonts",
+    "cuda",
     "native",
     "nms",
     "preprocess",
