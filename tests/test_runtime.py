@@ -42,13 +42,13 @@ from odtrt_lib.portability import Environment
 from odtrt_lib.spec import (
     BoxCoder,
     DetectorSpec,
-    HeadsSpec,
     InputSpec,
     Label,
     NmsSpec,
     Resizer,
     ScoreSpec,
     Source,
+    SsdHeads,
     load_spec,
 )
 
@@ -80,9 +80,13 @@ def small_spec(*, batch: int | None, padded: bool) -> DetectorSpec:
             (-1.0,) * 3,
             batch=batch,
         ),
-        heads=HeadsSpec(GRID * GRID * PER_CELL, CLASSES, background_column=False),
-        box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
-        scores=ScoreSpec("sigmoid", 1.0),
+        heads=SsdHeads(
+            GRID * GRID * PER_CELL,
+            CLASSES,
+            background_column=False,
+            box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
+            scores=ScoreSpec("sigmoid", 1.0),
+        ),
         nms=NmsSpec(0.6, 0.4, 8, 20, class_agnostic=False, change_coordinate_frame=padded),
         labels=tuple(Label(i + 1, name) for i, name in enumerate(("bolt", "nut", "gear"))),
     )

@@ -79,7 +79,7 @@ def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> fold
     """Writes ``folder/heads.onnx`` from ``folder/frozen.pb`` and proves that they agree.
 
     The input of ``heads.onnx`` is ``image``, float32 ``[batch, 3, height, width]``; its outputs are
-    ``box_encodings`` and ``class_logits`` as in ``spec.HeadsSpec``. A batch that is dynamic in
+    ``box_encodings`` and ``class_logits`` as in ``spec.SsdHeads``. A batch that is dynamic in
     ``frozen.pb`` stays dynamic. The same ``frozen.pb``, opset and versions give the same bytes.
 
     opset: one of :data:`OPSETS`. force: convert even if ``heads.onnx`` is up to date.
