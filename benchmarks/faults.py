@@ -166,7 +166,7 @@ def describe(plan: bytes, fingerprint: str, folder: Path, **changes: Any) -> Pas
         "model": "heads.onnx",
         "onnx_sha256": sha256(folder / "heads.onnx"),
         "spec_sha256": sha256(folder / "spec.json"),
-        "flavour": "tensorrt_rtx",
+        "runtime_library": "tensorrt_rtx",
         "version": RTX,
         "precision": "fp32",
         "version_compatible": False,
@@ -941,12 +941,12 @@ def _flip(plan: Path) -> None:
 
 
 _RTX_PLAN = {
-    "flavour": "tensorrt_rtx",
+    "runtime_library": "tensorrt_rtx",
     "version": RTX,
     "compute_capabilities": ("default",),
     "machine": NO_GPU,
 }
-_RTX_HERE = {"flavour": "tensorrt_rtx", "version": RTX}
+_RTX_HERE = {"runtime_library": "tensorrt_rtx", "version": RTX}
 _VC = {"version_compatible": True}
 _AMPERE = {"hardware_compatibility": "ampere_plus"}
 _SAME = {"hardware_compatibility": "same_compute_capability"}
@@ -974,9 +974,9 @@ MISMATCHES = (
     Mismatch(
         "other architecture, RTX", "rebuild", True, _RTX_PLAN, {**_RTX_HERE, "machine": GB10}, header=_HRTX
     ),
-    Mismatch("no library", "rebuild", place={"flavour": None, "version": None}),
-    Mismatch("other flavour", "rebuild", True, place=_RTX_HERE),
-    Mismatch("other flavour", "rebuild", True, _RTX_PLAN, header=_HRTX),
+    Mismatch("no library", "rebuild", place={"runtime_library": None, "version": None}),
+    Mismatch("other library", "rebuild", True, place=_RTX_HERE),
+    Mismatch("other library", "rebuild", True, _RTX_PLAN, header=_HRTX),
     Mismatch("same version", "ok"),
     Mismatch("other version, RTX", "rebuild", True, _RTX_PLAN, {**_RTX_HERE, "version": "1.7.2.3"}, _HRTX),
     Mismatch("older library", "rebuild", True, place={"version": "10.2.0"}),
@@ -1049,13 +1049,20 @@ def look_at(mismatch: Mismatch, folder: Path) -> tuple[portability.Verdict, list
     """The verdict on a planted mismatch in the empty ``folder``, and the rows of the policy that apply."""
     (folder / "heads.onnx").write_bytes(b"model")
     (folder / "spec.json").write_bytes(b"spec")
-    tag = b"vtrt" if mismatch.built.get("flavour") == "tensorrt_rtx" else b"ftrt"
+    tag = b"vtrt" if mismatch.built.get("runtime_library") == "tensorrt_rtx" else b"ftrt"
     plan = tag + bytes(20) + bytes(mismatch.header) + bytes(range(256)) * 8
-    machine = {"flavour": "tensorrt", "version": "10.3.0", "compute_capabilities": (), "machine": A100}
+    machine = {
+        "runtime_library": "tensorrt",
+        "version": "10.3.0",
+        "compute_capabilities": (),
+        "machine": A100,
+    }
     passport = describe(plan, VICTIM, folder, **{**machine, **mismatch.built})
     install(folder, plan, passport)
     mismatch.harm(folder, folder / "plans" / passport.plan)
-    place = Environment(**{"machine": A100, "flavour": "tensorrt", "version": "10.3.0", **mismatch.place})
+    place = Environment(
+        **{"machine": A100, "runtime_library": "tensorrt", "version": "10.3.0", **mismatch.place}
+    )
     case = policy.PlanCheck(folder, passport, place)
     applying = [rule.name for rule in portability.POLICY if rule.applies(case)]
     return portability.check(folder, passport, place), applying

@@ -1536,7 +1536,7 @@ def test_plans_says_of_each_whether_it_may_be_used(archive, tmp_path, monkeypatc
 
     content = b"ftrt" + bytes(20) + bytes((10, 3, 0, 26)) + bytes(5000)
     made = faults.describe(
-        content, "1" * 16, model, flavour="tensorrt", version="10.3.0", compute_capabilities=(),
+        content, "1" * 16, model, runtime_library="tensorrt", version="10.3.0", compute_capabilities=(),
         machine=faults.A100,
     )  # fmt: skip
     faults.install(model, content, made)
@@ -1658,7 +1658,7 @@ def test_the_line_that_opens_the_detector_is_the_one_that_was_tried(
             return detector.Detections(empty, np.zeros(0, np.float32), np.zeros(0, np.int64), ())
 
     class Paper:
-        plan, flavour, precision = "a.plan", "tensorrt", "fp16"
+        plan, runtime_library, precision = "a.plan", "tensorrt", "fp16"
 
     def build(folder, **options):
         asked.append(options["plugin"])

@@ -199,8 +199,8 @@ class TestRun:
             assert f"✓ {stage}: up to date" in out
 
     def test_without_tensorrt_the_rest_goes_on(self, capsys, stages, monkeypatch, tmp_path):
-        for flavour in ("tensorrt", "tensorrt_rtx"):
-            monkeypatch.setitem(sys.modules, flavour, None)
+        for runtime_library in ("tensorrt", "tensorrt_rtx"):
+            monkeypatch.setitem(sys.modules, runtime_library, None)
         monkeypatch.setattr(engine, "build", real_build)
         status, out, _ = odtrt(capsys, "run", "my_model", "--image", picture(tmp_path / "a.png"))
         assert status == 0
@@ -478,7 +478,7 @@ def plan_of_elsewhere(tmp_path: Path, version: str) -> Path:
             model="heads.onnx",
             onnx_sha256=sha256(folder / "heads.onnx"),
             spec_sha256=sha256(folder / "spec.json"),
-            flavour="tensorrt",
+            runtime_library="tensorrt",
             version=version,
             precision="fp32",
             version_compatible=False,
