@@ -130,7 +130,7 @@ def rows_of(
             expected = expected or found
             row = {
                 "model": folder.name,
-                "runtime": plan.flavour,
+                "runtime": plan.runtime_library,
                 "version": plan.version,
                 "precision": precision,
                 "form": "split" if plugin is None else "fused",

@@ -41,7 +41,7 @@ from odtrt_lib.nms import Postprocessed, postprocess
 from odtrt_lib.preprocess import boxes_to_pixels, frame_of, preprocess
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.tensors import Tensor, heads_tensors
-from odtrt_lib.variants import FLAVOURS, FORMS, PRECISIONS, form_of
+from odtrt_lib.variants import FORMS, PRECISIONS, RUNTIME_LIBRARIES, form_of
 
 if TYPE_CHECKING:
     from odtrt_lib.engine.passport import Passport
@@ -83,7 +83,7 @@ class Backend:
     run: RGB pictures, uint8 [height, width, 3], of any sizes -> detections, one row for each picture; no more
     than ``InputSpec.batch`` where that is fixed. infer: what the network alone gives, to look at: float32 [B,
     3, height, width] -> (box_encodings float32 [B, N, 4], class_logits float32 [B, N, columns]), see
-    :class:`odtrt_lib.spec.HeadsSpec`; B is ``InputSpec.batch`` where that is fixed. A fused plan has no heads
+    :class:`odtrt_lib.spec.SsdHeads`; B is ``InputSpec.batch`` where that is fixed. A fused plan has no heads
     to give and raises UnsupportedError. close: gives its memory back. description: what runs, for people.
     plan: the fingerprint, where it is a plan.
     """
@@ -535,10 +535,10 @@ def _here(backend: str, plugin: Union[str, Path, None]) -> Optional[Environment]
             f'backend {backend!r} needs an NVIDIA GPU and its driver, none was found; use "onnxruntime"'
         )
     here = portability.this_environment(plugin)
-    if backend in ("auto", here.flavour):
+    if backend in ("auto", here.runtime_library):
         return here
     version = import_library(backend).__version__
-    return dataclasses.replace(here, flavour=backend, version=version)
+    return dataclasses.replace(here, runtime_library=backend, version=version)
 
 
 def _open_best_plan(
@@ -552,7 +552,7 @@ def _open_best_plan(
     """
     from odtrt_lib.engine.passport import passports, survey
 
-    if wanted.here.flavour is None:
+    if wanted.here.runtime_library is None:
         reason = "there is a GPU, but neither tensorrt nor tensorrt_rtx can be imported"
         return _Found(None, (reason,), None)
     for _ in range(3):
@@ -618,12 +618,12 @@ def _open_plan(wanted: _Wanted, one: Passport, spec: DetectorSpec, anchors: np.n
 
     plan = pipeline.load(wanted.folder, one, spec, anchors, plugin=wanted.plugin, switches=wanted.switches)
     return Backend(
-        one.flavour,
+        one.runtime_library,
         plan.run,
         plan.infer,
         plan.close,
-        f"{FLAVOURS[one.flavour]} {wanted.here.version}, plan {one.fingerprint}, {one.precision}, "
-        f"post-processing {plan.postprocessing}",
+        f"{RUNTIME_LIBRARIES[one.runtime_library]} {wanted.here.version}, plan {one.fingerprint}, "
+        f"{one.precision}, post-processing {plan.postprocessing}",
         one.fingerprint,
     )
 

@@ -146,7 +146,7 @@ def build_here(
     passport = passport_of[paths[served].name]
     if passport.precision != precision:
         say(f"{served}: the plan is {passport.precision}; the memory did not suffice for {precision}")
-    serving = _place_plans(folder, paths, passport.flavour, say)
+    serving = _place_plans(folder, paths, passport.runtime_library, say)
     for configuration in sorted({path.parent.parent / "config.pbtxt" for path in serving}):
         if configuration.is_file():
             sizes = passport_of[paths["heads.onnx"].name].settings["batch_min_opt_max"]
@@ -154,7 +154,7 @@ def build_here(
 
     # Not "auto", which would serve with ONNX Runtime where the new plan does not run.
     has_gpu = this_machine().gpu is not None
-    backend = passport.flavour if has_gpu else "onnxruntime"
+    backend = passport.runtime_library if has_gpu else "onnxruntime"
     used = plugin if is_fused else None
     with Detector.open(model, backend, plugin=used, precision=passport.precision) as detector:
         found = detector.detect(pixels)
@@ -218,8 +218,8 @@ def missing_modules(precision: str) -> Dict[str, str]:
     missing = {}
     if not _can_find("numpy"):
         missing["numpy"] = _INSTALL_NUMPY
-    flavour = next((name for name in ("tensorrt", "tensorrt_rtx") if _can_find(name)), None)
-    if flavour is None:
+    runtime_library = next((name for name in ("tensorrt", "tensorrt_rtx") if _can_find(name)), None)
+    if runtime_library is None:
         missing["TensorRT's Python module"] = (
             "on a Jetson `sudo apt install nvidia-jetpack`, and make virtual environments with "
             "--system-site-packages; on a PC `python3 -m pip install tensorrt`"
@@ -235,7 +235,11 @@ def missing_modules(precision: str) -> Dict[str, str]:
         needs.update(dict.fromkeys(requirements.modules(requirements.DETECT), "to detect without a GPU"))
         del needs["PIL"]
     half = requirements.modules(requirements.HALF_PRECISION)
-    if precision == "fp16" and not all(map(_can_find, half)) and not _has_half_precision_flag(flavour):
+    if (
+        precision == "fp16"
+        and not all(map(_can_find, half))
+        and not _has_half_precision_flag(runtime_library)
+    ):
         needs.update(dict.fromkeys(half, "for fp16"))
     del needs["numpy"]  # is first, with an installation of its own
     for module, purpose in needs.items():
@@ -392,14 +396,14 @@ def _tell_plans(folder: Path, say: Callable[[str], None]) -> None:
         raise InputError(f"{model / passport.PLANS}: no plan that can be used; run build_here.py first")
 
 
-def _has_half_precision_flag(flavour: Optional[str]) -> bool:
+def _has_half_precision_flag(runtime_library: Optional[str]) -> bool:
     """Asked in a process of its own, because a builder should be the first to load TensorRT."""
     question = (
         f"import sys; sys.path.insert(0, {IMPORT_PATH!r}); "
-        f"import {flavour} as trt; from odtrt_lib.engine.builder import is_weakly_typed; "
+        f"import {runtime_library} as trt; from odtrt_lib.engine.builder import is_weakly_typed; "
         "sys.exit(not is_weakly_typed(trt))"
     )
-    if flavour is None:
+    if runtime_library is None:
         return False
     return subprocess.run([sys.executable, "-c", question], stderr=subprocess.DEVNULL).returncode == 0
 
@@ -505,7 +509,7 @@ def _reason(log: Path) -> str:
 
 
 def _place_plans(
-    folder: Path, plans: Mapping[str, Path], flavour: str, say: Callable[[str], None]
+    folder: Path, plans: Mapping[str, Path], runtime_library: str, say: Callable[[str], None]
 ) -> List[Path]:
     """Copies the plans to where Triton and nvinfer look for them."""
     wanted = [
@@ -517,8 +521,8 @@ def _place_plans(
         wanted.append((folder / "deepstream" / "detector.plan", "detector.onnx"))
     placed = []
     for target, model in wanted:
-        if flavour != "tensorrt":
-            say(f"{target}: not written; it must be a plan of TensorRT, and this one is {flavour}'s")
+        if runtime_library != "tensorrt":
+            say(f"{target}: not written; it must be a plan of TensorRT, and this one is {runtime_library}'s")
         elif model not in plans:
             say(f"{target}: not written; it must be a plan of {model}, which needs the plugin")
         else:

@@ -29,7 +29,7 @@ from odtrt_lib.folder import atomic_write
 from odtrt_lib.machine import Machine, this_machine
 from odtrt_lib.spec import DetectorSpec
 from odtrt_lib.tensors import Tensor, Tensors, detector_tensors, heads_tensors
-from odtrt_lib.variants import FLAVOURS, form_of
+from odtrt_lib.variants import RUNTIME_LIBRARIES, form_of
 
 _LOADING = threading.Lock()
 _SHA256_BYTES = 32
@@ -51,9 +51,9 @@ def load(
     """
     folder = Path(folder)
     data = read_plan(folder, passport)
-    trt = import_library(passport.flavour)
+    trt = import_library(passport.runtime_library)
     cuda.library()
-    who = f"{folder / PLANS / passport.plan}: {FLAVOURS[passport.flavour]} {trt.__version__}"
+    who = f"{folder / PLANS / passport.plan}: {RUNTIME_LIBRARIES[passport.runtime_library]} {trt.__version__}"
     with _LOADING:
         network = Network(trt, who, passport, spec)
         try:
@@ -229,7 +229,13 @@ class Network:
 
 def kernels_path(folder: Union[str, Path], passport: Passport, version: str, machine: Machine) -> Path:
     """Where the kernels are kept that ``version`` of TensorRT-RTX compiles for the plan on ``machine``."""
-    identity = [passport.plan_sha256, passport.flavour, version, machine.gpu, machine.compute_capability]
+    identity = [
+        passport.plan_sha256,
+        passport.runtime_library,
+        version,
+        machine.gpu,
+        machine.compute_capability,
+    ]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     return Path(folder) / PLANS / f"{Path(passport.plan).stem}.{key}.kernels"
 

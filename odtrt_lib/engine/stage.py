@@ -59,9 +59,9 @@ from odtrt_lib.machine import MIB, Machine, free_memory, this_machine
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.variants import (
     ALLOWABLE,
-    FLAVOURS,
     HARDWARE_COMPATIBILITIES,
     PRECISIONS,
+    RUNTIME_LIBRARIES,
     Variant,
     models,
 )
@@ -82,11 +82,11 @@ _IN_WORDS = {"fp16": "half precision"}
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """The name of a plan: 16 hexadecimal digits of the SHA-256 over all that its meaning depends on.
 
-    identity: JSON values: model, flavour, version, precision, onnx_sha256, plugin, batch, the compatibility
-    modes, the compute capabilities, for TensorRT the GPU's name and compute capability, and where it is set
-    :data:`TF32_OVERRIDE`.
+    identity: JSON values: model, runtime_library, version, precision, onnx_sha256, plugin, batch, the
+    compatibility modes, the compute capabilities, for TensorRT the GPU's name and compute capability, and
+    where it is set :data:`TF32_OVERRIDE`.
     """
-    text = json.dumps(dict(identity), sort_keys=True)
+    text = json.dumps(passport.with_json_keys(identity), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -165,7 +165,7 @@ def build(
         "batch": _batch_profile(wanted.spec, batch),
         "version_compatible": version_compatible,
         "hardware_compatibility": hardware_compatibility,
-        "compute_capabilities": _targets(wanted.identity["flavour"], compute_capabilities),
+        "compute_capabilities": _targets(wanted.identity["runtime_library"], compute_capabilities),
     }
     tell: Progress = progress or (lambda phase, fraction: None)
     with _one_build_at_a_time(wanted.model_file, tell):
@@ -237,7 +237,7 @@ def _wanted(folder: Path, precision: str, plugin: Union[str, Path, None]) -> _Wa
     if hashlib.sha256(spec_content).hexdigest() != hashes["spec.json"]:
         raise InputError(f"{folder}: the model was replaced meanwhile; build again")
     part = models()[variant.file].spec_part
-    flavour, version = _preferred_runtime()
+    runtime_library, version = _preferred_runtime()
     machine = this_machine()
     library = None if library_file is None else passport.plugin_identity(library_file)
     tf32_override = {"tf32_override": os.environ[TF32_OVERRIDE]} if TF32_OVERRIDE in os.environ else {}
@@ -254,12 +254,12 @@ def _wanted(folder: Path, precision: str, plugin: Union[str, Path, None]) -> _Wa
         library=library,
         identity={
             "model": variant.file,
-            "flavour": flavour,
+            "runtime_library": runtime_library,
             "version": version,
             "precision": precision,
             "onnx_sha256": hashes[variant.file],
             "plugin": None if library is None else dataclasses.asdict(library),
-            "gpu": [machine.gpu, machine.compute_capability] if flavour == "tensorrt" else None,
+            "gpu": [machine.gpu, machine.compute_capability] if runtime_library == "tensorrt" else None,
             **tf32_override,
         },
     )
@@ -284,7 +284,7 @@ def _described(
         model=wanted.variant.file,
         onnx_sha256=identity["onnx_sha256"],
         spec_sha256=wanted.spec_sha256,
-        flavour=identity["flavour"],
+        runtime_library=identity["runtime_library"],
         version=identity["version"],
         precision=identity["precision"],
         version_compatible=identity["version_compatible"],
@@ -382,9 +382,9 @@ def _batch_profile(spec: DetectorSpec, batch: Optional[Sequence[int]]) -> Option
     return profile
 
 
-def _targets(flavour: str, compute_capabilities: Optional[Sequence[str]]) -> List[str]:
+def _targets(runtime_library: str, compute_capabilities: Optional[Sequence[str]]) -> List[str]:
     wanted = list(compute_capabilities or ())
-    if flavour == "tensorrt_rtx":
+    if runtime_library == "tensorrt_rtx":
         wanted = wanted or ["default"]
     elif wanted == ["default"]:
         wanted = []
@@ -400,7 +400,7 @@ def _preferred_runtime() -> Tuple[str, str]:
     found = available_runtimes()
     if not found:
         raise MissingDependencyError(
-            f"no TensorRT can be imported (looked for {' and '.join(FLAVOURS)}): {_INSTALL_TENSORRT}"
+            f"no TensorRT can be imported (looked for {' and '.join(RUNTIME_LIBRARIES)}): {_INSTALL_TENSORRT}"
         )
     return found[0]
 
@@ -452,7 +452,7 @@ def _record(folder: Path, described: passport.Passport, checks: Mapping[str, Any
         inputs={described.model: described.onnx_sha256},
         settings={
             "model": described.model,
-            "flavour": described.flavour,
+            "runtime_library": described.runtime_library,
             "version": described.version,
             "precision": described.precision,
             "compute_capabilities": list(described.compute_capabilities),
@@ -464,7 +464,7 @@ def _record(folder: Path, described: passport.Passport, checks: Mapping[str, Any
             f"{passport.PLANS}/{described.plan}",
             f"{passport.PLANS}/{described.fingerprint}.json",
         ],
-        versions={described.flavour: described.version},
+        versions={described.runtime_library: described.version},
         seconds=described.seconds,
         peak_rss_mb=max(peaks, default=0.0),
         checks=checks,
