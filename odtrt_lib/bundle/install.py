@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.machinery
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Dict,
@@ -57,6 +58,9 @@ from odtrt_lib.machine import this_machine
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.variants import PRECISIONS
 
+if TYPE_CHECKING:
+    from odtrt_lib.engine.passport import Passport
+
 _INSTALL_NUMPY = "`sudo apt install python3-numpy`, or `python3 -m pip install numpy`"
 
 
@@ -91,8 +95,60 @@ def build_here(
     written, MissingDependencyError naming every Python module that is missing and what installs it,
     BuildError where the compiler fails, what :func:`odtrt_lib.engine.build` and
     :class:`odtrt_lib.detector.Detector` raise, and CheckError where a detection cannot be one.
+
+    Long because its options, result and errors are described here.
     """
     folder = Path(folder)
+    spec = _open_bundle(folder, say)
+    if _can_find("numpy"):
+        _check_arguments(spec, precision, memory, batch, allow)
+    _require_modules(folder, precision, say)
+
+    from odtrt_lib.preprocess import load_image
+
+    pixels = _pattern(spec) if image is None else load_image(image)
+    try:
+        library, plugin = _compile(folder, say)
+    except OSError as error:
+        raise cannot_write(folder / "plugins" / "build", error) from error
+    options = {
+        "precision": precision,
+        "batch": batch,
+        "memory": memory,
+        "version_compatible": version_compatible,
+        "allow": allow,
+        "force": force,
+    }
+    plans = _build_plans(folder, plugin, options, say)
+    serving = _serve_plans(folder, plans, say)
+    shown = "a pattern" if image is None else str(image)
+    checked = _detect_once(folder, plans, pixels, shown, say)
+    if image is None:
+        say(
+            "the pattern is computed from the pixels' positions, no photograph: what is found in it shows "
+            "that everything runs, and nothing else; --image FILE detects in a picture"
+        )
+    built = {
+        "precision": plans.passport.precision,
+        "plans": {name: _inside(path, folder) for name, path in plans.paths.items()},
+        "library": None if library is None else _inside(library, folder),
+        "plugin": None if plugin is None else _inside(plugin, folder),
+        "serving": [_inside(path, folder) for path in serving],
+        "backend": checked["backend"],
+        "open": checked["open"],
+        "image": None if image is None else str(image),
+        "detections": checked["detections"],
+    }
+    with atomic_write(folder / "built.json") as temporary:
+        temporary.write_text(json.dumps(built, indent=1) + "\n", encoding="utf-8")
+    say(f"next, in Python, in {folder}:")
+    say("from odtrt_lib.detector import Detector")
+    say(f"detector = {built['open']}")
+    return built
+
+
+def _open_bundle(folder: Path, say: Callable[[str], None]) -> DetectorSpec:
+    """Compares the folder with its manifest; the spec of its model, sealed."""
     manifest = verify(folder)
     say(f"{manifest.name}: {len(manifest.members)} files as packed by odtrt {manifest.odtrt}")
     others = strangers(folder, manifest)
@@ -103,97 +159,108 @@ def build_here(
     model = folder / MODEL
     if not recorded(model):  # another program unpacked it
         seal_model(model, manifest)
-    spec = load_spec(model / "spec.json")
-    if _can_find("numpy"):
-        _check_arguments(spec, precision, memory, batch, allow)
+    return load_spec(model / "spec.json")
+
+
+def _require_modules(folder: Path, precision: str, say: Callable[[str], None]) -> None:
     missing = missing_modules(precision)
     for name, advice in missing.items():
         say(f"missing: {name} ({advice})")
     if missing:
         raise MissingDependencyError(f"{folder}: nothing was built; install first: {', '.join(missing)}")
 
-    from odtrt_lib import engine
-    from odtrt_lib.detector import Detector
-    from odtrt_lib.engine.passport import passports
-    from odtrt_lib.preprocess import load_image
 
-    pixels = _pattern(spec) if image is None else load_image(image)
-    try:
-        library, plugin = _compile(folder, say)
-    except OSError as error:
-        raise cannot_write(folder / "plugins" / "build", error) from error
-    is_fused = plugin is not None and (model / "detector.onnx").is_file()
-    served = "detector.onnx" if is_fused else "heads.onnx"
-    plans = {}
+@dataclasses.dataclass(frozen=True)
+class _Plans:
+    """The plans of this machine. paths: model -> plan. passports: the same, -> its passport.
+
+    served: the model whose plan the detector runs. plugin: the library inside that plan, or None.
+    """
+
+    paths: Dict[str, Path]
+    passports: Dict[str, Passport]
+    served: str
+    plugin: Optional[Path]
+
+    @property
+    def passport(self) -> Passport:
+        """Of the plan that the detector runs."""
+        return self.passports[self.served]
+
+
+def _build_plans(
+    folder: Path, plugin: Optional[Path], options: Mapping[str, Any], say: Callable[[str], None]
+) -> _Plans:
+    """Builds the plan that the detector runs, and that of ``heads.onnx`` if Triton is to serve it.
+
+    options: arguments of :func:`odtrt_lib.engine.build`.
+    """
+    from odtrt_lib import engine
+
+    model = folder / MODEL
+    used = plugin if (model / "detector.onnx").is_file() else None
+    served = "heads.onnx" if used is None else "detector.onnx"
+    results = {}
     for name in ("heads.onnx", "detector.onnx"):
         if name == served or (name == "heads.onnx" and (folder / "triton").is_dir()):
-            plans[name] = engine.build(
-                model,
-                precision=precision,
-                plugin=plugin if name == "detector.onnx" else None,
-                batch=batch,
-                memory=memory,
-                version_compatible=version_compatible,
-                allow=allow,
-                force=force,
-                progress=_in_tenths(name, say),
-            )
+            inside = plugin if name == "detector.onnx" else None
+            results[name] = engine.build(model, plugin=inside, progress=_in_tenths(name, say), **options)
     paths = {}
-    for name, result in plans.items():
+    for name, result in results.items():
         paths[name] = next(model / output for output in result.record["outputs"] if output.endswith(".plan"))
         say(f"{paths[name]}: {'up to date' if result.is_up_to_date else 'built'} from {name}")
-    passport_of = {one.plan: one for one in passports(model)}
-    passport = passport_of[paths[served].name]
-    if passport.precision != precision:
-        say(f"{served}: the plan is {passport.precision}; the memory did not suffice for {precision}")
-    serving = _place_plans(folder, paths, passport.flavour, say)
+    passport_of = {one.plan: one for one in engine.passport.passports(model)}
+    plans = _Plans(paths, {name: passport_of[path.name] for name, path in paths.items()}, served, used)
+    if plans.passport.precision != options["precision"]:
+        say(
+            f"{served}: the plan is {plans.passport.precision}; the memory did not suffice for "
+            f"{options['precision']}"
+        )
+    return plans
+
+
+def _serve_plans(folder: Path, plans: _Plans, say: Callable[[str], None]) -> List[Path]:
+    """Copies the plans to where Triton and nvinfer look for them; says if Triton's batch is too large."""
+    serving = _place_plans(folder, plans.paths, plans.passport.flavour, say)
     for configuration in sorted({path.parent.parent / "config.pbtxt" for path in serving}):
         if configuration.is_file():
-            sizes = passport_of[paths["heads.onnx"].name].settings["batch_min_opt_max"]
+            sizes = plans.passports["heads.onnx"].settings["batch_min_opt_max"]
             _compare_batch(configuration, sizes[-1], say)
+    return serving
+
+
+def _detect_once(
+    folder: Path, plans: _Plans, pixels: Any, shown: str, say: Callable[[str], None]
+) -> Dict[str, Any]:
+    """Opens the detector as this machine can, and checks what it finds in ``pixels``, uint8 [H, W, 3].
+
+    shown: how messages call the image. Returns ``backend``, ``open`` and ``detections`` of ``built.json``.
+    """
+    from odtrt_lib.detector import Detector
 
     # Not "auto", which would serve with ONNX Runtime where the new plan does not run.
     has_gpu = this_machine().gpu is not None
-    backend = passport.flavour if has_gpu else "onnxruntime"
-    used = plugin if is_fused else None
-    with Detector.open(model, backend, plugin=used, precision=passport.precision) as detector:
+    backend = plans.passport.flavour if has_gpu else "onnxruntime"
+    used, precision = plans.plugin, plans.passport.precision
+    with Detector.open(folder / MODEL, backend, plugin=used, precision=precision) as detector:
         found = detector.detect(pixels)
         _check_detections(found, pixels.shape[:2], detector.spec)
-    shown = "a pattern" if image is None else str(image)
-    if has_gpu:
-        say(f"check: {len(found.scores)} detections in {shown}, made by the plan of {served} with {backend}")
-    else:
-        say(f"no NVIDIA GPU here: the plan of {served} was built but not run")
-        say(f"check: {len(found.scores)} detections in {shown}, made by ONNX Runtime on the CPU")
-    if image is None:
-        say(
-            "the pattern is computed from the pixels' positions, no photograph: what is found in it shows "
-            "that everything runs, and nothing else; --image FILE detects in a picture"
-        )
     opening = f'Detector.open("{MODEL}")'
     if has_gpu:
-        library_there = "" if used is None else f'plugin="{_inside(used, folder)}", '
-        opening = f'Detector.open("{MODEL}", {library_there}precision="{passport.precision}")'
-    built = {
-        "precision": passport.precision,
-        "plans": {name: _inside(path, folder) for name, path in paths.items()},
-        "library": None if library is None else _inside(library, folder),
-        "plugin": None if plugin is None else _inside(plugin, folder),
-        "serving": [_inside(path, folder) for path in serving],
-        "backend": backend,
-        "open": opening,
-        "image": None if image is None else str(image),
-        "detections": [
-            {"class_id": int(class_id), "name": name, "score": float(score), "box": [float(x) for x in box]}
-            for class_id, name, score, box in zip(found.class_ids, found.names, found.scores, found.boxes)
-        ],
-    }
-    with atomic_write(folder / "built.json") as temporary:
-        temporary.write_text(json.dumps(built, indent=1) + "\n", encoding="utf-8")
-    say(f"next, in Python, in {folder}:")
-    say("from odtrt_lib.detector import Detector")
-    say(f"detector = {opening}")
-    return built
+        plugin_there = "" if used is None else f'plugin="{_inside(used, folder)}", '
+        opening = f'Detector.open("{MODEL}", {plugin_there}precision="{precision}")'
+        say(
+            f"check: {len(found.scores)} detections in {shown}, made by the plan of {plans.served} with "
+            f"{backend}"
+        )
+    else:
+        say(f"no NVIDIA GPU here: the plan of {plans.served} was built but not run")
+        say(f"check: {len(found.scores)} detections in {shown}, made by ONNX Runtime on the CPU")
+    detections = [
+        {"class_id": int(class_id), "name": name, "score": float(score), "box": [float(x) for x in box]}
+        for class_id, name, score, box in zip(found.class_ids, found.names, found.scores, found.boxes)
+    ]
+    return {"backend": backend, "open": opening, "detections": detections}
 
 
 def missing_modules(precision: str) -> Dict[str, str]:
