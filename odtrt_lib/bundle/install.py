@@ -205,7 +205,7 @@ def _build_plans(
         if name == served or (name == "heads.onnx" and (folder / "triton").is_dir()):
             inside = plugin if name == "detector.onnx" else None
             results[name] = engine.build(model, plugin=inside, progress=_in_tenths(name, say), **options)
-    paths = {}
+    paths: Dict[str, Path] = {}
     for name, result in results.items():
         paths[name] = next(model / output for output in result.record["outputs"] if output.endswith(".plan"))
         say(f"{paths[name]}: {'up to date' if result.is_up_to_date else 'built'} from {name}")

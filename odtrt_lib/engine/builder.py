@@ -65,7 +65,7 @@ class Request:
     task: ``build``, or ``half_precision``: write :data:`HALF_PRECISION_MODEL` from ``onnx``.
     onnx: what the parser reads. name: how messages call it. tensors: name -> [shape, type] of every input and
     output that the network must have, -1 for a dynamic batch. batch: smallest, best-tuned and largest of a
-    dynamic batch, or None. settings: see :data:`SETTINGS`. data_limit: bytes for RLIMIT_DATA, or None.
+    dynamic batch, or None. settings: see :func:`known_settings`. data_limit: bytes for RLIMIT_DATA, or None.
     timing_cache: its file, or None. progress: the number of a file to write to. who: library and version.
     """
 
@@ -89,10 +89,6 @@ class Request:
     data_limit: Optional[int]
     progress: Optional[int]
     again: str
-
-
-# The settings that lower a build's memory and leave what was asked as it is, and how each is probed.
-SETTINGS = ("workspace_mib", "tactic_sources", "optimization_level", "frugal_heap")
 
 
 def main(path: Union[str, Path]) -> None:
@@ -238,7 +234,7 @@ def _layers_by_precision(
 
 
 def known_settings(config: Any) -> List[str]:
-    """Which of :data:`SETTINGS` this library has."""
+    """Names of the settings that lower a build's memory and leave the plan as it was asked for."""
     known = ["frugal_heap"]
     if hasattr(config, "set_memory_pool_limit"):
         known.append("workspace_mib")

@@ -25,9 +25,9 @@ _WRITE_HALF = "write half precision into the ONNX"
 class FallbackStep:
     """What is tried next when a build ran out of memory. It keeps the settings of the steps before it.
 
-    setting: one of :data:`odtrt_lib.engine.builder.SETTINGS` and its value; a library without it skips the
-    step. allowance: one of :data:`odtrt_lib.variants.ALLOWABLE`, which changes the plan; it is made only if
-    it was allowed.
+    setting: one of :func:`odtrt_lib.engine.builder.known_settings` and its value; a library without it skips
+    the step. allowance: one of :data:`odtrt_lib.variants.ALLOWABLE`, which changes the plan; it is made only
+    if it was allowed.
     """
 
     name: str
