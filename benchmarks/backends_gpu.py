@@ -188,11 +188,11 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     here = portability.this_environment(plugin)
     model = "heads.onnx" if plugin is None else "detector.onnx"
     plan = portability.best_plan(folder, here, model, precision)
-    if plan is None or here.flavour is None:
+    if plan is None or here.runtime_library is None:
         raise OdtrtError(f"{folder}: the plan that was just built may not be used here")
     row: dict[str, Any] = timed_starts(folder, plan.plan, arithmetic, plugin)
     before = free_device_mb()
-    with Detector.open(folder, here.flavour, plugin=plugin, precision=precision) as detector:
+    with Detector.open(folder, here.runtime_library, plugin=plugin, precision=precision) as detector:
         detector.detect(images[0])
         row["device_memory_mb"] = round(before - free_device_mb(), 1)
         row["plan_mb"] = round(plan.plan_bytes / 1e6, 1)
@@ -314,11 +314,11 @@ def start(arguments: argparse.Namespace) -> dict[str, float]:
     """What a service does when it comes up; the library's import is part of it."""
     image = np.zeros((480, 640, 3), np.uint8)
     started = time.perf_counter()
-    flavour = portability.this_environment(arguments.plugin).flavour
+    runtime_library = portability.this_environment(arguments.plugin).runtime_library
     imported = time.perf_counter()
     precision, _, _ = ARITHMETIC[arguments.start]
     detector = Detector.open(
-        arguments.folders[0], flavour or "auto", plugin=arguments.plugin, precision=precision
+        arguments.folders[0], runtime_library or "auto", plugin=arguments.plugin, precision=precision
     )
     opened = time.perf_counter()
     detector.detect(image)

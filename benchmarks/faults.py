@@ -88,9 +88,13 @@ SPEC = spec.DetectorSpec(
     name="tiny",
     source=spec.Source("0" * 64, "ckpt-0", "0" * 64, "ssd", "2.8.0", "2.20.0"),
     input=spec.InputSpec(16, 16, spec.Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
-    heads=spec.HeadsSpec(num_anchors=256, num_classes=2, background_column=True),
-    box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
-    scores=spec.ScoreSpec("sigmoid", 1.0),
+    heads=spec.SsdHeads(
+        num_anchors=256,
+        num_classes=2,
+        background_column=True,
+        box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
+        scores=spec.ScoreSpec("sigmoid", 1.0),
+    ),
     nms=spec.NmsSpec(0.5, 0.5, 10, 10, False, True),
     labels=(spec.Label(1, "a"), spec.Label(2, "b")),
 )
@@ -162,7 +166,7 @@ def describe(plan: bytes, fingerprint: str, folder: Path, **changes: Any) -> Pas
         "model": "heads.onnx",
         "onnx_sha256": sha256(folder / "heads.onnx"),
         "spec_sha256": sha256(folder / "spec.json"),
-        "flavour": "tensorrt_rtx",
+        "runtime_library": "tensorrt_rtx",
         "version": RTX,
         "precision": "fp32",
         "version_compatible": False,
@@ -958,12 +962,12 @@ def _flip(plan: Path) -> None:
 
 
 _RTX_PLAN = {
-    "flavour": "tensorrt_rtx",
+    "runtime_library": "tensorrt_rtx",
     "version": RTX,
     "compute_capabilities": ("default",),
     "machine": NO_GPU,
 }
-_RTX_HERE = {"flavour": "tensorrt_rtx", "version": RTX}
+_RTX_HERE = {"runtime_library": "tensorrt_rtx", "version": RTX}
 _VC = {"version_compatible": True}
 _AMPERE = {"hardware_compatibility": "ampere_plus"}
 _SAME = {"hardware_compatibility": "same_compute_capability"}
@@ -991,9 +995,9 @@ MISMATCHES = (
     Mismatch(
         "other architecture, RTX", "rebuild", True, _RTX_PLAN, {**_RTX_HERE, "machine": GB10}, header=_HRTX
     ),
-    Mismatch("no library", "rebuild", place={"flavour": None, "version": None}),
-    Mismatch("other flavour", "rebuild", True, place=_RTX_HERE),
-    Mismatch("other flavour", "rebuild", True, _RTX_PLAN, header=_HRTX),
+    Mismatch("no library", "rebuild", place={"runtime_library": None, "version": None}),
+    Mismatch("other library", "rebuild", True, place=_RTX_HERE),
+    Mismatch("other library", "rebuild", True, _RTX_PLAN, header=_HRTX),
     Mismatch("same version", "ok"),
     Mismatch("other version, RTX", "rebuild", True, _RTX_PLAN, {**_RTX_HERE, "version": "1.7.2.3"}, _HRTX),
     Mismatch("older library", "rebuild", True, place={"version": "10.2.0"}),
@@ -1066,13 +1070,20 @@ def look_at(mismatch: Mismatch, folder: Path) -> tuple[portability.Verdict, list
     """The verdict on a planted mismatch in the empty ``folder``, and the rows of the policy that apply."""
     (folder / "heads.onnx").write_bytes(b"model")
     (folder / "spec.json").write_bytes(b"spec")
-    tag = b"vtrt" if mismatch.built.get("flavour") == "tensorrt_rtx" else b"ftrt"
+    tag = b"vtrt" if mismatch.built.get("runtime_library") == "tensorrt_rtx" else b"ftrt"
     plan = tag + bytes(20) + bytes(mismatch.header) + bytes(range(256)) * 8
-    machine = {"flavour": "tensorrt", "version": "10.3.0", "compute_capabilities": (), "machine": A100}
+    machine = {
+        "runtime_library": "tensorrt",
+        "version": "10.3.0",
+        "compute_capabilities": (),
+        "machine": A100,
+    }
     passport = describe(plan, VICTIM, folder, **{**machine, **mismatch.built})
     install(folder, plan, passport)
     mismatch.harm(folder, folder / "plans" / passport.plan)
-    place = Environment(**{"machine": A100, "flavour": "tensorrt", "version": "10.3.0", **mismatch.place})
+    place = Environment(
+        **{"machine": A100, "runtime_library": "tensorrt", "version": "10.3.0", **mismatch.place}
+    )
     case = policy.PlanCheck(folder, passport, place)
     applying = [rule.name for rule in portability.POLICY if rule.applies(case)]
     return portability.check(folder, passport, place), applying

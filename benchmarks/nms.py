@@ -37,13 +37,13 @@ from odtrt_lib.results import write_results
 from odtrt_lib.spec import (
     BoxCoder,
     DetectorSpec,
-    HeadsSpec,
     InputSpec,
     Label,
     NmsSpec,
     Resizer,
     ScoreSpec,
     Source,
+    SsdHeads,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,9 +116,7 @@ def crowd_heads(num_anchors: int, images: int, seed: int = 0) -> Heads:
         name="crowds",
         source=Source("", "", "", "", "", ""),
         input=InputSpec(512, 512, Resizer("fixed_shape"), (1.0,) * 3, (0.0,) * 3),
-        heads=HeadsSpec(num_anchors, CLASSES, False),
-        box_coder=coder,
-        scores=ScoreSpec("sigmoid", 1.0),
+        heads=SsdHeads(num_anchors, CLASSES, False, coder, ScoreSpec("sigmoid", 1.0)),
         nms=USUAL,
         labels=tuple(Label(i + 1, str(i + 1)) for i in range(CLASSES)),
     )
@@ -154,9 +152,13 @@ def corpus_heads(name: str, images: int) -> Heads:
         name=name,
         source=Source("", "", "", "", "", ""),
         input=InputSpec(*inputs.shape[1:3], settings.resizer, (1.0,) * 3, (0.0,) * 3),
-        heads=HeadsSpec(len(anchors), settings.num_classes, settings.background_column),
-        box_coder=settings.box_coder,
-        scores=settings.scores,
+        heads=SsdHeads(
+            len(anchors),
+            settings.num_classes,
+            settings.background_column,
+            settings.box_coder,
+            settings.scores,
+        ),
         nms=settings.nms,
         labels=settings.labels,
     )
@@ -192,13 +194,13 @@ def by_tensorflow(heads: Heads) -> Callable[[], Any] | None:
     from object_detection.protos import post_processing_pb2
 
     spec, batch = heads.spec, len(heads.box_encodings)
-    coder = FasterRcnnBoxCoder(dataclasses.astuple(spec.box_coder))
+    coder = FasterRcnnBoxCoder(dataclasses.astuple(spec.heads.box_coder))
     centres, sizes = heads.anchors[:, :2], heads.anchors[:, 2:]
     corners = np.concatenate([centres - sizes / 2, centres + sizes / 2], 1)
     anchors = box_list.BoxList(tf.constant(np.tile(corners, (batch, 1))))
     config = post_processing_pb2.PostProcessing()
-    config.score_converter = config.ScoreConverter.Value(spec.scores.converter.upper())
-    config.logit_scale = spec.scores.logit_scale
+    config.score_converter = config.ScoreConverter.Value(spec.heads.scores.converter.upper())
+    config.logit_scale = spec.heads.scores.logit_scale
     _, convert = post_processing_builder.build(config)
 
     @tf.function(autograph=False)
@@ -225,11 +227,11 @@ def by_tensorflow(heads: Heads) -> Callable[[], Any] | None:
 
 def by_onnxruntime(heads: Heads) -> Callable[[], Any] | None:
     spec = heads.spec
-    is_plain = spec.scores == ScoreSpec("sigmoid", 1.0) and not spec.heads.background_column
+    is_plain = spec.heads.scores == ScoreSpec("sigmoid", 1.0) and not spec.heads.background_column
     if heads.class_logits.dtype != np.float32 or not is_plain:
         return None
     session = _nms_session(
-        _decoding(heads.anchors, spec.box_coder), spec.nms, [None, spec.heads.num_anchors, CLASSES]
+        _decoding(heads.anchors, spec.heads.box_coder), spec.nms, [None, spec.heads.num_anchors, CLASSES]
     )
     feeds = {"box_encodings": heads.box_encodings, "class_logits": heads.class_logits}
     return lambda: session.run(None, feeds)

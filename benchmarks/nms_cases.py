@@ -25,13 +25,13 @@ from odtrt_lib import native, nms
 from odtrt_lib.spec import (
     BoxCoder,
     DetectorSpec,
-    HeadsSpec,
     InputSpec,
     Label,
     NmsSpec,
     Resizer,
     ScoreSpec,
     Source,
+    SsdHeads,
 )
 
 RANDOM_CASES, EXTREME_CASES = 2000, 500
@@ -84,9 +84,7 @@ def detector_spec(
         name="random",
         source=Source("", "", "", "", "", ""),
         input=InputSpec(64, 64, Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
-        heads=HeadsSpec(num_anchors, num_classes, background),
-        box_coder=coder,
-        scores=scores,
+        heads=SsdHeads(num_anchors, num_classes, background, coder, scores),
         nms=nms_spec,
         labels=tuple(Label(i + 1, str(i + 1)) for i in range(num_classes)),
     )
@@ -121,7 +119,7 @@ def _boxes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encodings [batch, N, 4] and anchors [N, 4]."""
     count = spec.heads.num_anchors
-    scales = np.array(dataclasses.astuple(spec.box_coder), np.float32)
+    scales = np.array(dataclasses.astuple(spec.heads.box_coder), np.float32)
     sizes = rng.uniform(0.05, 0.4, (count, 2))
     anchors = np.concatenate([rng.uniform(0, 1, (count, 2)), sizes], 1).astype(np.float32)
     encodings = (rng.normal(0, 0.3, (batch, count, 4)) * scales).astype(np.float32)
@@ -373,7 +371,7 @@ def disagreements(postprocess: Callable[[Case], nms.Postprocessed], cases: Itera
     for case in cases:
         found = difference(nms.postprocess_reference(*arguments_of(case)), postprocess(case))
         if found:
-            yield f"{case.name}: {found} ({case.spec.nms}, {case.spec.scores})"
+            yield f"{case.name}: {found} ({case.spec.nms}, {case.spec.heads.scores})"
 
 
 def nms_disagreements(select: Callable[[NmsCase], np.ndarray], cases: Iterator[NmsCase]) -> Iterator[str]:

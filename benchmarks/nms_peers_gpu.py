@@ -150,7 +150,7 @@ def cases(recorded: Optional[Path], quick: bool) -> List[Tuple[Heads, Sequence[f
     found.append((one_class(2000), (0.0,)))
     for path in sorted(recorded.glob("*.npz")) if recorded is not None else []:
         heads = read_heads(path)
-        if heads.spec.scores.converter == "sigmoid":
+        if heads.spec.heads.scores.converter == "sigmoid":
             found.append((heads, THRESHOLDS[:2]))
     return found
 
@@ -182,14 +182,13 @@ def read_heads(path: Path) -> Heads:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "spec.json").write_text(str(held["spec"]))
         spec = load_spec(Path(folder) / "spec.json")
-    coder = spec.box_coder
+    coder = spec.heads.box_coder
     scales = np.array([coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale], np.float32)
     boxes = (held["box_encodings"][:1] / scales).astype(np.float32)
     logits = held["class_logits"][:1, :, int(spec.heads.background_column) :]
+    ones = BoxCoder(1.0, 1.0, 1.0, 1.0)
     plain = dataclasses.replace(
-        spec,
-        box_coder=BoxCoder(1.0, 1.0, 1.0, 1.0),
-        heads=dataclasses.replace(spec.heads, background_column=False),
+        spec, heads=dataclasses.replace(spec.heads, background_column=False, box_coder=ones)
     )
     return Heads("recorded", path.stem, plain, boxes, np.ascontiguousarray(logits), held["anchors"])
 
@@ -399,7 +398,7 @@ def timed(peer: Peer, used: float) -> Tuple[Found, float, str, Timing]:
 
 def decoded(heads: Heads) -> Tuple[np.ndarray, np.ndarray]:
     """Boxes float32 [1, N, 4] clipped to the image, scores float32 [1, N, C]."""
-    boxes = decode_boxes(heads.box_encodings[0], heads.anchors, heads.spec.box_coder)
+    boxes = decode_boxes(heads.box_encodings[0], heads.anchors, heads.spec.heads.box_coder)
     scores = 1 / (1 + np.exp(-heads.class_logits.astype(np.float64)))
     return np.clip(boxes, 0, 1)[None].astype(np.float32), scores.astype(np.float32)
 

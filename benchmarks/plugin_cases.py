@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from odtrt_lib import fuse, nms
-from odtrt_lib.spec import BoxCoder, DetectorSpec, HeadsSpec, InputSpec, NmsSpec, Resizer, ScoreSpec, Source
+from odtrt_lib.spec import BoxCoder, DetectorSpec, InputSpec, NmsSpec, Resizer, ScoreSpec, Source, SsdHeads
 from odtrt_lib.tensors import DETECTIONS, has_clip_windows
 
 SETS = 3
@@ -33,9 +33,7 @@ class Case:
 
     name: str
     batch: int
-    heads: HeadsSpec
-    coder: BoxCoder
-    scores: ScoreSpec
+    heads: SsdHeads
     nms: NmsSpec
     resizer: Resizer
     logit_mean: float
@@ -49,8 +47,6 @@ class Case:
             source=Source("", "", "", "", "", ""),
             input=InputSpec(512, 512, self.resizer, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), batch=self.batch),
             heads=self.heads,
-            box_coder=self.coder,
-            scores=self.scores,
             nms=self.nms,
             labels=(),
         )
@@ -61,9 +57,7 @@ CASES = (
     Case(
         "ssd",
         1,
-        HeadsSpec(1917, 90, True),
-        _SSD,
-        _SIGMOID,
+        SsdHeads(1917, 90, True, _SSD, _SIGMOID),
         NmsSpec(0.3, 0.6, 100, 100, False, True),
         _STRETCHED,
         -6.0,
@@ -72,9 +66,7 @@ CASES = (
     Case(
         "padded_half",
         3,
-        HeadsSpec(4910, 90, False),
-        _EFFICIENTDET,
-        _SIGMOID,
+        SsdHeads(4910, 90, False, _EFFICIENTDET, _SIGMOID),
         NmsSpec(1e-8, 0.5, 100, 100, False, True),
         _PADDED,
         -5.0,
@@ -83,9 +75,7 @@ CASES = (
     Case(
         "softmax_capped",
         2,
-        HeadsSpec(1001, 7, True),
-        _SSD,
-        ScoreSpec("softmax", 2.0),
+        SsdHeads(1001, 7, True, _SSD, ScoreSpec("softmax", 2.0)),
         NmsSpec(0.05, 0.4, 3, 50, False, False),
         _PADDED,
         0.0,
@@ -94,9 +84,7 @@ CASES = (
     Case(
         "agnostic",
         8,
-        HeadsSpec(333, 3, False),
-        _SSD,
-        _SIGMOID,
+        SsdHeads(333, 3, False, _SSD, _SIGMOID),
         NmsSpec(0.01, 0.5, 10, 20, True, True),
         _STRETCHED,
         -2.0,

@@ -41,13 +41,13 @@ from odtrt_lib.results import write_results
 from odtrt_lib.spec import (
     BoxCoder,
     DetectorSpec,
-    HeadsSpec,
     InputSpec,
     Label,
     NmsSpec,
     Resizer,
     ScoreSpec,
     Source,
+    SsdHeads,
     load_spec,
 )
 
@@ -165,9 +165,13 @@ def small_spec(batch: int | None = 1, is_padded: bool = False) -> DetectorSpec:
         name="small",
         source=Source("", "", "", "", "", ""),
         input=InputSpec(16, 16, resizer, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), batch=batch),
-        heads=HeadsSpec(num_anchors=256, num_classes=2, background_column=True),
-        box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
-        scores=ScoreSpec("sigmoid", 1.0),
+        heads=SsdHeads(
+            num_anchors=256,
+            num_classes=2,
+            background_column=True,
+            box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
+            scores=ScoreSpec("sigmoid", 1.0),
+        ),
         nms=NmsSpec(0.3, 0.6, 20, 40, False, True),
         labels=(Label(1, "a"), Label(2, "b")),
     )

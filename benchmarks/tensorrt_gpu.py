@@ -126,7 +126,7 @@ def record(target: Path, names: Sequence[str]) -> None:
 def run(recorded: Path, plugin: Path, names: Sequence[str]) -> int:
     gpu = this_machine().gpu
     here = portability.this_environment()
-    if gpu is None or here.flavour != "tensorrt":
+    if gpu is None or here.runtime_library != "tensorrt":
         print("no GPU, or no tensorrt here: this script measures both")
         return 2
     release = "".join(str(here.version).split(".")[:2])

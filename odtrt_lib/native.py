@@ -198,19 +198,19 @@ def can_postprocess(spec: DetectorSpec) -> bool:
         1 <= nms.max_total_detections <= MOST_DETECTIONS
         and nms.max_detections_per_class >= 1
         and 1 <= heads.num_anchors * heads.num_columns < 2**31
-        and spec.scores.converter in SCORE_CONVERTERS
+        and spec.heads.scores.converter in SCORE_CONVERTERS
     )
 
 
 def postprocess_params(spec: DetectorSpec) -> PostprocessParams:
     """The settings of one detector."""
-    coder = spec.box_coder
+    coder = spec.heads.box_coder
     return PostprocessParams(
         num_anchors=spec.heads.num_anchors,
         num_columns=spec.heads.num_columns,
         background_column=spec.heads.background_column,
-        score_converter=SCORE_CONVERTERS[spec.scores.converter],
-        logit_factor=1.0 / spec.scores.logit_scale,
+        score_converter=SCORE_CONVERTERS[spec.heads.scores.converter],
+        logit_factor=1.0 / spec.heads.scores.logit_scale,
         box_scales=(coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale),
         score_threshold=spec.nms.score_threshold,
         iou_threshold=spec.nms.iou_threshold,

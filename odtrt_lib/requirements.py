@@ -66,7 +66,7 @@ DETECT = "detect"
 
 
 # The one table of what needs which package; a bundle's build_here.py asks it too. TensorRT itself is handled
-# apart: chapter 3 needs either flavour.
+# apart: chapter 3 needs one of the runtime libraries.
 NEEDS = {
     "1 export": ("NumPy", "TensorFlow", "OD API", "OD API protobuf modules"),
     "2 convert": ("NumPy", "TensorFlow", "onnx", "tf2onnx", "onnx-graphsurgeon", "ONNX Runtime"),

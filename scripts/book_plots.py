@@ -239,7 +239,7 @@ QUESTIONS = (
     (
         ("Same library version, or a newer one and version-compatible?", "8 to 10, 10 to 11, within a major"),
         (
-            *("no library", "other flavour", "other version, RTX", "older library"),
+            *("no library", "other library", "other version, RTX", "older library"),
             *("newer minor", "newer major", "other TF32 override"),
         ),
     ),

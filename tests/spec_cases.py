@@ -5,22 +5,20 @@ from __future__ import annotations
 from odtrt_lib.spec import (
     BoxCoder,
     DetectorSpec,
-    HeadsSpec,
     InputSpec,
     Label,
     NmsSpec,
     Resizer,
     ScoreSpec,
     Source,
+    SsdHeads,
 )
 
 SPEC = DetectorSpec(
     name="small",
     source=Source("0" * 64, "ckpt-0", "1" * 64, "ssd_mobilenet_v2_keras", "2.8.0", "2.20.0"),
     input=InputSpec(8, 8, Resizer("keep_aspect_ratio", 8, 8, True), (0.0078125,) * 3, (-1.0,) * 3),
-    heads=HeadsSpec(5, 2, True),
-    box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
-    scores=ScoreSpec("sigmoid", 1.0),
+    heads=SsdHeads(5, 2, True, BoxCoder(10.0, 10.0, 5.0, 5.0), ScoreSpec("sigmoid", 1.0)),
     nms=NmsSpec(0.25, 0.6000000238418579, 4, 8, False, True),
     labels=(Label(1, "bolt"), Label(2, "nut")),
 )

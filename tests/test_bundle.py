@@ -45,9 +45,13 @@ SPEC = spec.DetectorSpec(
     name="tiny one",
     source=spec.Source("0" * 64, "ckpt-0", "0" * 64, "ssd", "2.8.0", "2.20.0"),
     input=spec.InputSpec(16, 24, spec.Resizer("fixed_shape"), (2 / 255,) * 3, (-1.0, -0.5, -1.0)),
-    heads=spec.HeadsSpec(num_anchors=16 * 24, num_classes=2, background_column=True),
-    box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
-    scores=spec.ScoreSpec("sigmoid", 1.0),
+    heads=spec.SsdHeads(
+        num_anchors=16 * 24,
+        num_classes=2,
+        background_column=True,
+        box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
+        scores=spec.ScoreSpec("sigmoid", 1.0),
+    ),
     nms=spec.NmsSpec(0.25, 0.5, 10, 10, False, True),
     labels=(spec.Label(1, "a nut"), spec.Label(2, "bolt; hex\nhead")),
 )
@@ -1532,7 +1536,7 @@ def test_plans_says_of_each_whether_it_may_be_used(archive, tmp_path, monkeypatc
 
     content = b"ftrt" + bytes(20) + bytes((10, 3, 0, 26)) + bytes(5000)
     made = faults.describe(
-        content, "1" * 16, model, flavour="tensorrt", version="10.3.0", compute_capabilities=(),
+        content, "1" * 16, model, runtime_library="tensorrt", version="10.3.0", compute_capabilities=(),
         machine=faults.A100,
     )  # fmt: skip
     faults.install(model, content, made)
@@ -1654,7 +1658,7 @@ def test_the_line_that_opens_the_detector_is_the_one_that_was_tried(
             return detector.Detections(empty, np.zeros(0, np.float32), np.zeros(0, np.int64), ())
 
     class Paper:
-        plan, flavour, precision = "a.plan", "tensorrt", "fp16"
+        plan, runtime_library, precision = "a.plan", "tensorrt", "fp16"
 
     def build(folder, **options):
         asked.append(options["plugin"])

@@ -30,9 +30,13 @@ SPEC = spec.DetectorSpec(
     name="parts",
     source=spec.Source("0" * 64, "ckpt-0", "0" * 64, "ssd", "2.8.0", "2.20.0"),
     input=spec.InputSpec(16, 16, spec.Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
-    heads=spec.HeadsSpec(num_anchors=256, num_classes=2, background_column=True),
-    box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
-    scores=spec.ScoreSpec("sigmoid", 1.0),
+    heads=spec.SsdHeads(
+        num_anchors=256,
+        num_classes=2,
+        background_column=True,
+        box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
+        scores=spec.ScoreSpec("sigmoid", 1.0),
+    ),
     nms=spec.NmsSpec(0.5, 0.5, 10, 10, False, True),
     labels=(spec.Label(1, "cat"), spec.Label(2, "dog")),
 )
@@ -195,8 +199,8 @@ class TestRun:
             assert f"✓ {stage}: up to date" in out
 
     def test_without_tensorrt_the_rest_goes_on(self, capsys, stages, monkeypatch, tmp_path):
-        for flavour in ("tensorrt", "tensorrt_rtx"):
-            monkeypatch.setitem(sys.modules, flavour, None)
+        for runtime_library in ("tensorrt", "tensorrt_rtx"):
+            monkeypatch.setitem(sys.modules, runtime_library, None)
         monkeypatch.setattr(engine, "build", real_build)
         status, out, _ = odtrt(capsys, "run", "my_model", "--image", picture(tmp_path / "a.png"))
         assert status == 0
@@ -474,7 +478,7 @@ def plan_of_elsewhere(tmp_path: Path, version: str) -> Path:
             model="heads.onnx",
             onnx_sha256=sha256(folder / "heads.onnx"),
             spec_sha256=sha256(folder / "spec.json"),
-            flavour="tensorrt",
+            runtime_library="tensorrt",
             version=version,
             precision="fp32",
             version_compatible=False,

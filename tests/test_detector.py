@@ -531,9 +531,8 @@ def test_a_wrong_stage_is_caught(corpus, corpus_folder, monkeypatch, defect):
             spec, labels=tuple(dataclasses.replace(label, id=label.id + 1) for label in spec.labels)
         )
     else:
-        spec = dataclasses.replace(
-            spec, box_coder=dataclasses.replace(spec.box_coder, y_scale=0.1, x_scale=0.1)
-        )
+        coder = dataclasses.replace(spec.heads.box_coder, y_scale=0.1, x_scale=0.1)
+        spec = dataclasses.replace(spec, heads=dataclasses.replace(spec.heads, box_coder=coder))
     wrong = dataclasses.replace(detector, spec=spec)
     compared = compare(wrong, reference, own_results(wrong, images))
     assert not compared.agrees

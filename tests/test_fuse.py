@@ -18,13 +18,13 @@ from odtrt_lib.folder import read_log, seal
 from odtrt_lib.spec import (
     BoxCoder,
     DetectorSpec,
-    HeadsSpec,
     InputSpec,
     Label,
     NmsSpec,
     Resizer,
     ScoreSpec,
     Source,
+    SsdHeads,
 )
 from odtrt_lib.tensors import DETECTIONS, has_clip_windows
 from odtrt_lib.variants import FORMS
@@ -63,15 +63,13 @@ def detector(
     anchors: int = 60,
 ) -> DetectorSpec:
     """A detector whose "image" carries its heads: one row of 3 x width values; see :func:`carrier`."""
-    heads = HeadsSpec(anchors, classes, background)
+    heads = SsdHeads(anchors, classes, background, BoxCoder(10.0, 10.0, 5.0, 5.0), scores)
     width = anchors * (4 + heads.num_columns) // 3
     return DetectorSpec(
         name="carrier",
         source=Source("", "", "", "", "", ""),
         input=InputSpec(1, width, resizer, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), batch=batch),
         heads=heads,
-        box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
-        scores=scores,
         nms=nms_spec,
         labels=tuple(Label(i, str(i)) for i in range(1, classes + 1)),
     )
@@ -447,8 +445,8 @@ def test_onnx_runtime_selects_what_the_reference_selects(family, tied):
         {"nms": dataclasses.replace(NMS, score_threshold=0.7)},
         {"nms": dataclasses.replace(NMS, max_detections_per_class=2)},
         {"nms": dataclasses.replace(NMS, class_agnostic=True)},
-        {"box_coder": BoxCoder(1.0, 1.0, 1.0, 1.0)},
-        {"scores": ScoreSpec("sigmoid", 2.0)},
+        {"heads": dataclasses.replace(detector().heads, box_coder=BoxCoder(1.0, 1.0, 1.0, 1.0))},
+        {"heads": dataclasses.replace(detector().heads, scores=ScoreSpec("sigmoid", 2.0))},
     ],
 )
 def test_a_wrong_setting_is_caught(wrong):

@@ -14,7 +14,7 @@ from odtrt_lib.export.gate import compare_with_odapi, draw_heads, try_wrong_fiel
 from odtrt_lib.export.pipeline import read_pipeline
 from odtrt_lib.export.stage import _centre_size, _normalisation
 from odtrt_lib.nms import decode_boxes
-from odtrt_lib.spec import DetectorSpec, HeadsSpec, InputSpec, Source, load_spec
+from odtrt_lib.spec import DetectorSpec, InputSpec, Source, SsdHeads, load_spec
 
 # A resizer that pads, softmax, one suppression for all classes, odd scales, in place of the tiny config's.
 OTHER_CONFIG = (
@@ -84,9 +84,13 @@ def other(tmp_path_factory) -> Subject:
         name="other",
         source=Source("", "", "", "", "", ""),
         input=InputSpec(128, 128, settings.resizer, *_normalisation(model)),
-        heads=HeadsSpec(len(anchors), settings.num_classes, settings.background_column),
-        box_coder=settings.box_coder,
-        scores=settings.scores,
+        heads=SsdHeads(
+            len(anchors),
+            settings.num_classes,
+            settings.background_column,
+            settings.box_coder,
+            settings.scores,
+        ),
         nms=settings.nms,
         labels=settings.labels,
     )
@@ -165,8 +169,8 @@ def test_drawn_scores_and_overlaps_keep_their_distance(subject):
     """In float64, apart from the code under test: nothing lies where rounding decides."""
     spec = subject.spec
     for heads in draw_heads(spec, subject.anchors):
-        logits = heads.class_logits[0].astype(np.float64) / spec.scores.logit_scale
-        if spec.scores.converter == "softmax":
+        logits = heads.class_logits[0].astype(np.float64) / spec.heads.scores.logit_scale
+        if spec.heads.scores.converter == "softmax":
             scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         else:
             scores = 1 / (1 + np.exp(-logits))
@@ -176,7 +180,8 @@ def test_drawn_scores_and_overlaps_keep_their_distance(subject):
         rows, columns = np.nonzero(scores > threshold)
         own = np.sort(scores[rows, columns])
         assert len(own) < 2 or np.diff(own).min() > 1e-5
-        boxes = decode_boxes(heads.box_encodings[0], subject.anchors, spec.box_coder)[rows].astype(np.float64)
+        boxes = decode_boxes(heads.box_encodings[0], subject.anchors, spec.heads.box_coder)
+        boxes = boxes[rows].astype(np.float64)
         low, high = boxes[:, None, :2], boxes[:, None, 2:]
         sides = np.minimum(high, boxes[None, :, 2:]) - np.maximum(low, boxes[None, :, :2])
         common = np.prod(np.maximum(sides, 0), axis=-1)

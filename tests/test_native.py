@@ -23,7 +23,7 @@ from odtrt_lib import native, nms, preprocess
 from odtrt_lib.app import doctor
 from odtrt_lib.errors import InputError, MissingDependencyError
 from odtrt_lib.export.pipeline import PipelineSettings, read_pipeline
-from odtrt_lib.spec import DetectorSpec, HeadsSpec, InputSpec, NmsSpec, Resizer, Source
+from odtrt_lib.spec import DetectorSpec, InputSpec, NmsSpec, Resizer, Source, SsdHeads
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "plugins" / "kernels"
@@ -93,7 +93,7 @@ class TestSameBitsAsTheReference:
         counts = np.concatenate([numbers for _, numbers in found])
         assert np.mean(counts > 0) > 0.6 and np.any(counts == 0)
         assert {case.box_encodings.dtype.name for case, _ in found} == {"float32", "float16"}
-        assert {case.spec.scores.converter for case, _ in found} == {"sigmoid", "softmax", "identity"}
+        assert {case.spec.heads.scores.converter for case, _ in found} == {"sigmoid", "softmax", "identity"}
 
     def test_plain_suppression(self, native_library):
         cases = map(nms_cases.random_nms_case, range(1000))
@@ -597,9 +597,13 @@ def spec_of(settings: PipelineSettings, num_anchors: int) -> DetectorSpec:
         "real",
         Source("", "", "", "", "", ""),
         InputSpec(1, 1, settings.resizer, (1.0,) * 3, (0.0,) * 3),
-        HeadsSpec(num_anchors, settings.num_classes, settings.background_column),
-        settings.box_coder,
-        settings.scores,
+        SsdHeads(
+            num_anchors,
+            settings.num_classes,
+            settings.background_column,
+            settings.box_coder,
+            settings.scores,
+        ),
         settings.nms,
         settings.labels,
     )

@@ -21,9 +21,7 @@ SPEC = spec.DetectorSpec(
     name="my model",
     source=spec.Source("0" * 64, "ckpt-7", "0" * 64, "ssd_mobilenet_v2_fpn_keras", "2.8.0", "2.20.0"),
     input=spec.InputSpec(320, 320, spec.Resizer("fixed_shape"), (1 / 127.5,) * 3, (-1.0,) * 3, None),
-    heads=spec.HeadsSpec(12804, 2, True),
-    box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
-    scores=spec.ScoreSpec("sigmoid", 1.0),
+    heads=spec.SsdHeads(12804, 2, True, spec.BoxCoder(10.0, 10.0, 5.0, 5.0), spec.ScoreSpec("sigmoid", 1.0)),
     nms=spec.NmsSpec(1e-8, 0.6, 100, 100, False, True),
     labels=(spec.Label(1, "bolt"), spec.Label(2, EVIL)),
 )

@@ -42,13 +42,13 @@ from odtrt_lib.portability import Environment
 from odtrt_lib.spec import (
     BoxCoder,
     DetectorSpec,
-    HeadsSpec,
     InputSpec,
     Label,
     NmsSpec,
     Resizer,
     ScoreSpec,
     Source,
+    SsdHeads,
     load_spec,
 )
 
@@ -80,9 +80,13 @@ def small_spec(*, batch: int | None, padded: bool) -> DetectorSpec:
             (-1.0,) * 3,
             batch=batch,
         ),
-        heads=HeadsSpec(GRID * GRID * PER_CELL, CLASSES, background_column=False),
-        box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
-        scores=ScoreSpec("sigmoid", 1.0),
+        heads=SsdHeads(
+            GRID * GRID * PER_CELL,
+            CLASSES,
+            background_column=False,
+            box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
+            scores=ScoreSpec("sigmoid", 1.0),
+        ),
         nms=NmsSpec(0.6, 0.4, 8, 20, class_agnostic=False, change_coordinate_frame=padded),
         labels=tuple(Label(i + 1, name) for i, name in enumerate(("bolt", "nut", "gear"))),
     )
@@ -206,17 +210,21 @@ class Host:
 
 
 def make_plan(
-    flavour: str, model: bytes, profile: tuple[int, ...] = PROFILE, remark: str = "", version: str = ""
+    runtime_library: str,
+    model: bytes,
+    profile: tuple[int, ...] = PROFILE,
+    remark: str = "",
+    version: str = "",
 ) -> bytes:
-    numbers = [int(part) for part in (version or VERSIONS[flavour]).split(".")]
-    header = struct.pack("<4sI16s4B", TAGS[flavour], 0, b"", *numbers, 0)
+    numbers = [int(part) for part in (version or VERSIONS[runtime_library]).split(".")]
+    header = struct.pack("<4sI16s4B", TAGS[runtime_library], 0, b"", *numbers, 0)
     return header + json.dumps({"profile": profile, "remark": remark}).encode() + b"\n" + model
 
 
-def stand_in_tensorrt(flavour: str, host: Host) -> ModuleType:
+def stand_in_tensorrt(runtime_library: str, host: Host) -> ModuleType:
     """A module with the calls that runtime.py makes; ``trt.seen`` says what it was given."""
-    trt = ModuleType(flavour)
-    trt.__version__ = VERSIONS[flavour]
+    trt = ModuleType(runtime_library)
+    trt.__version__ = VERSIONS[runtime_library]
     trt.seen = SimpleNamespace(plans=[], kernels=[], compiled=0, libraries=[], refuses_to_run=False)
     trt.float32, trt.int32 = "FLOAT", "INT32"
     trt.TensorIOMode = enum.Enum("TensorIOMode", "INPUT OUTPUT")
@@ -248,7 +256,7 @@ def stand_in_tensorrt(flavour: str, host: Host) -> ModuleType:
         def deserialize_cuda_engine(self, data: bytes):
             trt.seen.plans.append(data)
             self.logger.log(ILogger.Severity.INFO, "Loaded engine size: 0 MiB")
-            if data[:4] != TAGS[flavour]:
+            if data[:4] != TAGS[runtime_library]:
                 self.error_recorder.report_error(1, "Serialization assertion\nmagicTag failed")
                 return None
             return Engine(data)
@@ -314,7 +322,7 @@ def stand_in_tensorrt(flavour: str, host: Host) -> ModuleType:
             cached |= wanted
             return Context(self)
 
-    if flavour == "tensorrt_rtx":
+    if runtime_library == "tensorrt_rtx":
         Engine.create_runtime_config = lambda self: RuntimeConfig()
 
     class Context:
@@ -423,26 +431,26 @@ def kernels(monkeypatch, host, native_library) -> native.Library:
 
 
 @pytest.fixture(params=["tensorrt", "tensorrt_rtx"])
-def flavour(request) -> str:
+def runtime_library(request) -> str:
     return request.param
 
 
 @pytest.fixture
-def trt(monkeypatch, host, flavour) -> ModuleType:
-    return pretend_installed(monkeypatch, host, flavour)
+def trt(monkeypatch, host, runtime_library) -> ModuleType:
+    return pretend_installed(monkeypatch, host, runtime_library)
 
 
-def pretend_installed(monkeypatch, host: Host, flavour: str) -> ModuleType:
+def pretend_installed(monkeypatch, host: Host, runtime_library: str) -> ModuleType:
     """This machine is BOARD, and the stand-in its only TensorRT."""
-    module = stand_in_tensorrt(flavour, host)
+    module = stand_in_tensorrt(runtime_library, host)
     for name in VERSIONS:
-        monkeypatch.setitem(sys.modules, name, module if name == flavour else None)
+        monkeypatch.setitem(sys.modules, name, module if name == runtime_library else None)
     pretend_machine(monkeypatch, BOARD)
     monkeypatch.setattr(runtime, "this_machine", lambda: BOARD)
 
     def here(plugin=None) -> Environment:
         identity = None if plugin is None else passport.plugin_identity(plugin)
-        return Environment(BOARD, flavour, VERSIONS[flavour], identity)
+        return Environment(BOARD, runtime_library, VERSIONS[runtime_library], identity)
 
     monkeypatch.setattr(portability, "this_environment", here)
     return module
@@ -480,7 +488,7 @@ def plugin(tmp_path) -> Path:
 
 def install_plan(
     folder: Path,
-    flavour: str,
+    runtime_library: str,
     *,
     model: str = "heads.onnx",
     precision: str = "fp32",
@@ -493,8 +501,8 @@ def install_plan(
 ) -> Passport:
     """Puts a plan for the stand-in into the folder, with its passport."""
     runs = "detector_onnxnms.onnx" if model == "detector.onnx" else model
-    data = content or make_plan(flavour, (folder / runs).read_bytes(), profile, built, version)
-    identity = [flavour, model, precision, machine.gpu, built, version]
+    data = content or make_plan(runtime_library, (folder / runs).read_bytes(), profile, built, version)
+    identity = [runtime_library, model, precision, machine.gpu, built, version]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     digest = hashlib.sha256(data).hexdigest()
     one = Passport(
@@ -505,12 +513,12 @@ def install_plan(
         model=model,
         onnx_sha256=sha256(folder / model),
         spec_sha256=sha256(folder / "spec.json"),
-        flavour=flavour,
-        version=version or VERSIONS[flavour],
+        runtime_library=runtime_library,
+        version=version or VERSIONS[runtime_library],
         precision=precision,
         version_compatible=False,
         hardware_compatibility="none",
-        compute_capabilities=("default",) if flavour == "tensorrt_rtx" else (),
+        compute_capabilities=("default",) if runtime_library == "tensorrt_rtx" else (),
         plugin=None if plugin is None else passport.plugin_identity(plugin),
         machine=machine,
         settings={},
@@ -555,14 +563,16 @@ def by_onnxruntime(folder: Path, images: list[np.ndarray]) -> list[Detections]:
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("batch", [None, 1, 3])
-def test_a_split_plan_finds_what_onnx_runtime_finds(models, tmp_path, trt, flavour, kernels, batch, padded):
+def test_a_split_plan_finds_what_onnx_runtime_finds(
+    models, tmp_path, trt, runtime_library, kernels, batch, padded
+):
     folder = copy(models(batch, padded), tmp_path / "small")
-    install_plan(folder, flavour)
+    install_plan(folder, runtime_library)
     images = pictures(11)
     expected = by_onnxruntime(folder, images)
     assert sum(len(one.scores) for one in expected) > 60
     with Detector.open(folder) as detector:
-        assert detector.status.backend == flavour and "on the GPU" in detector.status.description
+        assert detector.status.backend == runtime_library and "on the GPU" in detector.status.description
         assert detector.status.reasons == () and detector.status.rebuild == "none"
         for count in (1, 2, 4, 5, 11):
             assert differences(detector.detect_batch(images[:count]), expected[:count]) == []
@@ -571,10 +581,10 @@ def test_a_split_plan_finds_what_onnx_runtime_finds(models, tmp_path, trt, flavo
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("batch", [None, 3])
 def test_a_fused_plan_finds_what_onnx_runtime_finds(
-    models, tmp_path, trt, flavour, kernels, batch, padded, plugin
+    models, tmp_path, trt, runtime_library, kernels, batch, padded, plugin
 ):
     folder = copy(models(batch, padded), tmp_path / "small")
-    install_plan(folder, flavour, model="detector.onnx", plugin=plugin)
+    install_plan(folder, runtime_library, model="detector.onnx", plugin=plugin)
     images = pictures(11)
     expected = by_onnxruntime(folder, images)
     for _ in range(2):
@@ -604,9 +614,9 @@ def test_heads_are_post_processed_on_the_cpu_where_the_kernels_cannot(
         assert differences(detector.detect_batch(pictures(5)), expected) == []
 
 
-def test_loading_does_not_wait_for_post_processing_on_the_cpu(folder, trt, flavour, monkeypatch):
+def test_loading_does_not_wait_for_post_processing_on_the_cpu(folder, trt, runtime_library, monkeypatch):
     """With thousands of detections an image it takes seconds, and warms nothing up."""
-    one = install_plan(folder, flavour)
+    one = install_plan(folder, runtime_library)
     monkeypatch.setattr(native, "load", lambda: None)
     calls = []
     monkeypatch.setattr(runtime, "postprocess", lambda *arguments: calls.append(arguments))
@@ -616,21 +626,23 @@ def test_loading_does_not_wait_for_post_processing_on_the_cpu(folder, trt, flavo
     plan.close()
 
 
-def test_raw_heads_are_onnx_runtimes(folder, trt, flavour, kernels, plugin):
-    one = install_plan(folder, flavour)
+def test_raw_heads_are_onnx_runtimes(folder, trt, runtime_library, kernels, plugin):
+    one = install_plan(folder, runtime_library)
     images = np.random.default_rng(1).normal(0, 1, (7, 3, SIDE, SIDE)).astype(np.float32)
     expected = Detector.open(folder, "onnxruntime").backend.infer(images)
     plan = load(folder, one)
     assert (plan.smallest_batch, plan.largest_batch) == (1, 4)
     for found, right in zip(plan.infer(images), expected, strict=True):
         np.testing.assert_allclose(found, right, atol=1e-5)
-    fused = load(folder, install_plan(folder, flavour, model="detector.onnx", plugin=plugin), plugin=plugin)
+    fused = load(
+        folder, install_plan(folder, runtime_library, model="detector.onnx", plugin=plugin), plugin=plugin
+    )
     with pytest.raises(UnsupportedError, match="no raw heads"):
         fused.infer(images)
 
 
-def test_a_batch_below_the_profiles_smallest_is_filled_up(folder, trt, flavour, kernels):
-    install_plan(folder, flavour, profile=(3, 3, 4))
+def test_a_batch_below_the_profiles_smallest_is_filled_up(folder, trt, runtime_library, kernels):
+    install_plan(folder, runtime_library, profile=(3, 3, 4))
     images = pictures(5)
     expected = by_onnxruntime(folder, images)
     with Detector.open(folder) as detector:
@@ -638,8 +650,8 @@ def test_a_batch_below_the_profiles_smallest_is_filled_up(folder, trt, flavour, 
             assert differences(detector.detect_batch(images[:count]), expected[:count]) == []
 
 
-def test_running_again_is_the_network_on_the_same_inputs(folder, trt, flavour, kernels, host):
-    plan = load(folder, install_plan(folder, flavour))
+def test_running_again_is_the_network_on_the_same_inputs(folder, trt, runtime_library, kernels, host):
+    plan = load(folder, install_plan(folder, runtime_library))
     images = np.ones((2, 3, SIDE, SIDE), np.float32)
     plan.infer(images)
     before = {pointer: block.copy() for pointer, block in host.memory.items()}
@@ -740,8 +752,8 @@ def nothing_is_left(host: Host) -> bool:
     return not host.memory and not host.streams
 
 
-def test_memory_goes_back(folder, trt, flavour, kernels, host):
-    one = install_plan(folder, flavour)
+def test_memory_goes_back(folder, trt, runtime_library, kernels, host):
+    one = install_plan(folder, runtime_library)
     plan = load(folder, one)
     plan.infer(np.zeros((4, 3, SIDE, SIDE), np.float32))
     plan.close()
@@ -755,8 +767,8 @@ def test_memory_goes_back(folder, trt, flavour, kernels, host):
     assert nothing_is_left(host)
 
 
-def test_out_of_memory_is_one_line_and_no_end(folder, trt, flavour, kernels, host):
-    plan = load(folder, install_plan(folder, flavour))
+def test_out_of_memory_is_one_line_and_no_end(folder, trt, runtime_library, kernels, host):
+    plan = load(folder, install_plan(folder, runtime_library))
     images = np.zeros((4, 3, SIDE, SIDE), np.float32)
     host.free_bytes = images.nbytes - 1
     with pytest.raises(runtime.RunError) as caught:
@@ -767,23 +779,23 @@ def test_out_of_memory_is_one_line_and_no_end(folder, trt, flavour, kernels, hos
     assert len(plan.infer(images)[0]) == 4
 
 
-def test_no_memory_to_load(folder, trt, flavour, kernels, host):
+def test_no_memory_to_load(folder, trt, runtime_library, kernels, host):
     host.free_bytes = 1000
     with pytest.raises(runtime.RunError) as caught:
-        load(folder, install_plan(folder, flavour))
+        load(folder, install_plan(folder, runtime_library))
     assert "out of memory" in one_line_of(caught)
     assert nothing_is_left(host)
 
 
-def test_tensorrts_reasons_arrive_on_one_line(folder, trt, flavour, kernels, host):
-    one = install_plan(folder, flavour, content=b"not a plan")
+def test_tensorrts_reasons_arrive_on_one_line(folder, trt, runtime_library, kernels, host):
+    one = install_plan(folder, runtime_library, content=b"not a plan")
     with pytest.raises(runtime.RunError) as caught:
         load(folder, one)
     message = one_line_of(caught)
     assert one.plan in message and "Serialization assertion magicTag failed" in message
     assert "Loaded engine" not in message and nothing_is_left(host)
 
-    plan = load(folder, install_plan(folder, flavour))
+    plan = load(folder, install_plan(folder, runtime_library))
     trt.seen.refuses_to_run = True
     with pytest.raises(runtime.RunError) as caught:
         plan.infer(np.zeros((1, 3, SIDE, SIDE), np.float32))
@@ -792,8 +804,8 @@ def test_tensorrts_reasons_arrive_on_one_line(folder, trt, flavour, kernels, hos
     plan.infer(np.zeros((1, 3, SIDE, SIDE), np.float32))
 
 
-def test_a_plan_that_is_not_the_passports_is_never_deserialised(folder, trt, flavour, kernels, host):
-    one = install_plan(folder, flavour)
+def test_a_plan_that_is_not_the_passports_is_never_deserialised(folder, trt, runtime_library, kernels, host):
+    one = install_plan(folder, runtime_library)
     path = folder / "plans" / one.plan
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -810,8 +822,8 @@ def test_a_plan_that_is_not_the_passports_is_never_deserialised(folder, trt, fla
         ({"heads": {"num_anchors": 7}}, "`box_encodings` is [2, 108, 4], expected [2, 7, 4]"),
     ],
 )
-def test_a_plan_that_does_not_fit_the_spec(folder, trt, flavour, kernels, host, change, message):
-    one = install_plan(folder, flavour)
+def test_a_plan_that_does_not_fit_the_spec(folder, trt, runtime_library, kernels, host, change, message):
+    one = install_plan(folder, runtime_library)
     spec = load_spec(folder / "spec.json")
     for part, fields in change.items():
         spec = dataclasses.replace(spec, **{part: dataclasses.replace(getattr(spec, part), **fields)})
@@ -828,15 +840,15 @@ def test_a_plan_that_does_not_fit_the_spec(folder, trt, flavour, kernels, host, 
         (np.zeros((2, 3, SIDE, SIDE), np.float32), np.zeros((1, 4), np.float32), "2 images, but 1"),
     ],
 )
-def test_arrays_of_another_form(folder, trt, flavour, kernels, images, windows, message):
-    plan = load(folder, install_plan(folder, flavour))
+def test_arrays_of_another_form(folder, trt, runtime_library, kernels, images, windows, message):
+    plan = load(folder, install_plan(folder, runtime_library))
     with pytest.raises(InputError) as caught:
         plan.run(images, windows)
     assert message in one_line_of(caught)
 
 
-def test_what_is_absent_is_named(folder, trt, flavour, kernels, monkeypatch, tmp_path, plugin):
-    fused = install_plan(folder, flavour, model="detector.onnx", plugin=plugin)
+def test_what_is_absent_is_named(folder, trt, runtime_library, kernels, monkeypatch, tmp_path, plugin):
+    fused = install_plan(folder, runtime_library, model="detector.onnx", plugin=plugin)
     with pytest.raises(InputError, match="needs the plugin"):
         load(folder, fused)
     with pytest.raises(InputError, match="make plugin"):
@@ -845,13 +857,13 @@ def test_what_is_absent_is_named(folder, trt, flavour, kernels, monkeypatch, tmp
     other.write_bytes(b"no plugin")
     with pytest.raises(runtime.RunError, match="cannot load the plugin"):
         load(folder, fused, plugin=other)
-    one = install_plan(folder, flavour)
+    one = install_plan(folder, runtime_library)
     monkeypatch.setattr(polygraphy_cuda, "G_CUDA", None)
     monkeypatch.setattr(polygraphy_cuda.Cuda, "__init__", lambda self: (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(MissingDependencyError, match=r"libcudart\.so cannot be loaded"):
         load(folder, one)
-    monkeypatch.setitem(sys.modules, flavour, None)
-    with pytest.raises(MissingDependencyError, match=f"install `{flavour}`"):
+    monkeypatch.setitem(sys.modules, runtime_library, None)
+    with pytest.raises(MissingDependencyError, match=f"install `{runtime_library}`"):
         load(folder, one)
 
 
@@ -973,34 +985,34 @@ def test_a_gpu_without_plans_is_said(folder, trt, kernels):
     assert detector.status.rebuild == "none"
 
 
-def test_the_newest_plan_of_a_precision(folder, trt, flavour, kernels, plugin):
-    fp32 = install_plan(folder, flavour, built="2026-01-01T00:00:00+00:00")
-    fp16 = install_plan(folder, flavour, precision="fp16", built="2026-01-02T00:00:00+00:00")
+def test_the_newest_plan_of_a_precision(folder, trt, runtime_library, kernels, plugin):
+    fp32 = install_plan(folder, runtime_library, built="2026-01-01T00:00:00+00:00")
+    fp16 = install_plan(folder, runtime_library, precision="fp16", built="2026-01-02T00:00:00+00:00")
     fused = install_plan(
-        folder, flavour, model="detector.onnx", plugin=plugin, built="2025-01-01T00:00:00+00:00"
+        folder, runtime_library, model="detector.onnx", plugin=plugin, built="2025-01-01T00:00:00+00:00"
     )
     assert Detector.open(folder).status.plan == fp16.fingerprint
-    assert Detector.open(folder, flavour).status.plan == fp16.fingerprint
+    assert Detector.open(folder, runtime_library).status.plan == fp16.fingerprint
     assert Detector.open(folder, precision="fp32").status.plan == fp32.fingerprint
     assert Detector.open(folder, plugin=plugin).status.plan == fused.fingerprint
     assert Detector.open(folder, plugin=plugin, precision="fp16").status.plan == fp16.fingerprint
 
 
-def test_tensorrt_asked_for_and_no_plan_left(folder, trt, flavour, kernels, monkeypatch):
+def test_tensorrt_asked_for_and_no_plan_left(folder, trt, runtime_library, kernels, monkeypatch):
     monkeypatch.setattr(portability, "start_rebuild", lambda *arguments, **options: pytest.fail("asked"))
     with pytest.raises(InputError, match="run `odtrt build`"):
-        Detector.open(folder, flavour)
-    stale = install_plan(folder, flavour, version=older(flavour))
-    damaged = install_plan(folder, flavour, precision="fp16")
+        Detector.open(folder, runtime_library)
+    stale = install_plan(folder, runtime_library, version=older(runtime_library))
+    damaged = install_plan(folder, runtime_library, precision="fp16")
     (folder / "plans" / damaged.plan).write_bytes(b"")
     (folder / "plans" / "0123456789abcdef.json").write_text("{")
     with pytest.raises(InputError) as caught:
-        Detector.open(folder, flavour)
+        Detector.open(folder, runtime_library)
     message = str(caught.value)
     assert "\n" not in message and trt.seen.plans == []
     for part in (
         stale.fingerprint,
-        older(flavour),
+        older(runtime_library),
         damaged.fingerprint,
         "has 0 bytes",
         "0123456789abcdef.json",
@@ -1008,16 +1020,16 @@ def test_tensorrt_asked_for_and_no_plan_left(folder, trt, flavour, kernels, monk
         assert part in message
 
 
-def older(flavour: str) -> str:
+def older(runtime_library: str) -> str:
     """A version whose plans are to be built again."""
-    return {"tensorrt": "10.2.0", "tensorrt_rtx": "1.6.1"}[flavour]
+    return {"tensorrt": "10.2.0", "tensorrt_rtx": "1.6.1"}[runtime_library]
 
 
-def test_a_plan_that_may_not_be_loaded_never_is(folder, trt, flavour, kernels, monkeypatch):
+def test_a_plan_that_may_not_be_loaded_never_is(folder, trt, runtime_library, kernels, monkeypatch):
     asked = []
     monkeypatch.setattr(portability, "start_rebuild", lambda *arguments, **options: asked.append(arguments))
     monkeypatch.setattr(detector_room, "_POLL_SECONDS", 0.001)
-    one = install_plan(folder, flavour)
+    one = install_plan(folder, runtime_library)
     path = folder / "plans" / one.plan
     path.write_bytes(path.read_bytes()[:-3] + b"\0\0\0")
     images = pictures(2)
@@ -1028,9 +1040,14 @@ def test_a_plan_that_may_not_be_loaded_never_is(folder, trt, flavour, kernels, m
     assert differences(detector.detect_batch(images), by_onnxruntime(folder, images)) == []
 
 
-def test_a_plan_that_cannot_be_loaded_leaves_the_next_one(folder, trt, flavour, kernels, host):
-    good = install_plan(folder, flavour, built="2026-01-01T00:00:00+00:00")
-    install_plan(folder, flavour, built="2026-01-02T00:00:00+00:00", content=TAGS[flavour] + b"no plan" * 9)
+def test_a_plan_that_cannot_be_loaded_leaves_the_next_one(folder, trt, runtime_library, kernels, host):
+    good = install_plan(folder, runtime_library, built="2026-01-01T00:00:00+00:00")
+    install_plan(
+        folder,
+        runtime_library,
+        built="2026-01-02T00:00:00+00:00",
+        content=TAGS[runtime_library] + b"no plan" * 9,
+    )
     with pytest.warns(RuntimeWarning, match="cannot be"):
         detector = Detector.open(folder)
     assert detector.status.plan == good.fingerprint
@@ -1042,17 +1059,17 @@ def test_a_plan_that_cannot_be_loaded_leaves_the_next_one(folder, trt, flavour, 
     assert nothing_is_left(host)
 
 
-def test_a_plan_that_is_replaced_while_it_is_looked_at(folder, trt, flavour, kernels, monkeypatch):
+def test_a_plan_that_is_replaced_while_it_is_looked_at(folder, trt, runtime_library, kernels, monkeypatch):
     """Another process installs a new plan between reading the passports and the plan: nothing to rebuild."""
     monkeypatch.setattr(portability, "start_rebuild", lambda *arguments, **options: pytest.fail("asked"))
-    one = install_plan(folder, flavour)
-    again = make_plan(flavour, (folder / "heads.onnx").read_bytes(), remark="built again")
+    one = install_plan(folder, runtime_library)
+    again = make_plan(runtime_library, (folder / "heads.onnx").read_bytes(), remark="built again")
     check, calls = portability.check, []
 
     def replaced_meanwhile(*arguments):
         calls.append(arguments)
         if len(calls) == 1:
-            assert install_plan(folder, flavour, content=again).fingerprint == one.fingerprint
+            assert install_plan(folder, runtime_library, content=again).fingerprint == one.fingerprint
         return check(*arguments)
 
     monkeypatch.setattr(portability, "check", replaced_meanwhile)
@@ -1060,22 +1077,29 @@ def test_a_plan_that_is_replaced_while_it_is_looked_at(folder, trt, flavour, ker
     assert detector.status.plan == one.fingerprint and trt.seen.plans == [again]
 
 
-def test_no_rebuild_for_a_plan_that_is_valid_and_cannot_be_loaded(folder, trt, flavour, kernels, monkeypatch):
+def test_no_rebuild_for_a_plan_that_is_valid_and_cannot_be_loaded(
+    folder, trt, runtime_library, kernels, monkeypatch
+):
     """Each start would rebuild it once more."""
     monkeypatch.setattr(portability, "start_rebuild", lambda *arguments, **options: pytest.fail("asked"))
-    install_plan(folder, flavour, version=older(flavour))
-    install_plan(folder, flavour, built="2026-01-02T00:00:00+00:00", content=TAGS[flavour] + b"no plan" * 9)
+    install_plan(folder, runtime_library, version=older(runtime_library))
+    install_plan(
+        folder,
+        runtime_library,
+        built="2026-01-02T00:00:00+00:00",
+        content=TAGS[runtime_library] + b"no plan" * 9,
+    )
     with pytest.warns(RuntimeWarning, match="cannot be"):
         status = Detector.open(folder).status
     assert (status.backend, status.rebuild) == ("onnxruntime", "none")
-    assert "cannot load it" in status.reasons[0] and older(flavour) in status.reasons[1]
+    assert "cannot load it" in status.reasons[0] and older(runtime_library) in status.reasons[1]
 
 
-def test_plans_of_other_machines_are_no_reason_to_rebuild(folder, trt, flavour, kernels, monkeypatch):
+def test_plans_of_other_machines_are_no_reason_to_rebuild(folder, trt, runtime_library, kernels, monkeypatch):
     monkeypatch.setattr(portability, "start_rebuild", lambda *arguments, **options: pytest.fail("asked"))
-    own = install_plan(folder, flavour, built="2026-01-01T00:00:00+00:00")
+    own = install_plan(folder, runtime_library, built="2026-01-01T00:00:00+00:00")
     pc = Machine("Linux", "x86_64", "Test PC", "8.9", 100, 24000, "580.1", "13.0")
-    install_plan(folder, flavour, built="2026-01-02T00:00:00+00:00", machine=pc)
+    install_plan(folder, runtime_library, built="2026-01-02T00:00:00+00:00", machine=pc)
     assert Detector.open(folder).status == dataclasses.replace(
         Detector.open(folder).status, plan=own.fingerprint, reasons=(), rebuild="none"
     )
@@ -1112,7 +1136,7 @@ passport.install(folder, staged, one)
 
 
 @pytest.fixture
-def rebuild(folder, tmp_path, monkeypatch, models, flavour):
+def rebuild(folder, tmp_path, monkeypatch, models, runtime_library):
     """succeeds -> Rebuild: what a stale plan in ``folder`` is rebuilt by."""
     monkeypatch.setattr(detector_room, "_POLL_SECONDS", 0.001)
     original = portability.start_rebuild
@@ -1124,7 +1148,7 @@ def rebuild(folder, tmp_path, monkeypatch, models, flavour):
         result = None
         if succeeds:
             copy(models(), source)
-            result = install_plan(source, flavour, built="2026-02-01T00:00:00+00:00", **options)
+            result = install_plan(source, runtime_library, built="2026-02-01T00:00:00+00:00", **options)
         command = [sys.executable, "-c", INSTALL, *map(str, (gate, source, folder))]
         monkeypatch.setattr(portability, "start_rebuild", functools.partial(original, command=command))
         return Rebuild(folder, gate, result)
@@ -1133,18 +1157,20 @@ def rebuild(folder, tmp_path, monkeypatch, models, flavour):
 
 
 @pytest.mark.parametrize("fallback", ["onnxruntime", "an older plan of another precision"])
-def test_a_stale_plan_is_rebuilt_while_another_serves(folder, trt, flavour, kernels, host, rebuild, fallback):
-    install_plan(folder, flavour, version=older(flavour))
+def test_a_stale_plan_is_rebuilt_while_another_serves(
+    folder, trt, runtime_library, kernels, host, rebuild, fallback
+):
+    install_plan(folder, runtime_library, version=older(runtime_library))
     if fallback != "onnxruntime":
-        valid = install_plan(folder, flavour, precision="fp16", built="2025-01-01T00:00:00+00:00")
+        valid = install_plan(folder, runtime_library, precision="fp16", built="2025-01-01T00:00:00+00:00")
     rebuilt = rebuild()
     images = pictures(5)
     expected = by_onnxruntime(folder, images)
     with Detector.open(folder) as detector:
         before = detector.status
-        assert before.backend == ("onnxruntime" if fallback == "onnxruntime" else flavour)
+        assert before.backend == ("onnxruntime" if fallback == "onnxruntime" else runtime_library)
         assert before.plan == (None if fallback == "onnxruntime" else valid.fingerprint)
-        assert before.rebuild == "running" and older(flavour) in before.reasons[0]
+        assert before.rebuild == "running" and older(runtime_library) in before.reasons[0]
         assert differences(detector.detect_batch(images), expected) == []
         assert detector.wait_for_rebuild(timeout=0).rebuild == "running"
         rebuilt.finish()
@@ -1159,8 +1185,8 @@ def test_a_stale_plan_is_rebuilt_while_another_serves(folder, trt, flavour, kern
     assert Detector.open(folder).status == dataclasses.replace(after, rebuild="none", message="")
 
 
-def test_a_rebuild_that_fails_is_said_and_not_repeated(folder, trt, flavour, kernels, rebuild):
-    install_plan(folder, flavour, version=older(flavour))
+def test_a_rebuild_that_fails_is_said_and_not_repeated(folder, trt, runtime_library, kernels, rebuild):
+    install_plan(folder, runtime_library, version=older(runtime_library))
     rebuilt = rebuild(succeeds=False)
     images = pictures(2)
     expected = by_onnxruntime(folder, images)
@@ -1170,17 +1196,17 @@ def test_a_rebuild_that_fails_is_said_and_not_repeated(folder, trt, flavour, ker
         status = detector.wait_for_rebuild()
     assert len(told) == 1
     assert (status.rebuild, status.backend) == ("failed", "onnxruntime")
-    assert "ended with status 1" in status.message and older(flavour) in status.message
+    assert "ended with status 1" in status.message and older(runtime_library) in status.message
     assert differences(detector.detect_batch(images), expected) == []
     with pytest.warns(RuntimeWarning, match="was not rebuilt"):
         assert Detector.open(folder).wait_for_rebuild().rebuild == "failed"
 
 
 def test_a_plan_of_a_model_that_was_replaced_meanwhile_does_not_take_over(
-    folder, trt, flavour, kernels, rebuild
+    folder, trt, runtime_library, kernels, rebuild
 ):
     """Its boxes would be decoded with the anchors that this detector was opened with."""
-    install_plan(folder, flavour, version=older(flavour))
+    install_plan(folder, runtime_library, version=older(runtime_library))
     rebuilt = rebuild()
     with pytest.warns(RuntimeWarning, match="the folder holds another model now: open it again"):
         detector = Detector.open(folder)
@@ -1192,9 +1218,9 @@ def test_a_plan_of_a_model_that_was_replaced_meanwhile_does_not_take_over(
     assert Detector.open(folder).status.plan == rebuilt.result.fingerprint
 
 
-def test_a_rebuild_that_leaves_an_unusable_plan_behind(folder, trt, flavour, kernels, rebuild):
-    install_plan(folder, flavour, version=older(flavour))
-    rebuilt = rebuild(content=TAGS[flavour] + b"no plan" * 9)
+def test_a_rebuild_that_leaves_an_unusable_plan_behind(folder, trt, runtime_library, kernels, rebuild):
+    install_plan(folder, runtime_library, version=older(runtime_library))
+    rebuilt = rebuild(content=TAGS[runtime_library] + b"no plan" * 9)
     with pytest.warns(RuntimeWarning):
         detector = Detector.open(folder)
         rebuilt.finish()
@@ -1203,8 +1229,8 @@ def test_a_rebuild_that_leaves_an_unusable_plan_behind(folder, trt, flavour, ker
     assert "cannot load it" in status.message
 
 
-def test_two_detectors_one_rebuild(folder, trt, flavour, kernels, rebuild):
-    install_plan(folder, flavour, version=older(flavour))
+def test_two_detectors_one_rebuild(folder, trt, runtime_library, kernels, rebuild):
+    install_plan(folder, runtime_library, version=older(runtime_library))
     rebuilt = rebuild()
     one, other = Detector.open(folder), Detector.open(folder)
     rebuilt.finish()  # a second build would wait at the gate for ever
@@ -1212,9 +1238,15 @@ def test_two_detectors_one_rebuild(folder, trt, flavour, kernels, rebuild):
         assert detector.wait_for_rebuild().plan == rebuilt.result.fingerprint
 
 
-def test_who_waited_for_another_plans_rebuild_starts_its_own(folder, trt, flavour, kernels, rebuild):
-    install_plan(folder, flavour, version=older(flavour), precision="fp16", built="2026-01-02T00:00:00+00:00")
-    install_plan(folder, flavour, version=older(flavour), precision="fp32")
+def test_who_waited_for_another_plans_rebuild_starts_its_own(folder, trt, runtime_library, kernels, rebuild):
+    install_plan(
+        folder,
+        runtime_library,
+        version=older(runtime_library),
+        precision="fp16",
+        built="2026-01-02T00:00:00+00:00",
+    )
+    install_plan(folder, runtime_library, version=older(runtime_library), precision="fp32")
     rebuilt = rebuild(precision="fp32")
     fp16 = Detector.open(folder, precision="fp16")  # holds the lock; what it builds is fp32
     fp32 = Detector.open(folder, precision="fp32")
@@ -1225,8 +1257,8 @@ def test_who_waited_for_another_plans_rebuild_starts_its_own(folder, trt, flavou
         assert fp16.wait_for_rebuild().rebuild == "failed"
 
 
-def test_a_closed_detector_is_not_brought_back(folder, trt, flavour, kernels, host, rebuild):
-    install_plan(folder, flavour, version=older(flavour))
+def test_a_closed_detector_is_not_brought_back(folder, trt, runtime_library, kernels, host, rebuild):
+    install_plan(folder, runtime_library, version=older(runtime_library))
     rebuilt = rebuild()
     detector, dropped = Detector.open(folder), Detector.open(folder)
     detector.close()
@@ -1239,10 +1271,14 @@ def test_a_closed_detector_is_not_brought_back(folder, trt, flavour, kernels, ho
     assert detector.status.backend == "closed" and trt.seen.plans == [] and nothing_is_left(host)
 
 
-def swap_under_a_call(folder: Path, flavour: str, host: Host, monkeypatch, rebuilt: Rebuild) -> list[str]:
+def swap_under_a_call(
+    folder: Path, runtime_library: str, host: Host, monkeypatch, rebuilt: Rebuild
+) -> list[str]:
     """One call is on the old plan while the new one takes over; how the answers differ, or an error."""
-    install_plan(folder, flavour, version=older(flavour))
-    old = install_plan(folder, flavour, precision="fp16", built="2025-01-01T00:00:00+00:00").fingerprint
+    install_plan(folder, runtime_library, version=older(runtime_library))
+    old = install_plan(
+        folder, runtime_library, precision="fp16", built="2025-01-01T00:00:00+00:00"
+    ).fingerprint
     images = pictures(9)
     expected = by_onnxruntime(folder, images)
     detector = Detector.open(folder)
@@ -1273,12 +1309,12 @@ def swap_under_a_call(folder: Path, flavour: str, host: Host, monkeypatch, rebui
     return found
 
 
-def test_a_swap_under_a_call(folder, trt, flavour, kernels, host, monkeypatch, rebuild):
-    assert swap_under_a_call(folder, flavour, host, monkeypatch, rebuild()) == []
+def test_a_swap_under_a_call(folder, trt, runtime_library, kernels, host, monkeypatch, rebuild):
+    assert swap_under_a_call(folder, runtime_library, host, monkeypatch, rebuild()) == []
 
 
 def test_a_swap_that_closes_the_old_plan_at_once_is_caught(
-    folder, trt, flavour, kernels, host, monkeypatch, rebuild
+    folder, trt, runtime_library, kernels, host, monkeypatch, rebuild
 ):
     take_over = detector_room._take_over
 
@@ -1289,12 +1325,12 @@ def test_a_swap_that_closes_the_old_plan_at_once_is_caught(
         return problem
 
     monkeypatch.setattr(detector_room, "_take_over", and_close)
-    (found,) = swap_under_a_call(folder, flavour, host, monkeypatch, rebuild())
+    (found,) = swap_under_a_call(folder, runtime_library, host, monkeypatch, rebuild())
     assert "the plan is closed" in found
 
 
-def test_many_threads_share_one_plan(folder, trt, flavour, kernels):
-    install_plan(folder, flavour)
+def test_many_threads_share_one_plan(folder, trt, runtime_library, kernels):
+    install_plan(folder, runtime_library)
     images = pictures(12)
     expected = by_onnxruntime(folder, images)
     detector = Detector.open(folder)

@@ -45,7 +45,7 @@ from odtrt_lib.errors import (
     shell_word,
 )
 from odtrt_lib.folder import require_folder
-from odtrt_lib.variants import ALLOWABLE, FLAVOURS, FORMS, HARDWARE_COMPATIBILITIES, PRECISIONS
+from odtrt_lib.variants import ALLOWABLE, FORMS, HARDWARE_COMPATIBILITIES, PRECISIONS, RUNTIME_LIBRARIES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,7 +92,7 @@ else:
     Precision = _choice("Precision", PRECISIONS)
     Allowance = _choice("Allowance", ALLOWABLE)
     HardwareCompatibility = _choice("HardwareCompatibility", HARDWARE_COMPATIBILITIES)
-    BackendName = _choice("BackendName", ("auto", "onnxruntime", *FLAVOURS))
+    BackendName = _choice("BackendName", ("auto", "onnxruntime", *RUNTIME_LIBRARIES))
     Form = _choice("Form", (name for name in FORMS if name != "heads"))
 
 
@@ -543,7 +543,7 @@ def plans(folder: Path = FolderArgument, plugin: Optional[Path] = PlanPluginOpti
         table.add_row(
             one.fingerprint,
             f"{one.model}, {one.precision}",
-            f"{passports.FLAVOURS[one.flavour]} {one.version}",
+            f"{passports.RUNTIME_LIBRARIES[one.runtime_library]} {one.version}",
             f"[{_VERDICT_COLOURS[verdict.word]}]{verdict.word}[/]",
             terminal.lines(verdict.reasons),
         )

@@ -221,7 +221,7 @@ def _build_plans(
 
 def _serve_plans(folder: Path, plans: _Plans, say: Callable[[str], None]) -> List[Path]:
     """Copies the plans to where Triton and nvinfer look for them; says if Triton's batch is too large."""
-    serving = _place_plans(folder, plans.paths, plans.passport.flavour, say)
+    serving = _place_plans(folder, plans.paths, plans.passport.runtime_library, say)
     for configuration in sorted({path.parent.parent / "config.pbtxt" for path in serving}):
         if configuration.is_file():
             sizes = plans.passports["heads.onnx"].settings["batch_min_opt_max"]
@@ -240,7 +240,7 @@ def _detect_once(
 
     # Not "auto", which would serve with ONNX Runtime where the new plan does not run.
     has_gpu = this_machine().gpu is not None
-    backend = plans.passport.flavour if has_gpu else "onnxruntime"
+    backend = plans.passport.runtime_library if has_gpu else "onnxruntime"
     used, precision = plans.plugin, plans.passport.precision
     with Detector.open(folder / MODEL, backend, plugin=used, precision=precision) as detector:
         found = detector.detect(pixels)
@@ -273,8 +273,8 @@ def missing_modules(precision: str) -> Dict[str, str]:
     missing = {}
     if not _can_find("numpy"):
         missing["numpy"] = _INSTALL_NUMPY
-    flavour = next((name for name in ("tensorrt", "tensorrt_rtx") if _can_find(name)), None)
-    if flavour is None:
+    runtime_library = next((name for name in ("tensorrt", "tensorrt_rtx") if _can_find(name)), None)
+    if runtime_library is None:
         missing["TensorRT's Python module"] = (
             "on a Jetson `sudo apt install nvidia-jetpack`, and make virtual environments with "
             "--system-site-packages; on a PC `python3 -m pip install tensorrt`"
@@ -286,7 +286,11 @@ def missing_modules(precision: str) -> Dict[str, str]:
         needs.update(dict.fromkeys(requirements.modules(requirements.DETECT), "to detect without a GPU"))
         del needs["PIL"]
     half = requirements.modules(requirements.HALF_PRECISION)
-    if precision == "fp16" and not all(map(_can_find, half)) and not _has_half_precision_flag(flavour):
+    if (
+        precision == "fp16"
+        and not all(map(_can_find, half))
+        and not _has_half_precision_flag(runtime_library)
+    ):
         needs.update(dict.fromkeys(half, "for fp16"))
     del needs["numpy"]  # is first, with an installation of its own
     for module, purpose in needs.items():
@@ -443,14 +447,14 @@ def _tell_plans(folder: Path, say: Callable[[str], None]) -> None:
         raise InputError(f"{model / passport.PLANS}: no plan that can be used; run build_here.py first")
 
 
-def _has_half_precision_flag(flavour: Optional[str]) -> bool:
+def _has_half_precision_flag(runtime_library: Optional[str]) -> bool:
     """Asked in a process of its own, because a builder should be the first to load TensorRT."""
     question = (
         f"import sys; sys.path.insert(0, {IMPORT_PATH!r}); "
-        f"import {flavour} as trt; from odtrt_lib.engine.builder import is_weakly_typed; "
+        f"import {runtime_library} as trt; from odtrt_lib.engine.builder import is_weakly_typed; "
         "sys.exit(not is_weakly_typed(trt))"
     )
-    if flavour is None:
+    if runtime_library is None:
         return False
     return subprocess.run([sys.executable, "-c", question], stderr=subprocess.DEVNULL).returncode == 0
 
@@ -556,7 +560,7 @@ def _reason(log: Path) -> str:
 
 
 def _place_plans(
-    folder: Path, plans: Mapping[str, Path], flavour: str, say: Callable[[str], None]
+    folder: Path, plans: Mapping[str, Path], runtime_library: str, say: Callable[[str], None]
 ) -> List[Path]:
     """Copies the plans to where Triton and nvinfer look for them."""
     wanted = [
@@ -568,8 +572,8 @@ def _place_plans(
         wanted.append((folder / "deepstream" / "detector.plan", "detector.onnx"))
     placed = []
     for target, model in wanted:
-        if flavour != "tensorrt":
-            say(f"{target}: not written; it must be a plan of TensorRT, and this one is {flavour}'s")
+        if runtime_library != "tensorrt":
+            say(f"{target}: not written; it must be a plan of TensorRT, and this one is {runtime_library}'s")
         elif model not in plans:
             say(f"{target}: not written; it must be a plan of {model}, which needs the plugin")
         else:

@@ -70,7 +70,7 @@ class Request:
     """
 
     task: str
-    flavour: str
+    runtime_library: str
     who: str
     onnx: str
     name: str
@@ -147,9 +147,9 @@ def is_workspace_too_small(text: str, workspace_mib: Optional[int]) -> bool:
 
 
 def _build(request: Request) -> Dict[str, Any]:
-    if request.plugin is not None and request.flavour == "tensorrt_rtx":
+    if request.plugin is not None and request.runtime_library == "tensorrt_rtx":
         let_rtx_find_itself()
-    trt: Any = importlib.import_module(request.flavour)
+    trt: Any = importlib.import_module(request.runtime_library)
     tell = _teller(request.progress)
     refusals: List[str] = []
     recorder = error_recorder(trt, refusals)
@@ -284,7 +284,7 @@ def _configure(
 
 def _demand_compatibility(trt: Any, config: Any, request: Request) -> None:
     if request.version_compatible:
-        if request.flavour == "tensorrt_rtx" or not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
+        if request.runtime_library == "tensorrt_rtx" or not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
             raise UnsupportedError(
                 f"{request.who} makes no version-compatible plans; build on each version instead, "
                 "without --version-compatible"
@@ -295,10 +295,10 @@ def _demand_compatibility(trt: Any, config: Any, request: Request) -> None:
     if request.hardware_compatibility != "none":
         levels = getattr(trt, "HardwareCompatibilityLevel", None)
         name = request.hardware_compatibility.upper()
-        if request.flavour == "tensorrt_rtx" or levels is None or not hasattr(levels, name):
+        if request.runtime_library == "tensorrt_rtx" or levels is None or not hasattr(levels, name):
             instead = (
                 "its plans run on several GPU architectures anyway; name them with --gpu"
-                if request.flavour == "tensorrt_rtx"
+                if request.runtime_library == "tensorrt_rtx"
                 else "build on each GPU instead"
             )
             raise UnsupportedError(
@@ -587,7 +587,7 @@ def _trtexec(trt: Any, config: Any, request: Request) -> str:
     takes of the memory settings is not documented, and they are left out; with a plugin there is no line. A
     file called ``.fp16.onnx`` is what :func:`odtrt_lib.engine.half_precision` makes of the model.
     """
-    is_rtx = request.flavour == "tensorrt_rtx"
+    is_rtx = request.runtime_library == "tensorrt_rtx"
     if is_rtx and request.plugin is not None:
         return ""
     model = Path(request.name).name

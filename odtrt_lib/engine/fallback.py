@@ -16,7 +16,7 @@ from odtrt_lib.errors import BuildError
 from odtrt_lib.machine import MIB, Machine
 from odtrt_lib.spec import DetectorSpec
 from odtrt_lib.tensors import detector_tensors, heads_tensors
-from odtrt_lib.variants import FLAVOURS, Variant
+from odtrt_lib.variants import RUNTIME_LIBRARIES, Variant
 
 _WRITE_HALF = "write half precision into the ONNX"
 
@@ -86,7 +86,7 @@ class BuildJob:
     @property
     def who(self) -> str:
         """The library and its version, for messages."""
-        return f"{FLAVOURS[self.identity['flavour']]} {self.identity['version']}"
+        return f"{RUNTIME_LIBRARIES[self.identity['runtime_library']]} {self.identity['version']}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _needs_half_model(job: BuildJob, identity: Mapping[str, Any]) -> bool:
     """Strongly typed networks take half precision from the ONNX model, others from a builder flag."""
     if identity["precision"] != "fp16" or job.is_half:
         return False
-    return not builder.is_weakly_typed(importlib.import_module(identity["flavour"]))
+    return not builder.is_weakly_typed(importlib.import_module(identity["runtime_library"]))
 
 
 def _run(job: BuildJob, request: builder.Request) -> RunResult:
@@ -240,14 +240,14 @@ def _request(
     source: Path,
     settings: Mapping[str, Any],
 ) -> builder.Request:
-    is_rtx = identity["flavour"] == "tensorrt_rtx"
+    is_rtx = identity["runtime_library"] == "tensorrt_rtx"
     targets = identity["compute_capabilities"]
     has_driver = job.machine.gpu is not None or job.machine.driver is not None
     has_data_limit = job.limit is not None and not has_driver
     data_limit = (job.limit or 0) + UNTOUCHED_RLIMIT_ALLOWANCE if has_data_limit else None
     return builder.Request(
         task=task,
-        flavour=identity["flavour"],
+        runtime_library=identity["runtime_library"],
         who=job.who,
         onnx=str(source.resolve()),
         name=str(job.model_file),
@@ -272,7 +272,7 @@ def _request(
 def timing_cache_file(identity: Mapping[str, Any], machine: Machine) -> Path:
     """Where the timings of one library version on one GPU are kept, for all models of this user."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    name = f"{identity['flavour']}-{identity['version']}-{machine.gpu or 'no-gpu'}"
+    name = f"{identity['runtime_library']}-{identity['version']}-{machine.gpu or 'no-gpu'}"
     return Path(root) / "odtrt" / "timing" / (re.sub(r"[^A-Za-z0-9.-]+", "_", name) + ".cache")
 
 

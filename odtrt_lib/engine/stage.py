@@ -59,9 +59,9 @@ from odtrt_lib.machine import MIB, free_memory, this_machine
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.variants import (
     ALLOWABLE,
-    FLAVOURS,
     HARDWARE_COMPATIBILITIES,
     PRECISIONS,
+    RUNTIME_LIBRARIES,
     Variant,
     models,
 )
@@ -82,11 +82,11 @@ _IN_WORDS = {"fp16": "half precision"}
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """The name of a plan: 16 hexadecimal digits of the SHA-256 over all that its meaning depends on.
 
-    identity: JSON values: model, flavour, version, precision, onnx_sha256, plugin, batch, the compatibility
-    modes, the compute capabilities, for TensorRT the GPU's name and compute capability, and where it is set
-    :data:`TF32_OVERRIDE`.
+    identity: JSON values: model, runtime_library, version, precision, onnx_sha256, plugin, batch, the
+    compatibility modes, the compute capabilities, for TensorRT the GPU's name and compute capability, and
+    where it is set :data:`TF32_OVERRIDE`.
     """
-    text = json.dumps(dict(identity), sort_keys=True)
+    text = json.dumps(passport.with_json_keys(identity), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -167,7 +167,7 @@ def build(
         "batch": _batch_profile(job.spec, batch),
         "version_compatible": version_compatible,
         "hardware_compatibility": hardware_compatibility,
-        "compute_capabilities": _targets(job.identity["flavour"], compute_capabilities),
+        "compute_capabilities": _targets(job.identity["runtime_library"], compute_capabilities),
     }
     job = dataclasses.replace(job, identity={**job.identity, **options})
     with _one_build_at_a_time(job.model_file, tell):
@@ -194,7 +194,7 @@ def _job(
     if hashlib.sha256(spec_content).hexdigest() != hashes["spec.json"]:
         raise InputError(f"{folder}: the model was replaced meanwhile; build again")
     part = models()[variant.file].spec_part
-    flavour, version = _preferred_runtime()
+    runtime_library, version = _preferred_runtime()
     machine = this_machine()
     library = None if library_file is None else passport.plugin_identity(library_file)
     tf32_override = {"tf32_override": os.environ[TF32_OVERRIDE]} if TF32_OVERRIDE in os.environ else {}
@@ -211,12 +211,12 @@ def _job(
         library=library,
         identity={
             "model": variant.file,
-            "flavour": flavour,
+            "runtime_library": runtime_library,
             "version": version,
             "precision": precision,
             "onnx_sha256": hashes[variant.file],
             "plugin": None if library is None else dataclasses.asdict(library),
-            "gpu": [machine.gpu, machine.compute_capability] if flavour == "tensorrt" else None,
+            "gpu": [machine.gpu, machine.compute_capability] if runtime_library == "tensorrt" else None,
             **tf32_override,
         },
         limit=limit,
@@ -256,7 +256,7 @@ def _described(job: BuildJob, outcome: Outcome, out: Path, started: float) -> pa
         model=job.variant.file,
         onnx_sha256=identity["onnx_sha256"],
         spec_sha256=job.spec_sha256,
-        flavour=identity["flavour"],
+        runtime_library=identity["runtime_library"],
         version=identity["version"],
         precision=identity["precision"],
         version_compatible=identity["version_compatible"],
@@ -354,9 +354,9 @@ def _batch_profile(spec: DetectorSpec, batch: Optional[Sequence[int]]) -> Option
     return profile
 
 
-def _targets(flavour: str, compute_capabilities: Optional[Sequence[str]]) -> List[str]:
+def _targets(runtime_library: str, compute_capabilities: Optional[Sequence[str]]) -> List[str]:
     wanted = list(compute_capabilities or ())
-    if flavour == "tensorrt_rtx":
+    if runtime_library == "tensorrt_rtx":
         wanted = wanted or ["default"]
     elif wanted == ["default"]:
         wanted = []
@@ -372,7 +372,7 @@ def _preferred_runtime() -> Tuple[str, str]:
     found = available_runtimes()
     if not found:
         raise MissingDependencyError(
-            f"no TensorRT can be imported (looked for {' and '.join(FLAVOURS)}): {_INSTALL_TENSORRT}"
+            f"no TensorRT can be imported (looked for {' and '.join(RUNTIME_LIBRARIES)}): {_INSTALL_TENSORRT}"
         )
     return found[0]
 
@@ -424,7 +424,7 @@ def _record(folder: Path, described: passport.Passport, checks: Mapping[str, Any
         inputs={described.model: described.onnx_sha256},
         settings={
             "model": described.model,
-            "flavour": described.flavour,
+            "runtime_library": described.runtime_library,
             "version": described.version,
             "precision": described.precision,
             "compute_capabilities": list(described.compute_capabilities),
@@ -436,7 +436,7 @@ def _record(folder: Path, described: passport.Passport, checks: Mapping[str, Any
             f"{passport.PLANS}/{described.plan}",
             f"{passport.PLANS}/{described.fingerprint}.json",
         ],
-        versions={described.flavour: described.version},
+        versions={described.runtime_library: described.version},
         seconds=described.seconds,
         peak_rss_mb=max(peaks, default=0.0),
         checks=checks,

@@ -126,7 +126,7 @@ def _padded(graph: Graph, found: Dict[str, Variable], more: int) -> Dict[str, Va
 
 def _decode(graph: Graph, encodings: Variable, spec: DetectorSpec, anchors: np.ndarray) -> Variable:
     """``odtrt_lib.nms.decode_boxes`` in ONNX: float32 [B, N, 4]."""
-    coder = spec.box_coder
+    coder = spec.heads.box_coder
     centre, size = anchors[:, :2].astype(np.float32), anchors[:, 2:].astype(np.float32)
     halves = [
         add(
@@ -151,11 +151,11 @@ def _decode(graph: Graph, encodings: Variable, spec: DetectorSpec, anchors: np.n
 def _scores_by_class(graph: Graph, logits: Variable, spec: DetectorSpec) -> Variable:
     """``odtrt_lib.nms.convert_scores`` without the background, as float32 [B, C, N]."""
     scores = logits
-    if spec.scores.logit_scale != 1:
-        scores = add(graph, "Mul", [scores, np.array(1.0 / spec.scores.logit_scale, np.float32)])
-    if spec.scores.converter == "sigmoid":
+    if spec.heads.scores.logit_scale != 1:
+        scores = add(graph, "Mul", [scores, np.array(1.0 / spec.heads.scores.logit_scale, np.float32)])
+    if spec.heads.scores.converter == "sigmoid":
         scores = add(graph, "Sigmoid", [scores])
-    elif spec.scores.converter == "softmax":
+    elif spec.heads.scores.converter == "softmax":
         scores = add(graph, "Softmax", [scores], axis=2)
     if spec.heads.background_column:
         limits = (1, spec.heads.num_columns, 2)
