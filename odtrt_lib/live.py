@@ -88,13 +88,13 @@ class Window:
     def __init__(self, title: str, min_score: float) -> None:
         import cv2
 
-        self.description = "in a window; q ends it"
+        self.description = "in a window, which q closes"
         self._cv2, self._title, self._min_score = cv2, printable(title), min_score
         cv2.namedWindow(self._title, cv2.WINDOW_NORMAL)
 
     def show(self, image: np.ndarray, found: Detections, statistics: Statistics) -> bool:
         """False once somebody has closed the window, or pressed q or Escape."""
-        drawn = draw_detections(np.ascontiguousarray(image), found, self._min_score)
+        drawn = draw_detections(image, found, self._min_score)
         self._cv2.setWindowTitle(self._title, f"{self._title}: {statistics}")
         self._cv2.imshow(self._title, np.ascontiguousarray(drawn[..., ::-1]))
         key = self._cv2.waitKey(1) & 0xFF
@@ -123,7 +123,7 @@ class Page:
             ) from error
         self.title, self.statistics = title, Statistics()
         self.url = f"http://{host}:{self._server.server_address[1]}/"
-        self.description = f"at {self.url}"
+        self.description = f"see {self.url}"
         self._min_score = min_score
         self._changed, self._drawing = threading.Condition(), threading.Lock()
         self._shown: Optional[Tuple[int, np.ndarray, Detections]] = None
@@ -150,7 +150,7 @@ class Page:
             number, image, found = self._shown
         with self._drawing:
             if self._drawn[0] < number:
-                drawn = draw_detections(np.ascontiguousarray(image), found, self._min_score)
+                drawn = draw_detections(image, found, self._min_score)
                 self._drawn = (number, _jpeg(drawn))
             return self._drawn
 

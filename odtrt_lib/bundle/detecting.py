@@ -166,7 +166,7 @@ def _watch(folder: Path, source: Source, options: argparse.Namespace, say: Calla
             display = live.open_display(
                 title, options.min_score, page_only=options.page, host=options.host, port=options.port
             )
-            say(f"{source.name}: {display.description}; Ctrl-C ends it")
+            say(f"{source.name}: {display.description}; Ctrl-C ends this")
             try:
                 live.watch(detector, source, display, frames=options.frames, say=say)
             finally:
@@ -201,9 +201,7 @@ def _detect_in_pictures(
                 say(f"    {line}")
             count += len(found.names)
     seen = len(images) - len(unreadable)
-    say(
-        f"{count} detections with a score of at least {options.min_score:g} in {seen} picture{'s' * (seen != 1)}"
-    )
+    say(f"{count} detections with a score of at least {options.min_score:g}; pictures: {seen}")
     for reason in unreadable.values():
         print(f"error: {printable(reason)}", file=sys.stderr)
     return 1 if unreadable else 0
