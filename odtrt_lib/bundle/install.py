@@ -40,6 +40,7 @@ from odtrt_lib.bundle.archive import (
     strangers,
     verify,
 )
+from odtrt_lib.bundle.detecting import BUILT, DRAWN, detection_table
 from odtrt_lib.errors import (
     BuildError,
     CheckError,
@@ -47,6 +48,7 @@ from odtrt_lib.errors import (
     MissingDependencyError,
     one_line,
     printable,
+    shell_word,
 )
 from odtrt_lib.folder import (
     atomic_write,
@@ -59,6 +61,7 @@ from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.variants import PRECISIONS
 
 if TYPE_CHECKING:
+    from odtrt_lib.detector import Detections
     from odtrt_lib.engine.passport import Passport
 
 _INSTALL_NUMPY = "`sudo apt install python3-numpy`, or `python3 -m pip install numpy`"
@@ -70,6 +73,7 @@ def build_here(
     precision: str = "fp32",
     memory: Optional[str] = None,
     image: Union[str, Path, None] = None,
+    output: Union[str, Path, None] = None,
     batch: Optional[Sequence[int]] = None,
     allow: Sequence[str] = (),
     version_compatible: bool = False,
@@ -81,6 +85,8 @@ def build_here(
     Compiles the kernels and, where there is a GPU, the CUDA kernels and the TensorRT plugin against this
     machine's own headers; builds the plan of ``detector.onnx`` where there is a plugin, and of ``heads.onnx``
     where there is none or Triton wants it; and runs the detector on ``image``, or, without one, on a pattern.
+    With an image it says what was found in it and writes it, with boxes, to the folder ``output``, by default
+    ``detections`` in the bundle; over no file but one that it drew before.
     precision, memory, batch, allow, version_compatible, force: of the plan and of its build, see
     :func:`odtrt_lib.engine.build`. say: is told, a line at a time, what was done and what could not be, and
     at last how the detector is opened here.
@@ -88,8 +94,8 @@ def build_here(
     Returns what ``built.json`` says: ``precision`` (of the plan, which may have given up fp32), ``plans``
     (model -> path in the folder), ``library`` and ``plugin`` (such paths, or None), ``serving`` (copies of
     plans for Triton and DeepStream), ``backend``, ``open`` (the Python expression that opens the detector
-    in this folder), ``image`` and ``detections``: ``class_id``, ``name``, ``score`` and ``box``,
-    ``[ymin, xmin, ymax, xmax]`` in pixels.
+    in this folder), ``image``, ``drawn`` (the picture with boxes, or None) and ``detections``: ``class_id``,
+    ``name``, ``score`` and ``box``, ``[ymin, xmin, ymax, xmax]`` in pixels.
 
     Raises InputError where the bundle is not as packed, an argument has another form or the folder cannot be
     written, MissingDependencyError naming every Python module that is missing and what installs it,
@@ -104,9 +110,12 @@ def build_here(
         _check_arguments(spec, precision, memory, batch, allow)
     _require_modules(folder, precision, say)
 
+    from odtrt_lib.fonts import require_letters
     from odtrt_lib.preprocess import load_image
 
     pixels = _pattern(spec) if image is None else load_image(image)
+    if image is not None:
+        require_letters()
     try:
         library, plugin = _compile(folder, say)
     except OSError as error:
@@ -122,8 +131,11 @@ def build_here(
     plans = _build_plans(folder, plugin, options, say)
     serving = _serve_plans(folder, plans, say)
     shown = "a pattern" if image is None else str(image)
-    checked = _detect_once(folder, plans, pixels, shown, say)
-    if image is None:
+    found, backend, opening = _detect_once(folder, plans, pixels, shown, say)
+    drawn = None
+    if image is not None:
+        drawn = _show(Path(image), pixels, found, folder / DRAWN if output is None else Path(output), say)
+    else:
         say(
             "the pattern is computed from the pixels' positions, no photograph: what is found in it shows "
             "that everything runs, and nothing else; --image FILE detects in a picture"
@@ -134,16 +146,21 @@ def build_here(
         "library": None if library is None else _inside(library, folder),
         "plugin": None if plugin is None else _inside(plugin, folder),
         "serving": [_inside(path, folder) for path in serving],
-        "backend": checked["backend"],
-        "open": checked["open"],
+        "backend": backend,
+        "open": opening,
         "image": None if image is None else str(image),
-        "detections": checked["detections"],
+        "drawn": None if drawn is None else str(drawn),
+        "detections": [
+            {"class_id": int(class_id), "name": name, "score": float(score), "box": [float(x) for x in box]}
+            for class_id, name, score, box in zip(found.class_ids, found.names, found.scores, found.boxes)
+        ],
     }
-    with atomic_write(folder / "built.json") as temporary:
+    with atomic_write(folder / BUILT) as temporary:
         temporary.write_text(json.dumps(built, indent=1) + "\n", encoding="utf-8")
+    say(f"to see more: python3 {shell_word(folder / 'detect.py')} PICTURE, or --camera 0")
     say(f"next, in Python, in {folder}:")
     say("from odtrt_lib.detector import Detector")
-    say(f"detector = {built['open']}")
+    say(f"detector = {opening}")
     return built
 
 
@@ -231,10 +248,11 @@ def _serve_plans(folder: Path, plans: _Plans, say: Callable[[str], None]) -> Lis
 
 def _detect_once(
     folder: Path, plans: _Plans, pixels: Any, shown: str, say: Callable[[str], None]
-) -> Dict[str, Any]:
+) -> Tuple[Detections, str, str]:
     """Opens the detector as this machine can, and checks what it finds in ``pixels``, uint8 [H, W, 3].
 
-    shown: how messages call the image. Returns ``backend``, ``open`` and ``detections`` of ``built.json``.
+    shown: how messages call the image. Returns the detections, the backend, and the Python expression that
+    opens the detector in ``folder``.
     """
     from odtrt_lib.detector import Detector
 
@@ -256,11 +274,7 @@ def _detect_once(
     else:
         say(f"no NVIDIA GPU here: the plan of {plans.served} was built but not run")
         say(f"check: {len(found.scores)} detections in {shown}, made by ONNX Runtime on the CPU")
-    detections = [
-        {"class_id": int(class_id), "name": name, "score": float(score), "box": [float(x) for x in box]}
-        for class_id, name, score, box in zip(found.class_ids, found.names, found.scores, found.boxes)
-    ]
-    return {"backend": backend, "open": opening, "detections": detections}
+    return found, backend, opening
 
 
 def missing_modules(precision: str) -> Dict[str, str]:
@@ -302,6 +316,36 @@ def missing_modules(precision: str) -> Dict[str, str]:
 
 def run_build_here(arguments: Sequence[str]) -> int:
     """``python3 build_here.py``: :func:`build_here` for the folder that the script is in. The exit status."""
+    options = _parser().parse_args(arguments[1:])
+    folder = Path(arguments[0]).resolve().parent
+
+    def say(line: str) -> None:
+        print(printable(line), flush=True)
+
+    def work() -> Optional[int]:
+        if options.needs:
+            return _tell_needs(options.precision, say)
+        if options.plans:
+            _tell_plans(folder, say)
+            return None
+        build_here(
+            folder,
+            precision=options.precision,
+            memory=options.memory,
+            image=options.image,
+            output=options.output,
+            batch=_parse_batches(options.batches),
+            allow=options.allow,
+            version_compatible=options.version_compatible,
+            force=options.force,
+            say=say,
+        )
+        return None
+
+    return exit_status(work, folder)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python3 build_here.py",
         description="Compiles the kernels, builds the plan for this machine, and detects once as a check.",
@@ -330,32 +374,13 @@ def run_build_here(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--force", action="store_true", help="build the plan again, even if nothing changed")
     parser.add_argument("--image", help="a JPEG, PNG or BMP file to detect in; needs Pillow")
-    options = parser.parse_args(arguments[1:])
-    folder = Path(arguments[0]).resolve().parent
-
-    def say(line: str) -> None:
-        print(printable(line), flush=True)
-
-    def work() -> Optional[int]:
-        if options.needs:
-            return _tell_needs(options.precision, say)
-        if options.plans:
-            _tell_plans(folder, say)
-            return None
-        build_here(
-            folder,
-            precision=options.precision,
-            memory=options.memory,
-            image=options.image,
-            batch=_parse_batches(options.batches),
-            allow=options.allow,
-            version_compatible=options.version_compatible,
-            force=options.force,
-            say=say,
-        )
-        return None
-
-    return exit_status(work, folder)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="where that picture goes, with boxes (default: detections, here)",
+    )
+    return parser
 
 
 def _check_arguments(
@@ -599,6 +624,21 @@ def _pattern(spec: DetectorSpec) -> Any:
     height, width = spec.input.height, spec.input.width
     y, x, c = np.ogrid[:height, :width, :3]
     return ((x * x * 3 + y * y * 5 + x * y * (c + 1)) // 32 % 256).astype(np.uint8)
+
+
+def _show(image: Path, pixels: Any, found: Any, output: Path, say: Callable[[str], None]) -> Path:
+    """Says what was found, and draws it into a copy of the picture; its path."""
+    from odtrt_lib.plots import MIN_SCORE, confident, draw_detections
+    from odtrt_lib.written_files import drawing_targets, write_drawing
+
+    shown = confident(found, MIN_SCORE)
+    say(f"with a score of at least {MIN_SCORE:g}: {len(shown.names)} of them")
+    for line in detection_table(shown):
+        say(f"    {line}")
+    target = drawing_targets([image], output)[0]
+    write_drawing(target, draw_detections(pixels, shown))
+    say(f"drawn in {target}")
+    return target
 
 
 def _check_detections(found: Any, size: Tuple[int, int], spec: DetectorSpec) -> None:
