@@ -190,13 +190,7 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     plan = portability.best_plan(folder, here, model, precision)
     if plan is None or here.runtime_library is None:
         raise OdtrtError(f"{folder}: the plan that was just built may not be used here")
-    row: dict[str, Any] = {}
-    for kept in (folder / passport.PLANS).glob(f"{Path(plan.plan).stem}.*.kernels"):
-        kept.unlink()
-    for name in ("first_start", "second_start"):
-        for key, seconds in in_a_fresh_process(folder, arithmetic, plugin).items():
-            row[f"{name}_{key}"] = seconds
-
+    row: dict[str, Any] = timed_starts(folder, plan.plan, arithmetic, plugin)
     before = free_device_mb()
     with Detector.open(folder, here.runtime_library, plugin=plugin, precision=precision) as detector:
         detector.detect(images[0])
@@ -239,6 +233,17 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     row.update(time_calls(loaded.run_again, SAMPLING).row("network_"))
     loaded.close()
     return row
+
+
+def timed_starts(folder: Path, plan: str, arithmetic: str, plugin: Path | None) -> dict[str, Any]:
+    """Seconds of a first start, without kept kernels, and of a second."""
+    for kept in (folder / passport.PLANS).glob(f"{Path(plan).stem}.*.kernels"):
+        kept.unlink()
+    return {
+        f"{name}_{key}": seconds
+        for name in ("first_start", "second_start")
+        for key, seconds in in_a_fresh_process(folder, arithmetic, plugin).items()
+    }
 
 
 def about(folder: Path, detector: Detector, arithmetic: str) -> dict[str, Any]:

@@ -30,21 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import spec_cases
 
 from odtrt_lib import native, nms
 from odtrt_lib.latency import Sampling, time_calls
 from odtrt_lib.results import write_results
-from odtrt_lib.spec import (
-    BoxCoder,
-    DetectorSpec,
-    InputSpec,
-    Label,
-    NmsSpec,
-    Resizer,
-    ScoreSpec,
-    Source,
-    SsdHeads,
-)
+from odtrt_lib.spec import BoxCoder, DetectorSpec, NmsSpec, ScoreSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "nms.cpu.json"
@@ -91,7 +82,7 @@ def crowd_heads(num_anchors: int, images: int, seed: int = 0) -> Heads:
     anchors = np.concatenate(
         [rng.uniform(0, 1, (num_anchors, 2)), rng.uniform(0.03, 0.4, (num_anchors, 2))], 1
     ).astype(np.float32)
-    coder = BoxCoder(10.0, 10.0, 5.0, 5.0) if num_anchors in SSD_SIZES else BoxCoder(1.0, 1.0, 1.0, 1.0)
+    coder = spec_cases.SSD_CODER if num_anchors in SSD_SIZES else spec_cases.EFFICIENTDET_CODER
     scales = np.array(dataclasses.astuple(coder), np.float32)
     encodings = rng.normal(0, 0.1, (images, num_anchors, 4)).astype(np.float32)
     logits = rng.normal(-7, 1, (images, num_anchors, CLASSES)).astype(np.float32)
@@ -112,13 +103,11 @@ def crowd_heads(num_anchors: int, images: int, seed: int = 0) -> Heads:
                 logits[i, near, rng.integers(0, CLASSES)] = (
                     2 - 8 * apart[near].max(1) + rng.normal(0, 1, len(near))
                 )
-    spec = DetectorSpec(
+    spec = spec_cases.example(
+        spec_cases.ssd(num_anchors, CLASSES, coder=coder),
+        USUAL,
+        spec_cases.network_input(512, 512),
         name="crowds",
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(512, 512, Resizer("fixed_shape"), (1.0,) * 3, (0.0,) * 3),
-        heads=SsdHeads(num_anchors, CLASSES, False, coder, ScoreSpec("sigmoid", 1.0)),
-        nms=USUAL,
-        labels=tuple(Label(i + 1, str(i + 1)) for i in range(CLASSES)),
     )
     windows = np.tile(np.array([0, 0, 1, 1], np.float32), (images, 1))
     return Heads("synthetic", encodings * scales, logits, anchors, spec, windows)
@@ -148,18 +137,11 @@ def corpus_heads(name: str, images: int) -> Heads:
     sizes = corners[:, 2:] - corners[:, :2]
     anchors = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, sizes], 1).astype(np.float32)
     settings = read_pipeline(files.pipeline)
-    spec = DetectorSpec(
+    spec = spec_cases.example(
+        spec_cases.ssd_of(settings, len(anchors)),
+        settings.nms,
+        spec_cases.network_input(*inputs.shape[1:3], settings.resizer),
         name=name,
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(*inputs.shape[1:3], settings.resizer, (1.0,) * 3, (0.0,) * 3),
-        heads=SsdHeads(
-            len(anchors),
-            settings.num_classes,
-            settings.background_column,
-            settings.box_coder,
-            settings.scores,
-        ),
-        nms=settings.nms,
         labels=settings.labels,
     )
     return Heads(

@@ -21,21 +21,12 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import spec_cases
+
 from odtrt_lib import native, nms
-from odtrt_lib.spec import (
-    BoxCoder,
-    DetectorSpec,
-    InputSpec,
-    Label,
-    NmsSpec,
-    Resizer,
-    ScoreSpec,
-    Source,
-    SsdHeads,
-)
+from odtrt_lib.spec import BoxCoder, DetectorSpec, NmsSpec, ScoreSpec
 
 RANDOM_CASES, EXTREME_CASES = 2000, 500
-SSD_CODER, EFFICIENTDET_CODER = BoxCoder(10.0, 10.0, 5.0, 5.0), BoxCoder(1.0, 1.0, 1.0, 1.0)
 WINDOWS = np.array(
     [[0, 0, 1, 1], [0, 0, 0.75, 1], [0, 0, 1, 0.5625], [0.25, 0.125, 0.75, 0.5], [2, 2, 3, 3]], np.float32
 )
@@ -77,17 +68,11 @@ def detector_spec(
     nms_spec: NmsSpec,
     *,
     background: bool = False,
-    scores: ScoreSpec = ScoreSpec("sigmoid", 1.0),  # noqa: B008
-    coder: BoxCoder = SSD_CODER,
+    scores: ScoreSpec = spec_cases.SIGMOID,
+    coder: BoxCoder = spec_cases.SSD_CODER,
 ) -> DetectorSpec:
-    return DetectorSpec(
-        name="random",
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(64, 64, Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
-        heads=SsdHeads(num_anchors, num_classes, background, coder, scores),
-        nms=nms_spec,
-        labels=tuple(Label(i + 1, str(i + 1)) for i in range(num_classes)),
-    )
+    heads = spec_cases.ssd(num_anchors, num_classes, background, coder=coder, scores=scores)
+    return spec_cases.example(heads, nms_spec, name="random")
 
 
 def make_case(
@@ -215,7 +200,7 @@ def random_case(number: int) -> Case:
         settings,
         background=bool(rng.random() < 0.5),
         scores=ScoreSpec(converter, float(one_of(1.0, 1.0, 2.5, 0.7))),
-        coder=one_of(SSD_CODER, EFFICIENTDET_CODER),
+        coder=one_of(spec_cases.SSD_CODER, spec_cases.EFFICIENTDET_CODER),
     )
     return make_case(
         f"random {number}",
@@ -291,7 +276,7 @@ def extreme_case(number: int) -> Case:
         settings,
         background=bool(rng.random() < 0.5),
         scores=ScoreSpec(str(rng.choice(["sigmoid", "softmax", "identity"])), 1.0),
-        coder=EFFICIENTDET_CODER if number % 2 else SSD_CODER,
+        coder=spec_cases.EFFICIENTDET_CODER if number % 2 else spec_cases.SSD_CODER,
     )
     logits = EXTREME_LOGIT_KINDS[number // 3 % 3]
     return make_case(f"extreme {number}", spec, 1 + number % 2, rng, kind, logits)

@@ -378,13 +378,7 @@ class _Scan:
             self._function(node, here)
             return here
         if isinstance(node, ast.ClassDef):
-            for part in (*node.decorator_list, *node.bases):
-                self._expression(part, here)
-            for base in node.bases:
-                self._interface(node, self._type(base), here)
-            self.scopes.append(node.name)
-            self._run(node.body, here)
-            self.scopes.pop()
+            self._class(node, here)
             return here
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
@@ -400,25 +394,9 @@ class _Scan:
         if isinstance(node, (ast.Continue, ast.Break)):
             return frozenset()
         if isinstance(node, ast.Try):
-            with_handlers = any(_catches_attribute_error(handler.type) for handler in node.handlers)
-            end = self._asking_first(node.body, here, with_handlers)
-            end = self._run(node.orelse, end)
-            for handler in node.handlers:
-                end |= self._run(handler.body, here)
-            return self._run(node.finalbody, here) & end if node.finalbody else end
+            return self._try(node, here)
         if isinstance(node, ast.With):
-            for item in node.items:
-                self._expression(item.context_expr, here)
-                if item.optional_vars is not None:
-                    self._assign(item.optional_vars, item.context_expr)
-            suppressed = any(
-                isinstance(item.context_expr, ast.Call)
-                and _last_name(item.context_expr.func) == "suppress"
-                and any(_catches_attribute_error(argument) for argument in item.context_expr.args)
-                for item in node.items
-            )
-            end = self._asking_first(node.body, here, suppressed)
-            return here if suppressed else end
+            return self._with(node, here)
         if isinstance(node, (ast.For, ast.While)):
             inside = here
             if isinstance(node, ast.For):
@@ -437,6 +415,37 @@ class _Scan:
                 self._assign(target, node.value)
         called = node.value.func if isinstance(getattr(node, "value", None), ast.Call) else None
         return here & self.exits.get(called.id, here) if isinstance(called, ast.Name) else here
+
+    def _class(self, node: ast.ClassDef, here: Versions) -> None:
+        for part in (*node.decorator_list, *node.bases):
+            self._expression(part, here)
+        for base in node.bases:
+            self._interface(node, self._type(base), here)
+        self.scopes.append(node.name)
+        self._run(node.body, here)
+        self.scopes.pop()
+
+    def _try(self, node: ast.Try, here: Versions) -> Versions:
+        with_handlers = any(_catches_attribute_error(handler.type) for handler in node.handlers)
+        end = self._asking_first(node.body, here, with_handlers)
+        end = self._run(node.orelse, end)
+        for handler in node.handlers:
+            end |= self._run(handler.body, here)
+        return self._run(node.finalbody, here) & end if node.finalbody else end
+
+    def _with(self, node: ast.With, here: Versions) -> Versions:
+        for item in node.items:
+            self._expression(item.context_expr, here)
+            if item.optional_vars is not None:
+                self._assign(item.optional_vars, item.context_expr)
+        suppressed = any(
+            isinstance(item.context_expr, ast.Call)
+            and _last_name(item.context_expr.func) == "suppress"
+            and any(_catches_attribute_error(argument) for argument in item.context_expr.args)
+            for item in node.items
+        )
+        end = self._asking_first(node.body, here, suppressed)
+        return here if suppressed else end
 
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef, here: Versions) -> None:
         for part in (*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)):

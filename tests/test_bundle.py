@@ -27,6 +27,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import spec_cases
 from conftest import pretend_machine
 
 from odtrt_lib import __version__, bundle, cuda, fuse, spec
@@ -41,19 +42,12 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SPEC = spec.DetectorSpec(
+SPEC = spec_cases.example(
+    spec_cases.ssd(16 * 24, 2, True),
+    spec.NmsSpec(0.25, 0.5, 10, 10, False, True),
+    spec.InputSpec(16, 24, spec_cases.STRETCHED, (2 / 255,) * 3, (-1.0, -0.5, -1.0)),
     name="tiny one",
-    source=spec.Source("0" * 64, "ckpt-0", "0" * 64, "ssd", "2.8.0", "2.20.0"),
-    input=spec.InputSpec(16, 24, spec.Resizer("fixed_shape"), (2 / 255,) * 3, (-1.0, -0.5, -1.0)),
-    heads=spec.SsdHeads(
-        num_anchors=16 * 24,
-        num_classes=2,
-        background_column=True,
-        box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
-        scores=spec.ScoreSpec("sigmoid", 1.0),
-    ),
-    nms=spec.NmsSpec(0.25, 0.5, 10, 10, False, True),
-    labels=(spec.Label(1, "a nut"), spec.Label(2, "bolt; hex\nhead")),
+    labels=spec_cases.named("a nut", "bolt; hex\nhead"),
 )
 
 

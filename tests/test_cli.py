@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import spec_cases
 from PIL import Image
 
 from odtrt_lib import bundle, convert, detector, engine, export, scenes, spec, zoo
@@ -26,19 +27,12 @@ from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependen
 from odtrt_lib.folder import StageResult, last_record, sha256, write_record
 from odtrt_lib.preprocess import load_image
 
-SPEC = spec.DetectorSpec(
+SPEC = spec_cases.example(
+    spec_cases.ssd(256, 2, True),
+    spec.NmsSpec(0.5, 0.5, 10, 10, False, True),
+    spec_cases.network_input(16, 16),
     name="parts",
-    source=spec.Source("0" * 64, "ckpt-0", "0" * 64, "ssd", "2.8.0", "2.20.0"),
-    input=spec.InputSpec(16, 16, spec.Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
-    heads=spec.SsdHeads(
-        num_anchors=256,
-        num_classes=2,
-        background_column=True,
-        box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
-        scores=spec.ScoreSpec("sigmoid", 1.0),
-    ),
-    nms=spec.NmsSpec(0.5, 0.5, 10, 10, False, True),
-    labels=(spec.Label(1, "cat"), spec.Label(2, "dog")),
+    labels=spec_cases.named("cat", "dog"),
 )
 PARTS = dataclasses.replace(
     SPEC,

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import spec_cases
 from conftest import TINY_CONFIG
 
 from odtrt_lib.errors import CheckError
@@ -14,7 +15,7 @@ from odtrt_lib.export.gate import compare_with_odapi, draw_heads, try_wrong_fiel
 from odtrt_lib.export.pipeline import read_pipeline
 from odtrt_lib.export.stage import _centre_size, _normalisation
 from odtrt_lib.nms import decode_boxes
-from odtrt_lib.spec import DetectorSpec, InputSpec, Source, SsdHeads, load_spec
+from odtrt_lib.spec import DetectorSpec, InputSpec, load_spec
 
 # A resizer that pads, softmax, one suppression for all classes, odd scales, in place of the tiny config's.
 OTHER_CONFIG = (
@@ -80,20 +81,9 @@ def other(tmp_path_factory) -> Subject:
     model = odapi.build_model(config, settings.message)
     predictions = model.predict(tf.zeros([1, 128, 128, 3]), None)
     anchors = _centre_size(predictions["anchors"].numpy())
-    spec = DetectorSpec(
-        name="other",
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(128, 128, settings.resizer, *_normalisation(model)),
-        heads=SsdHeads(
-            len(anchors),
-            settings.num_classes,
-            settings.background_column,
-            settings.box_coder,
-            settings.scores,
-        ),
-        nms=settings.nms,
-        labels=settings.labels,
-    )
+    image = InputSpec(128, 128, settings.resizer, *_normalisation(model))
+    heads = spec_cases.ssd_of(settings, len(anchors))
+    spec = spec_cases.example(heads, settings.nms, image, labels=settings.labels)
     with tf.Graph().as_default() as graph:
         tf.compat.v1.placeholder(tf.float32, [1, 128, 128, 3], "image")
         tf.no_op("box_encodings")

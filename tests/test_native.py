@@ -18,12 +18,13 @@ from typing import Any
 import nms_cases
 import numpy as np
 import pytest
+import spec_cases
 
 from odtrt_lib import native, nms, preprocess
 from odtrt_lib.app import doctor
 from odtrt_lib.errors import InputError, MissingDependencyError
-from odtrt_lib.export.pipeline import PipelineSettings, read_pipeline
-from odtrt_lib.spec import DetectorSpec, InputSpec, NmsSpec, Resizer, Source, SsdHeads
+from odtrt_lib.export.pipeline import read_pipeline
+from odtrt_lib.spec import InputSpec, NmsSpec, Resizer
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "plugins" / "kernels"
@@ -586,27 +587,13 @@ def real_heads(source: Path, images: list[np.ndarray]) -> RealHeads:
     box_encodings = predicted["box_encodings"].numpy().reshape(len(images), -1, 4)
     logits = predicted["class_predictions_with_background"].numpy()
     anchors = _centre_size(model.anchors.get().numpy())
-    spec = spec_of(read_pipeline(files.pipeline), len(anchors))
+    settings = read_pipeline(files.pipeline)
+    image = spec_cases.network_input(1, 1, settings.resizer)
+    heads = spec_cases.ssd_of(settings, len(anchors))
+    spec = spec_cases.example(heads, settings.nms, image, labels=settings.labels)
     windows = model._compute_clip_window(inputs, shapes).numpy()
     case = nms_cases.Case(source.name, spec, box_encodings, logits, anchors, windows)
     return RealHeads(case, found)
-
-
-def spec_of(settings: PipelineSettings, num_anchors: int) -> DetectorSpec:
-    return DetectorSpec(
-        "real",
-        Source("", "", "", "", "", ""),
-        InputSpec(1, 1, settings.resizer, (1.0,) * 3, (0.0,) * 3),
-        SsdHeads(
-            num_anchors,
-            settings.num_classes,
-            settings.background_column,
-            settings.box_coder,
-            settings.scores,
-        ),
-        settings.nms,
-        settings.labels,
-    )
 
 
 def check_real_heads(library: native.Library, heads: RealHeads, *, at_least: int) -> None:

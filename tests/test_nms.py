@@ -12,20 +12,11 @@ from typing import Any, Callable, Iterator
 import nms_cases
 import numpy as np
 import pytest
+import spec_cases
 
 from odtrt_lib import nms as reference
 from odtrt_lib.errors import InputError
-from odtrt_lib.spec import (
-    BoxCoder,
-    DetectorSpec,
-    InputSpec,
-    Label,
-    NmsSpec,
-    Resizer,
-    ScoreSpec,
-    Source,
-    SsdHeads,
-)
+from odtrt_lib.spec import BoxCoder, DetectorSpec, NmsSpec, ScoreSpec
 
 WINDOWS = np.array([[0, 0, 1, 1], [0, 0, 0.75, 1], [0.25, 0.125, 0.75, 0.5], [2, 2, 3, 3]], np.float32)
 IMAGES_A_KIND = 9
@@ -483,16 +474,8 @@ def pairs_of(selection: reference.Selection) -> set[tuple[int, int]]:
 def detector_spec(
     converter: str, background: bool, anchors: int, classes: int, nms: NmsSpec, logit_scale: float = 1.0
 ) -> DetectorSpec:
-    return DetectorSpec(
-        name="random",
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(64, 64, Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
-        heads=SsdHeads(
-            anchors, classes, background, BoxCoder(10.0, 10.0, 5.0, 5.0), ScoreSpec(converter, logit_scale)
-        ),
-        nms=nms,
-        labels=tuple(Label(i + 1, str(i + 1)) for i in range(classes)),
-    )
+    scores = ScoreSpec(converter, logit_scale)
+    return spec_cases.example(spec_cases.ssd(anchors, classes, background, scores=scores), nms)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import spec_cases
 from conftest import ROOT, pretend_machine
 from cuda_stand_in import Host
 
@@ -40,18 +41,7 @@ from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, Odt
 from odtrt_lib.folder import seal, sha256
 from odtrt_lib.machine import this_machine
 from odtrt_lib.portability import Environment
-from odtrt_lib.spec import (
-    BoxCoder,
-    DetectorSpec,
-    InputSpec,
-    Label,
-    NmsSpec,
-    Resizer,
-    ScoreSpec,
-    Source,
-    SsdHeads,
-    load_spec,
-)
+from odtrt_lib.spec import DetectorSpec, NmsSpec, load_spec
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -69,27 +59,13 @@ PROFILE = (1, 2, 4)
 
 
 def small_spec(*, batch: int | None, padded: bool) -> DetectorSpec:
-    keep = Resizer("keep_aspect_ratio", SIDE, SIDE, pad_to_max_dimension=True)
-    return DetectorSpec(
+    resizer = spec_cases.padded(SIDE) if padded else spec_cases.STRETCHED
+    return spec_cases.example(
+        spec_cases.ssd(GRID * GRID * PER_CELL, CLASSES),
+        NmsSpec(0.6, 0.4, 8, 20, class_agnostic=False, change_coordinate_frame=padded),
+        spec_cases.network_input(SIDE, SIDE, resizer, scale=1 / 127.5, offset=-1.0, batch=batch),
         name="small",
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(
-            SIDE,
-            SIDE,
-            keep if padded else Resizer("fixed_shape"),
-            (1 / 127.5,) * 3,
-            (-1.0,) * 3,
-            batch=batch,
-        ),
-        heads=SsdHeads(
-            GRID * GRID * PER_CELL,
-            CLASSES,
-            background_column=False,
-            box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
-            scores=ScoreSpec("sigmoid", 1.0),
-        ),
-        nms=NmsSpec(0.6, 0.4, 8, 20, class_agnostic=False, change_coordinate_frame=padded),
-        labels=tuple(Label(i + 1, name) for i, name in enumerate(("bolt", "nut", "gear"))),
+        labels=spec_cases.named("bolt", "nut", "gear"),
     )
 
 

@@ -140,8 +140,7 @@ def export(
     odapi.regenerate_protos()
     settings = read_pipeline(files.pipeline, label_map)
     size = _network_size(settings, input_size)
-    if batch is not None and batch < 1:
-        raise InputError(f"batch {batch}: expected at least 1, or none for a dynamic batch")
+    _check_batch(batch)
     inputs = {"pipeline.config": sha256(files.pipeline), "checkpoint": _checkpoint_sha256(files.checkpoint)}
     options = _options(files, settings, size, batch)
     note = f"checkpoint: {files.checkpoint} ({files.choice})"
@@ -164,6 +163,11 @@ def export(
         (out / "spec.json").write_text(spec.to_json(), encoding="utf-8")
         record = stage.record(out, OUTPUTS, versions, checks)
     return StageResult(record, False, note)
+
+
+def _check_batch(batch: int | None) -> None:
+    if batch is not None and batch < 1:
+        raise InputError(f"batch {batch}: expected at least 1, or none for a dynamic batch")
 
 
 def _options(
