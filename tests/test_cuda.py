@@ -1,4 +1,4 @@
-"""The CUDA runtime by ctypes: the real library's errors, other libraries' addresses, and a stand-in for the rest.
+"""The CUDA runtime by ctypes: the real library's errors, other libraries' addresses, the rest on a stand-in.
 
 What a GPU does with it, tests/test_gpu.py checks.
 """
