@@ -15,8 +15,8 @@ Rows, float32, batch 1, sizes and thresholds as they say:
   raw heads too, as NVIDIA's own samples for the OD API use it (sigmoid and box decoding inside).
   ``BatchedNMSDynamic_TRT``: from decoded boxes and scores, whose making is not in its time; it takes 4,096
   candidates of a class at most. ``NMS layer``: INetworkDefinition::addNMS, from decoded boxes and scores;
-  what it gives has no size of its own, so no CUDA graph can hold it: its time is the wall clock of one call. A
-  threshold below 0.01 is 0.01 for EfficientNMS_TRT and BatchedNMSDynamic_TRT, whose documentation warns of
+  what it gives has no size of its own, so no CUDA graph can hold it: its time is the wall clock of one call.
+  A threshold below 0.01 is 0.01 for EfficientNMS_TRT and BatchedNMSDynamic_TRT, whose documentation warns of
   less.
 * ``p50_us``, ``p99_us``: device time of one call in a CUDA graph of 20, by events (``timed_by`` says which).
 * ``detections``: of the OD API's own semantics (:func:`odtrt_lib.nms.postprocess`). ``found``: what the row's
