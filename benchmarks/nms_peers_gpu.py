@@ -1,19 +1,23 @@
 """What TensorRT itself offers for NMS, and our plugin, each alone in an engine of the full TensorRT.
 
-    python benchmarks/nms_peers_gpu.py PLUGIN [HEADS] [--quick]
+    python benchmarks/nms_peers_gpu.py PLUGIN [HEADS] [--quick] [--five]
 
-writes results/nms_peers.<gpu>.json, each row as soon as it is measured; PLUGIN: libodtrt_tensorrt.so. HEADS:
-the folder that benchmarks/record_heads.py wrote; without it only drawn scenes are measured. Needs numpy,
-tensorrt, Polygraphy and odtrt_lib, on Python 3.8 or newer.
+writes results/nms_peers.<gpu>.json, each row as soon as it is measured; what was measured before stays until
+the same row is measured again. PLUGIN: libodtrt_tensorrt.so. HEADS: the folder that
+benchmarks/record_heads.py wrote; without it only drawn scenes are measured. --five: PLUGIN was built with
+``-DCMAKE_CUDA_FLAGS=-DODTRT_OVERLAPS_FROM=99`` and goes the way of GPUs before compute capability 9, five
+kernels without clusters, as an Orin does; it alone is measured then. Needs numpy, tensorrt, Polygraphy and
+odtrt_lib, on Python 3.8 or newer.
 
 Rows, float32, batch 1, sizes and thresholds as they say:
 
-* ``OdtrtDetect``: ours, from raw heads. ``EfficientNMS_TRT``: from raw heads too, as NVIDIA's own samples for
-  the OD API use it (sigmoid and box decoding inside). ``BatchedNMSDynamic_TRT``: from decoded boxes and
-  scores, whose making is not in its time; it takes 4,096 candidates of a class at most. ``NMS layer``:
-  INetworkDefinition::addNMS, from decoded boxes and scores; what it gives has no size of its own, so no CUDA
-  graph can hold it: its time is the wall clock of one call. A threshold below 0.01 is 0.01 for
-  EfficientNMS_TRT and BatchedNMSDynamic_TRT, whose documentation warns of less.
+* ``OdtrtDetect``: ours, from raw heads; ``OdtrtDetect, five kernels``: see --five. ``EfficientNMS_TRT``: from
+  raw heads too, as NVIDIA's own samples for the OD API use it (sigmoid and box decoding inside).
+  ``BatchedNMSDynamic_TRT``: from decoded boxes and scores, whose making is not in its time; it takes 4,096
+  candidates of a class at most. ``NMS layer``: INetworkDefinition::addNMS, from decoded boxes and scores;
+  what it gives has no size of its own, so no CUDA graph can hold it: its time is the wall clock of one call.
+  A threshold below 0.01 is 0.01 for EfficientNMS_TRT and BatchedNMSDynamic_TRT, whose documentation warns of
+  less.
 * ``p50_us``, ``p99_us``: device time of one call in a CUDA graph of 20, by events (``timed_by`` says which).
 * ``detections``: of the OD API's own semantics (:func:`odtrt_lib.nms.postprocess`). ``found``: what the row's
   implementation gives; ``missing``: reference detections without one of the same class, an IoU of at least
@@ -54,6 +58,7 @@ CLASSES, OBJECTS, IOU, MAX_DETECTIONS = 90, 8, 0.5, 100
 PEER_THRESHOLD = 0.01
 MAX_CANDIDATES = 4096
 SAME_IOU, SAME_SCORE = 0.99, 1e-3
+FIVE_KERNELS = "OdtrtDetect, five kernels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,15 +139,32 @@ def main(arguments: Sequence[str]) -> int:
     load_plugin(trt.get_plugin_registry(), plugin)
     gpu = (this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
     path = ROOT / "results" / f"nms_peers.{gpu}.json"
-    rows: List[Dict[str, Any]] = []
-    for heads, thresholds in cases(recorded, quick="--quick" in arguments):
-        for threshold in thresholds:
-            for name, measure in IMPLEMENTATIONS.items():
-                rows.append(row_of(heads, threshold, name, measure))
-                print(json.dumps(rows[-1]), flush=True)
-                command = "python benchmarks/nms_peers_gpu.py PLUGIN HEADS"
-                write_results(path, "nms_peers", command, rows)
+    rows: List[Dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    planned = cases(recorded, quick="--quick" in arguments)
+    for group in ((FIVE_KERNELS,),) if "--five" in arguments else GROUPS:
+        for heads, threshold, name in (
+            (heads, threshold, name)
+            for heads, thresholds in planned
+            for threshold in thresholds
+            for name in group
+        ):
+            row = row_of(heads, threshold, name, IMPLEMENTATIONS[name])
+            print(json.dumps(row), flush=True)
+            rows = with_row(rows, row)
+            write_results(path, "nms_peers", "python benchmarks/nms_peers_gpu.py PLUGIN HEADS", rows)
     return 0
+
+
+def with_row(rows: Sequence[Dict[str, Any]], row: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """``rows`` with the new one instead of its predecessor; one without figures replaces none that has."""
+    earlier = next((one for one in rows if identity(one) == identity(row)), None)
+    if earlier is not None and "error" in row and "error" not in earlier:
+        return list(rows)
+    return [one for one in rows if one is not earlier] + [row]
+
+
+def identity(row: Dict[str, Any]) -> Tuple[Any, ...]:
+    return tuple(row[key] for key in ("implementation", "source", "heads", "anchors", "score_threshold"))
 
 
 def cases(recorded: Optional[Path], quick: bool) -> List[Tuple[Heads, Sequence[float]]]:
@@ -381,10 +403,13 @@ class Allocator(trt.IOutputAllocator):
 
 IMPLEMENTATIONS: Dict[str, Callable[[Heads], Tuple[Found, float, str, Timing]]] = {
     "OdtrtDetect": ours,
+    FIVE_KERNELS: ours,
     "EfficientNMS_TRT": efficient,
     "BatchedNMSDynamic_TRT": batched,
     "NMS layer": layer,
 }
+GROUPS = (("OdtrtDetect", "EfficientNMS_TRT"), ("NMS layer",), ("BatchedNMSDynamic_TRT",))
+"""What is measured, in turn: a visit to the GPU can end before the last row."""
 
 
 def timed(peer: Peer, used: float) -> Tuple[Found, float, str, Timing]:

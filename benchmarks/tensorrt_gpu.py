@@ -1,12 +1,13 @@
 """Plans of the full TensorRT on a GPU: builds, memory, latency, and agreement with ONNX Runtime.
 
     python benchmarks/tensorrt_gpu.py record FOLDER [NAME ...]           on a machine with the corpus, first
-    python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN [NAME ...]       on the GPU machine
+    python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN [NAME[:ARITHMETIC] ...]      on the GPU machine
 
-writes results/tensorrt<version>.<gpu>.json, each row as soon as it is measured; with names the rows of the
-other models stay. PLUGIN: libodtrt_tensorrt.so. Needs numpy, tensorrt, Polygraphy and odtrt_lib there, on
-Python 3.8 or newer. Each model and arithmetic is a process of its own with an empty timing cache, and gives
-two rows, ``form`` split and fused:
+writes results/tensorrt<version>.<gpu>.json, each figure as soon as it is measured. What was measured before
+stays until the same row gives a new figure; without an arithmetic NAME means all of them. A row that was
+stopped keeps the figures that it has, and says so in ``error``. PLUGIN: libodtrt_tensorrt.so. Needs numpy,
+tensorrt, Polygraphy and odtrt_lib there, on Python 3.8 or newer. Each model and arithmetic is a process of
+its own with an empty timing cache, and gives two rows, ``form`` split and fused:
 
 * ``arithmetic``: FP32 is measured with NVIDIA_TF32_OVERRIDE=0, TF32 without; FP16 sets the builder's flag.
 * ``build_cold_seconds``: the first build; ``build_warm_seconds``: the same again with the timing cache of the
@@ -40,6 +41,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from datetime import datetime, timezone
@@ -65,7 +67,8 @@ LARGEST_RELATIVE_ERROR = {"FP32": 1e-3, "TF32": 2e-2, "FP16": 2e-2}
 FORMS = ("split", "fused")
 CALLS_IN_GRAPH = 20
 SAMPLING = Sampling(warmup=30, min_count=20, max_count=300, seconds=4.0)
-ROW_TIMEOUT_SECONDS = 420
+ROW_TIMEOUT_SECONDS = 570
+NOT_FINISHED = "not finished"
 WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
 
 
@@ -132,56 +135,98 @@ def run(recorded: Path, plugin: Path, names: Sequence[str]) -> int:
     release = "".join(str(here.version).split(".")[:2])
     path = ROOT / "results" / f"tensorrt{release}.{gpu.lower().replace('nvidia', '').split()[0]}.json"
     rows: List[Dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
-    for name in names or sorted(one.name for one in recorded.iterdir() if one.is_dir()):
-        for arithmetic in ARITHMETIC:
-            for row in rows_of(recorded / name, plugin, arithmetic):
-                same = [one for one in rows if identity(one) == identity(row)]
-                rows = [one for one in rows if one not in same] + [row]
-                print(json.dumps(row), flush=True)
-            write_results(path, "tensorrt", "python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN", rows)
-    return 0 if rows and all(row["passed"] for row in rows) else 1
+    failed = False
+
+    def keep(row: Dict[str, Any]) -> None:
+        earlier = next((one for one in rows if identity(one) == identity(row)), None)
+        if earlier is not None and earlier["passed"] and row.get("error") == NOT_FINISHED:
+            return
+        rows[:] = [one for one in rows if one is not earlier] + [row]
+        write_results(path, "tensorrt", "python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN", rows)
+
+    for name, arithmetic in wanted(recorded, names):
+        for row in rows_of(recorded / name, plugin, arithmetic, keep):
+            print(json.dumps(row), flush=True)
+            failed = failed or not row["passed"]
+    return int(failed or not rows)
+
+
+def wanted(recorded: Path, names: Sequence[str]) -> List[Tuple[str, str]]:
+    """Models and arithmetics, in the order of ``names``, all of ``recorded`` if there are none.
+
+    Raises SystemExit for a name that was not recorded.
+    """
+    found = []
+    for word in names or sorted(one.name for one in recorded.iterdir() if one.is_dir()):
+        name, _, arithmetic = word.partition(":")
+        if not (recorded / name / "spec.json").is_file() or arithmetic not in ("", *ARITHMETIC):
+            raise SystemExit(f"{word}: not a model in {recorded}, or not one of {', '.join(ARITHMETIC)}")
+        found += [(name, one) for one in ([arithmetic] if arithmetic else ARITHMETIC)]
+    return found
 
 
 def identity(row: Dict[str, Any]) -> Tuple[str, str, str]:
     return row["model"], row["arithmetic"], row["form"]
 
 
-def rows_of(folder: Path, plugin: Path, arithmetic: str) -> List[Dict[str, Any]]:
-    """Both forms, measured by a process of their own; ``error`` says why one is missing."""
+def rows_of(
+    folder: Path, plugin: Path, arithmetic: str, keep: Callable[[Dict[str, Any]], None]
+) -> List[Dict[str, Any]]:
+    """Both forms, measured by a process of their own; ``error`` says why one is missing.
+
+    keep: is given a row whenever it has new figures, and at the end each that lacks some.
+    """
     about = {
         "model": folder.name,
         "arithmetic": arithmetic,
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-    rows: Dict[str, Dict[str, Any]] = {form: {"form": form, **about, "passed": False} for form in FORMS}
-    environment = {name: value for name, value in os.environ.items() if name != engine.TF32_OVERRIDE}
-    if arithmetic == "FP32":
-        environment[engine.TF32_OVERRIDE] = "0"
-    command = [sys.executable, __file__, "--row", str(folder), str(plugin), arithmetic]
+    rows: Dict[str, Dict[str, Any]] = {
+        form: {"form": form, **about, "passed": False, "error": NOT_FINISHED} for form in FORMS
+    }
+    told = set()
     problem = None
     with tempfile.TemporaryDirectory() as cache:
-        environment["XDG_CACHE_HOME"] = cache
+        process = start_row(folder, plugin, arithmetic, cache)
+        late = threading.Timer(ROW_TIMEOUT_SECONDS, process.kill)
+        late.start()
         try:
-            answer = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, env=environment, timeout=ROW_TIMEOUT_SECONDS
-            )
-            lines, status = answer.stdout, answer.returncode
-            problem = None if status == 0 else f"exit status {status}"
-        except subprocess.TimeoutExpired as late:
-            lines = (late.stdout or b"").decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-            problem = f"stopped after {ROW_TIMEOUT_SECONDS} s"
-    for line in lines.splitlines():
-        if line.startswith("{"):
-            part = json.loads(line)
-            rows[part["form"]].update(part)
-    for row in rows.values():
-        if problem is not None and not row["passed"] and "error" not in row:
+            for line in process.stdout or ():
+                if line.startswith("{"):
+                    part = json.loads(line)
+                    row = rows[part["form"]]
+                    if "passed" in part and row["error"] == NOT_FINISHED:
+                        del row["error"]
+                    row.update(part)
+                    told.add(part["form"])
+                    keep(row)
+            if process.wait() != 0:
+                problem = f"exit status {process.returncode}, or stopped after {ROW_TIMEOUT_SECONDS} s"
+        finally:
+            late.cancel()
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    for form, row in rows.items():
+        if row.get("error") == NOT_FINISHED and problem is not None:
             row["error"] = problem
+            if form in told:
+                keep(row)
     return list(rows.values())
 
 
+def start_row(folder: Path, plugin: Path, arithmetic: str, cache: str) -> subprocess.Popen[str]:
+    """The process that measures, with an empty timing cache in ``cache``."""
+    environment = {name: value for name, value in os.environ.items() if name != engine.TF32_OVERRIDE}
+    if arithmetic == "FP32":
+        environment[engine.TF32_OVERRIDE] = "0"
+    environment["XDG_CACHE_HOME"] = cache
+    command = [sys.executable, __file__, "--row", str(folder), str(plugin), arithmetic]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
 def measure(recorded: Path, plugin: Path, arithmetic: str) -> None:
-    """Prints the parts of both rows as they are measured, each as JSON, and the reason if one fails."""
+    """Prints the figures of both rows as they are measured, each as JSON, and the reason if one fails."""
     with tempfile.TemporaryDirectory() as work:
         for form in FORMS:
             folder = Path(work) / form / recorded.name
