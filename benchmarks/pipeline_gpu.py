@@ -33,20 +33,21 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
+from gpu_times import graph_times
 
 from odtrt_lib import cuda, engine, portability
 from odtrt_lib.anchors import load_anchors
 from odtrt_lib.engine import pipeline
 from odtrt_lib.engine.pipeline import Pipeline, Switches
-from odtrt_lib.latency import Sampling, sample, time_calls
+from odtrt_lib.latency import Sampling, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import Postprocessed
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
-CALLS_IN_GRAPH = 20
-SAMPLING = Sampling(warmup=50, min_count=100, max_count=2000, seconds=2.0)
+SAMPLING = Sampling(warmup=50, min_count=100, max_count=2000, seconds=1.2)
+GRAPH_SAMPLING = Sampling(warmup=5, min_count=30, max_count=100, seconds=0.5)
 SIZES = ((768, 1024), (480, 640), (333, 517), (64, 64), (1080, 1920))
 COUNTED = {
     "launches": ("cudaGraphLaunch",),
@@ -144,7 +145,8 @@ def rows_of(
             }
             row.update(counted(loaded, timed))
             row.update(time_calls(lambda loaded=loaded: loaded.run([timed]), SAMPLING).row("detect_"))
-            row.update(network_times(loaded))
+            network = graph_times(loaded.enqueue_network, loaded.stream, GRAPH_SAMPLING)
+            row.update(network.row("network_graph_"))
         finally:
             loaded.close()
         yield row
@@ -173,32 +175,6 @@ def counted(loaded: Pipeline, image: np.ndarray) -> Dict[str, int]:
     finally:
         cuda._call = call
     return {kind: sum(calls[name] for name in names) for kind, names in COUNTED.items()}
-
-
-def network_times(loaded: Pipeline) -> Dict[str, float]:
-    """Device time of the network alone, a CUDA graph of CALLS_IN_GRAPH of it divided by their number."""
-    stream = loaded.stream
-
-    def enqueue() -> None:
-        for _ in range(CALLS_IN_GRAPH):
-            loaded.enqueue_network()
-
-    loaded.enqueue_network()
-    stream.synchronize()
-    graph, start, end = cuda.Graph(stream, enqueue), cuda.Event(), cuda.Event()
-
-    def once() -> float:
-        start.record(stream)
-        graph.launch(stream)
-        end.record(stream)
-        end.synchronize()
-        return end.microseconds_since(start) / CALLS_IN_GRAPH
-
-    try:
-        return sample(once, Sampling(5, 30, 200, 1.0)).timing().row("network_graph_")
-    finally:
-        for one in (graph, start, end):
-            one.free()
 
 
 if __name__ == "__main__":
