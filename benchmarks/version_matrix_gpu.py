@@ -211,10 +211,10 @@ def load(folder: str, fingerprint: str, damage: str, plugin: str) -> None:
     here = portability.this_environment(plugin if paper.plugin is not None else None)
     verdict = verdict_on(Path(folder), paper, data, here)
     tell({"verdict": verdict.word, "says": verdict.reasons[0] if verdict.reasons else ""})
-    if here.flavour is None:
+    if here.runtime_library is None:
         tell({"loads": False, "message": "no TensorRT can be imported"})
         return
-    trt: Any = import_library(here.flavour)
+    trt: Any = import_library(here.runtime_library)
     errors: List[str] = []
     logger = logger_of(trt, errors)
     is_same_interface = trt.__version__.startswith("8.5") and hasattr(trt, "get_plugin_registry")
@@ -273,9 +273,11 @@ def made(make: Callable[[], Any], errors: List[str]) -> Optional[Any]:
 
 def timing_cache(cache: str, _: str) -> None:
     """Whether this environment's builder takes the cache of another."""
-    flavour, version = engine.available_runtimes()[0]
-    trt: Any = import_library(flavour)
-    own = engine.timing_cache_file({"flavour": flavour, "version": version}, this_machine()).name
+    runtime_library, version = engine.available_runtimes()[0]
+    trt: Any = import_library(runtime_library)
+    own = engine.timing_cache_file(
+        {"runtime_library": runtime_library, "version": version}, this_machine()
+    ).name
     verdict = "own" if Path(cache).name == own else "apart"
     tell({"verdict": verdict, "says": f"here it is {own}"})
     errors: List[str] = []
