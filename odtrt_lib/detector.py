@@ -55,6 +55,7 @@ MOST_WAITING = 16
 """Calls of :meth:`Detector.submit` that may be unfinished; the next one waits. From callbacks: twice that."""
 
 _POLL_SECONDS = 0.5
+_NO_GPU = "no NVIDIA GPU here: no plan runs, ONNX Runtime does"
 _HEADS = FORMS["heads"].file
 
 
@@ -192,9 +193,9 @@ class Detector:
             return cls(*_open_onnxruntime(folder))
         here = _here(backend, plugin)
         if here is None:
+            has_plans = any((folder / PLANS).glob("*.json"))
             detector = cls(*_open_onnxruntime(folder))
-            if any((folder / PLANS).glob("*.json")):
-                detector._serving.reasons = ("no NVIDIA GPU here: no plan runs, ONNX Runtime does",)
+            detector._serving.reasons = (_NO_GPU,) if has_plans else ()
             return detector
         wanted = _Wanted(folder, here, plugin, precision, switches)
         spec, anchors = _read_contract(folder)
@@ -204,10 +205,8 @@ class Detector:
             raise InputError(f"{folder}: the model was replaced while it was opened; open it again")
         if backend != "auto":
             if found.backend is None:
-                raise InputError(
-                    f"{folder}: no plan that {backend} {here.version} can use here: "
-                    f"{'; '.join(found.reasons)}"
-                )
+                reasons = "; ".join(found.reasons)
+                raise InputError(f"{folder}: no plan that {backend} {here.version} can use here: {reasons}")
             return cls(spec, anchors, found.backend)
         is_started = found.stale is not None and _start_rebuild(wanted, found.stale)
         if found.backend is not None:
