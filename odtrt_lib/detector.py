@@ -39,7 +39,7 @@ from odtrt_lib.nms import Postprocessed, postprocess
 from odtrt_lib.preprocess import boxes_to_pixels, preprocess
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.tensors import Tensor, heads_tensors
-from odtrt_lib.variants import FLAVOURS, FORMS, PRECISIONS, form_of
+from odtrt_lib.variants import FORMS, PRECISIONS, RUNTIME_LIBRARIES, form_of
 
 if TYPE_CHECKING:
     from odtrt_lib.engine.passport import Passport
@@ -78,7 +78,7 @@ class Backend:
     """Something that runs the network.
 
     infer: float32 [B, 3, height, width] -> (box_encodings float32 [B, N, 4], class_logits float32
-    [B, N, columns]), see :class:`odtrt_lib.spec.HeadsSpec`. B is ``InputSpec.batch`` where that is fixed. A
+    [B, N, columns]), see :class:`odtrt_lib.spec.SsdHeads`. B is ``InputSpec.batch`` where that is fixed. A
     fused plan has no heads to give and raises UnsupportedError. run: the same images and ``clip_windows``
     float32 [B, 4] -> detections; None where post-processing follows ``infer``. close: gives its memory back.
     description: what runs, for people. plan: the fingerprint, where it is a plan.
@@ -526,10 +526,10 @@ def _here(backend: str, plugin: Union[str, Path, None]) -> Optional[Environment]
             f'backend {backend!r} needs an NVIDIA GPU and its driver, none was found; use "onnxruntime"'
         )
     here = portability.this_environment(plugin)
-    if backend in ("auto", here.flavour):
+    if backend in ("auto", here.runtime_library):
         return here
     version = import_library(backend).__version__
-    return dataclasses.replace(here, flavour=backend, version=version)
+    return dataclasses.replace(here, runtime_library=backend, version=version)
 
 
 def _open_best_plan(
@@ -543,7 +543,7 @@ def _open_best_plan(
     """
     from odtrt_lib.engine.passport import passports, survey
 
-    if wanted.here.flavour is None:
+    if wanted.here.runtime_library is None:
         reason = "there is a GPU, but neither tensorrt nor tensorrt_rtx can be imported"
         return _Found(None, (reason,), None)
     for _ in range(3):
@@ -609,11 +609,12 @@ def _open_plan(wanted: _Wanted, one: Passport, spec: DetectorSpec, anchors: np.n
 
     plan = runtime.load(wanted.folder, one, spec, anchors, plugin=wanted.plugin)
     return Backend(
-        one.flavour,
+        one.runtime_library,
         plan.infer,
         plan.run,
         plan.close,
-        f"{FLAVOURS[one.flavour]} {wanted.here.version}, plan {one.fingerprint}, {one.precision}, "
+        f"{RUNTIME_LIBRARIES[one.runtime_library]} {wanted.here.version}, "
+        f"plan {one.fingerprint}, {one.precision}, "
         f"post-processing {plan.postprocessing}",
         one.fingerprint,
     )

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from spec_cases import SPEC
 
+from odtrt_lib import tensors
+from odtrt_lib.bundle.serving import triton_config
 from odtrt_lib.errors import InputError, OdtrtError
 from odtrt_lib.export.pipeline import read_pipeline
 from odtrt_lib.folder import SPEC_PARTS, part_sha256
 from odtrt_lib.nms import postprocess
 from odtrt_lib.preprocess import preprocess
-from odtrt_lib.spec import MAX_SPEC_BYTES, Resizer, load_spec, problems
+from odtrt_lib.spec import FAMILIES, MAX_SPEC_BYTES, Resizer, load_spec, problems
 
 FUZZ = settings(
     derandomize=True,
@@ -377,6 +380,45 @@ class TestSchema1:
     @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"schema": 2}', b'{"schema": 2, "heads": {}}'])
     def test_of_no_spec_there_is_no_hash(self, content):
         assert part_sha256(content, SPEC_PARTS["heads.onnx"]) is None
+
+
+@dataclasses.dataclass(frozen=True)
+class PointHeads:
+    """A family of its own: no anchors, one output, nothing of SSD's."""
+
+    family: ClassVar[str] = "points"
+    num_anchors: ClassVar[int] = 0
+
+    num_classes: int
+    stride: int
+    heatmap: str = "heatmap"
+
+    def in_words(self):
+        return {"Stride": str(self.stride)}
+
+    def problems(self):
+        if self.stride != 4:
+            yield f"stride: {self.stride}, expected 4"
+
+
+def test_another_family_is_an_entry_in_two_tables(path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "points", PointHeads)
+    monkeypatch.setitem(
+        tensors._OUTPUTS,
+        "points",
+        lambda heads, batch: (tensors.Tensor(heads.heatmap, (batch, 2, 2, heads.num_classes)),),
+    )
+    spec = dataclasses.replace(SPEC, heads=PointHeads(2, 4))
+    path.write_text(spec.to_json())
+    assert load_spec(path) == spec
+    assert as_json(spec)["heads"] == {"family": "points", "num_classes": 2, "stride": 4, "heatmap": "heatmap"}
+    assert tensors.heads_tensors(spec).shapes == {"image": (1, 3, 8, 8), "heatmap": (1, 2, 2, 2)}
+    assert tensors.detector_tensors(spec) == tensors.detector_tensors(SPEC)
+    assert 'name: "heatmap"' in triton_config(spec, "heads", "onnxruntime_onnx")
+    assert all(part_sha256(path.read_bytes(), part) for part in SPEC_PARTS.values())
+    assert "spec.heads.stride: 5, expected 4" in refused(path, changed(as_json(spec), ("heads", "stride"), 5))
+    assert "missing field" in refused(path, changed(as_json(spec), ("heads", "family"), "ssd"))
+    assert "expected ssd or points" in refused(path, set_to("heads.family", "boxes"))
 
 
 def test_a_spec_and_its_parts_say_what_is_wrong_with_them():

@@ -51,7 +51,7 @@ from odtrt_lib.tensors import (
     has_clip_windows,
     heads_tensors,
 )
-from odtrt_lib.variants import FLAVOURS, form_of
+from odtrt_lib.variants import RUNTIME_LIBRARIES, form_of
 
 _LOADING = threading.Lock()
 _SHA256_BYTES = 32
@@ -83,8 +83,8 @@ def load(
     """
     folder = Path(folder)
     data = read_plan(folder, passport)
-    trt = import_library(passport.flavour)
-    who = f"{folder / PLANS / passport.plan}: {FLAVOURS[passport.flavour]} {trt.__version__}"
+    trt = import_library(passport.runtime_library)
+    who = f"{folder / PLANS / passport.plan}: {RUNTIME_LIBRARIES[passport.runtime_library]} {trt.__version__}"
     with _LOADING:
         messages = trt_messages(trt)
         device = _Device()
@@ -472,7 +472,13 @@ def _require_plugin(trt: Any, plugin: Path, who: str, messages: TrtMessages) -> 
 
 def kernels_path(folder: Union[str, Path], passport: Passport, version: str, machine: Machine) -> Path:
     """Where the kernels are kept that ``version`` of TensorRT-RTX compiles for the plan on ``machine``."""
-    identity = [passport.plan_sha256, passport.flavour, version, machine.gpu, machine.compute_capability]
+    identity = [
+        passport.plan_sha256,
+        passport.runtime_library,
+        version,
+        machine.gpu,
+        machine.compute_capability,
+    ]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     return Path(folder) / PLANS / f"{Path(passport.plan).stem}.{key}.kernels"
 
