@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -13,13 +12,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tensorrt_names as names
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "tensorrt_names.py"
-_SPEC = importlib.util.spec_from_file_location("tensorrt_names", SCRIPT)
-names = importlib.util.module_from_spec(_SPEC)
-sys.modules["tensorrt_names"] = names
-_SPEC.loader.exec_module(names)
 
 
 @pytest.fixture(scope="module")
