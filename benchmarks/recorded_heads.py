@@ -1,4 +1,4 @@
-"""Compares a plan with ``reference.npz``: the heads and detections of ONNX Runtime that record_heads.py wrote."""
+"""Compares a plan with ``reference.npz``, the heads and detections of ONNX Runtime; see record_heads.py."""
 
 from __future__ import annotations
 
