@@ -197,7 +197,7 @@ def test_a_name_in_the_manifest_does_not_act_on_the_terminal(monkeypatch, capsys
 def test_a_bundle_never_replaces_a_file_that_it_packs(tmp_path):
     model_folder(tmp_path / "tiny")
     before = (tmp_path / "tiny" / "heads.onnx").read_bytes()
-    with pytest.raises(InputError, match="is read by this command"):
+    with pytest.raises(InputError, match=r"heads\.onnx: is read"):
         bundle.pack(tmp_path / "tiny", tmp_path / "tiny" / "heads.onnx", force=True)
     assert (tmp_path / "tiny" / "heads.onnx").read_bytes() == before
 
@@ -310,7 +310,7 @@ def test_a_detector_without_its_fused_form_travels_too(tmp_path):
     [
         (lambda f: (f / "heads.onnx").unlink(), r"heads\.onnx: not found; run `odtrt convert`"),
         (lambda f: (f / "spec.json").write_text("{"), r"spec\.json: not JSON"),
-        (lambda f: (f / "anchors.npy").write_bytes(b"no"), r"anchors\.npy: not a numpy array"),
+        (lambda f: (f / "anchors.npy").write_bytes(b"no"), r"anchors\.npy: .*numpy"),
         (
             lambda f: np.save(f / "anchors.npy", np.zeros((3, 4), np.float32)),
             r"anchors\.npy: float32 \[3, 4\]",
@@ -405,15 +405,15 @@ def other_detector(folder):
         (lambda f: (f / "frozen.pb").write_bytes(b"no file of a bundle"), None),
         (
             lambda f: export_again(f, "frozen.pb", b"newer"),
-            r"heads\.onnx: made from another frozen\.pb than the one beside it; run `odtrt convert` again",
+            r"heads\.onnx: made from another frozen\.pb .*`odtrt convert`",
         ),
         (
             lambda f: export_again(f, "anchors.npy", anchors_file()),
-            r"detector\.onnx: made from another anchors\.npy than the one beside it; run `odtrt fuse` again",
+            r"detector\.onnx: made from another anchors\.npy .*`odtrt fuse`",
         ),
         (
             lambda f: export_again(f, "spec.json", other_threshold()),
-            r"detector\.onnx: made from another spec\.json than the one beside it; run `odtrt fuse` again",
+            r"detector\.onnx: made from another spec\.json .*`odtrt fuse`",
         ),
         (lambda f: export_again(f, "spec.json", renamed()), None),
     ],
@@ -550,7 +550,7 @@ def test_an_unpacked_model_is_sealed_and_an_upgrade_seals_the_new_one(folder, ar
     heads = target / "model" / "heads.onnx"
     heads.write_bytes(heads.read_bytes()[:-1] + b"!")
     message = one_line_error(lambda: sealed(target / "model", "heads.onnx"))
-    assert "heads.onnx: damaged or changed" in message and message.endswith("unpack the bundle again")
+    assert "heads.onnx: damaged or changed" in message and "unpack" in message
     other = shutil.copytree(folder, tmp_path / "other")
     other_weights(other)
     (other / "detector.onnx").unlink()
@@ -569,7 +569,7 @@ def test_an_upgrade_through_a_link_or_over_a_folder_changes_nothing(archive, tmp
     (target / "model").symlink_to(outside)
     before = contents(outside)
     message = one_line_error(lambda: bundle.unpack(archive, target, force=True))
-    assert f"{target / 'model'}: a link, expected a folder; nothing was changed" in message
+    assert f"{target / 'model'}: a link" in message
     assert contents(outside) == before
     (target / "model").unlink()
     outside.rename(target / "model")
@@ -577,7 +577,7 @@ def test_an_upgrade_through_a_link_or_over_a_folder_changes_nothing(archive, tmp
     (target / "README.txt").mkdir()
     before = contents(target)
     message = one_line_error(lambda: bundle.unpack(archive, target, force=True))
-    assert "README.txt: a folder, expected a file; nothing was changed" in message
+    assert "README.txt: a folder" in message
     assert contents(target) == before
 
 
@@ -586,7 +586,7 @@ def test_a_folder_with_other_things_is_not_written_over(archive, tmp_path):
     (tmp_path / "home" / "thesis.tex").write_text("mine")
     for force in (False, True):
         message = one_line_error(lambda force=force: bundle.unpack(archive, tmp_path / "home", force=force))
-        assert "was not unpacked from a bundle" in message
+        assert "not unpacked" in message
     assert contents(tmp_path / "home") == {"thesis.tex": b"mine"}
 
 
@@ -631,11 +631,11 @@ def forged_list_of_old_files(out, outside):
 @pytest.mark.parametrize(
     ("obstacle", "named"),
     [
-        (linked_folder, "model: a link, expected a folder"),
-        (linked_far_below, "kernels: a link, expected a folder"),
-        (file_for_folder, "odtrt_lib: a file, expected a folder"),
-        (folder_for_file, "zoo.py: a folder, expected a file"),
-        (forged_list_of_old_files, "old: a link, expected a folder"),
+        (linked_folder, "model: a link"),
+        (linked_far_below, "kernels: a link"),
+        (file_for_folder, "odtrt_lib: a file"),
+        (folder_for_file, "zoo.py: a folder"),
+        (forged_list_of_old_files, "old: a link"),
     ],
 )
 def test_what_is_in_the_way_is_found_before_anything_changes(folder, archive, tmp_path, obstacle, named):
@@ -646,7 +646,7 @@ def test_what_is_in_the_way_is_found_before_anything_changes(folder, archive, tm
     other = other_bundle(folder, tmp_path)
     before = contents(tmp_path)
     message = one_line_error(lambda: bundle.unpack(other, out, force=True))
-    assert f"{named}; nothing was changed" in message
+    assert named in message and "nothing was changed" in message
     assert contents(tmp_path) == before
 
 
@@ -680,7 +680,7 @@ def test_weights_outside_of_the_model_are_not_left_behind(folder, tmp_path):
     onnx.save(model, copy / "heads.onnx", save_as_external_data=True, size_threshold=0, location="weights")
     seal(copy)
     message = one_line_error(lambda: bundle.pack(copy, tmp_path / "a.zip"))
-    assert "heads.onnx: its weights lie in other files" in message and not (tmp_path / "a.zip").exists()
+    assert "heads.onnx: its weights" in message and not (tmp_path / "a.zip").exists()
 
 
 def test_an_empty_folder_may_be_there(archive, unpacked, tmp_path):
@@ -701,7 +701,7 @@ def test_a_plain_unzip_is_verified_too(archive, tmp_path):
     content[200] ^= 1
     anchors.write_bytes(content)
     message = one_line_error(lambda: bundle.build_here(tmp_path / "out"))
-    assert f"{anchors}: not the file that was packed" in message
+    assert f"{anchors}: not the file" in message
     anchors.unlink()
     assert f"{anchors}: not found" in one_line_error(lambda: bundle.verify(tmp_path / "out"))
 
@@ -859,7 +859,7 @@ def test_an_archive_forged_without_a_change_is_taken(archive, unpacked, tmp_path
         ("[" * 100_000, "not JSON"),
         ("[]", "schema 'list', expected 1"),
         ('{"schema": 1, "odtrt": "", "name": "", "spec_sha256": "", "members": [7]}', "'7' is no member"),
-        (" " * (1 << 23), "is too large to be one"),
+        (" " * (1 << 23), "too large"),
     ],
 )
 def test_a_manifest_that_is_none(archive, tmp_path, manifest, said):
@@ -897,9 +897,9 @@ def test_an_encrypted_member_is_refused(tmp_path, archive):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "cannot be read (No such file or directory)"),
-        (b"", "damaged, or no bundle"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "damaged, or no bundle"),
+        (None, "cannot be read (No such"),
+        (b"", "damaged"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "damaged"),
         (b"PK\5\6" + bytes(18), "has no manifest.json"),
     ],
 )
@@ -1364,8 +1364,8 @@ def test_no_file_in_the_folder_stands_in_for_one_of_pythons_modules(archive, tmp
     done = subprocess.run([sys.executable, out / "build_here.py"], capture_output=True, text=True)
     assert not (tmp_path / "ran").exists()
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "argparse.py: not from this bundle, and Python would take it" in done.stderr
-    assert "not from this bundle: 'argparse.py', 'numpy.py', 'odtrt_lib/mine.py', 'typing.py'" in done.stdout
+    assert "argparse.py: not from this bundle" in done.stderr
+    assert "bundle: 'argparse.py', 'numpy.py', 'odtrt_lib/mine.py', 'typing.py'" in done.stdout
 
 
 def test_a_folder_that_was_used_has_no_strangers_but_the_users(archive, tmp_path):
@@ -1390,7 +1390,7 @@ def test_a_python_that_is_too_old_is_told_so(archive, unpacked):
     for script in (archive, unpacked / "build_here.py"):
         done = subprocess.run([python, script], capture_output=True, text=True)
         assert done.returncode == 1
-        assert done.stderr == "error: Python 3.6 is too old, expected 3.8 or newer\n"
+        assert re.fullmatch(r"error: Python 3\.6 .*3\.8.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("module", ["numpy", "onnxruntime", "onnx", "onnxconverter_common"])
@@ -1536,7 +1536,7 @@ def test_plans_says_of_each_whether_it_may_be_used(archive, tmp_path, monkeypatc
     bundle.unpack(archive, tmp_path / "out")
     model, script = tmp_path / "out" / "model", str(tmp_path / "out" / "build_here.py")
     assert bundle.run_build_here([script, "--plans"]) == 1
-    assert "no plan that can be used; run build_here.py first" in capsys.readouterr().err
+    assert "run build_here.py" in capsys.readouterr().err
 
     content = b"ftrt" + bytes(20) + bytes((10, 3, 0, 26)) + bytes(5000)
     made = faults.describe(
@@ -1598,7 +1598,7 @@ def test_ctrl_c_ends_the_compiler_and_leaves_nothing_half_written(archive, tmp_p
         running.kill()
     assert running.returncode == 130
     assert errors == "interrupted; nothing half-written is left\n"
-    assert output.splitlines()[-1] == "compiling; the first time this may take minutes"
+    assert output.splitlines()[-1].startswith("compiling")
     after = {name: content for name, content in contents(tmp_path / "out").items() if ".pyc" not in name}
     assert after == before
 
@@ -1683,8 +1683,8 @@ def test_the_line_that_opens_the_detector_is_the_one_that_was_tried(
     assert said[-1] == f"detector = {built['open']}"
     eval(built["open"], {"Detector": Opened})
     assert opened[1] == opened[0] == ((out / "model").resolve(), plugin if has_plugin else None, "fp16")
-    assert any("the memory did not suffice for fp32" in line for line in said)
-    assert any(line.startswith("the pattern is computed") for line in said)
+    assert any("memory" in line and "fp32" in line for line in said)
+    assert any(line.startswith("the pattern") for line in said)
     assert not any("no NVIDIA GPU" in line for line in said)
 
 
@@ -1713,7 +1713,7 @@ def test_plans_of_tensorrt_go_where_triton_and_nvinfer_look(archive, tmp_path):
     del plans["detector.onnx"]
     placed = install._place_plans(tmp_path / "out", plans, "tensorrt", said.append)
     assert [path.name for path in placed] == ["model.plan"]
-    assert len(said) == 1 and "it must be a plan of detector.onnx, which needs the plugin" in said[0]
+    assert len(said) == 1 and "a plan of detector.onnx" in said[0]
 
 
 @pytest.mark.parametrize(("largest", "is_told"), [(8, False), (4, True)])
@@ -1723,7 +1723,7 @@ def test_a_plan_for_smaller_batches_than_triton_is_told_of_is_said(tmp_path, lar
     path.write_text(bundle.triton_config(detector, "tiny", "tensorrt_plan"))
     install._compare_batch(path, largest, said.append)
     assert bool(said) == is_told
-    assert not is_told or "max_batch_size is 8, but the plan takes 4 at most" in said[0]
+    assert not is_told or re.search("max_batch_size is 8,.* 4 ", said[0])
 
 
 @pytest.mark.parametrize(
@@ -1743,7 +1743,7 @@ def test_detections_that_cannot_be_right_are_caught(broken):
         return Detections(np.float32(boxes), np.float32(scores), np.array([1]), ("a nut",))
 
     install._check_detections(detections(), (16, 24), SPEC)
-    with pytest.raises(CheckError, match="1 detections that cannot be right"):
+    with pytest.raises(CheckError, match=r"1 detections .*cannot"):
         install._check_detections(detections(**broken), (16, 24), SPEC)
 
 
@@ -1868,7 +1868,7 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
     ]
     assert hashlib.sha256(plan.read_bytes()).hexdigest() in {entry["plan_sha256"] for entry in described}
     assert built["serving"] == [], "Triton and nvinfer do not load TensorRT-RTX's plans"
-    assert done.stdout.count("not written; it must be a plan of TensorRT") == 2
+    assert done.stdout.count("not written; ") == 2
     rows = [
         {"class_id": int(c), "name": n, "score": float(s), "box": [float(x) for x in b]}
         for c, n, s, b in zip(
@@ -1882,10 +1882,10 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
     (device / "parts").rename(device / "moved")
     done = on_device("moved/build_here.py")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "up to date from heads.onnx" in done.stdout
+    assert re.search(r"\.plan: up to date .*heads\.onnx", done.stdout)
     lines = done.stdout.splitlines()
-    assert "no NVIDIA GPU here: the plan of heads.onnx was built but not run" in lines
-    assert any(re.match(r"check: \d+ detections in a pattern, made by ONNX Runtime", line) for line in lines)
+    assert any(line.startswith("no NVIDIA GPU here") and "heads.onnx" in line for line in lines)
+    assert any(re.match(r"check: \d+ detections .*ONNX Runtime", line) for line in lines)
     assert lines[-3] == f"next, in Python, in {device / 'moved'}:"
     program = "; ".join([*lines[-2:], "print(detector.status.backend)"])
     done = subprocess.run(
