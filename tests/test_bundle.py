@@ -1818,6 +1818,14 @@ def expected_rows(found, min_score=0.3):
     ]
 
 
+def assert_same_rows(found, expected):
+    """To the last digits that are shown, in which processors may differ."""
+    assert [name for name, _, _ in found] == [name for name, _, _ in expected]
+    for (_, score, box), (_, expected_score, expected_box) in zip(found, expected, strict=True):
+        assert float(score) == pytest.approx(float(expected_score), abs=0.0011)
+        assert box == pytest.approx(expected_box, abs=1)
+
+
 def check_drawn(path, image, found, min_score=0.3):
     """The picture in ``path`` is ``image`` but for lines along every box, and labels."""
     from PIL import Image
@@ -2057,6 +2065,8 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
     built = json.loads((device / "parts" / "built.json").read_text())
     assert built["library"] is None and built["backend"] == "onnxruntime"
     assert told_rows(done.stdout.splitlines()) == expected_rows(expected)
+    page = told_rows((ROOT / "book" / "setup_device.md").read_text().splitlines())
+    assert_same_rows(page, expected_rows(expected, 0.5))
     assert built["drawn"] == str(device.resolve() / "parts" / "detections" / "scene.jpg")
     check_drawn(built["drawn"], image, expected)
     found = built["detections"]
