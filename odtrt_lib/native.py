@@ -338,9 +338,8 @@ def preprocess_cpu(
     spec: InputSpec,
     true_size: Tuple[int, int],
     out: np.ndarray,
-    num_threads: int = 0,
 ) -> None:
-    """Writes the network input for one image.
+    """Writes the network input for one image, with all threads that the machine has.
 
     image: uint8 [height, width, 3], RGB; rows may lie apart, as in a region of a larger image, and the
     channels backwards, as in ``bgr[..., ::-1]``; what lies otherwise is copied first. true_size: see
@@ -365,9 +364,7 @@ def preprocess_cpu(
         dtype=_DTYPES[out.dtype],
     )
     first_byte = image.ctypes.data - (2 if is_bgr else 0)
-    status = library.handle.odtrt_preprocess_cpu(
-        ctypes.byref(params), first_byte, out.ctypes.data, num_threads
-    )
+    status = library.handle.odtrt_preprocess_cpu(ctypes.byref(params), first_byte, out.ctypes.data, 0)
     _check(library, "odtrt_preprocess_cpu", status)
 
 
