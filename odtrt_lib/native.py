@@ -25,7 +25,7 @@ from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one
 from odtrt_lib.spec import DetectorSpec, InputSpec
 
 ABI_VERSION = 1
-MOST_DETECTIONS = 4096
+MAX_DETECTIONS = 4096
 FILE_NAME = "libodtrt.so"
 ENVIRONMENT_VARIABLE = "ODTRT_LIBRARY"
 
@@ -195,7 +195,7 @@ def can_postprocess(spec: DetectorSpec) -> bool:
     """Whether the native library takes this detector; numpy takes every one."""
     heads, nms = spec.heads, spec.nms
     return (
-        1 <= nms.max_total_detections <= MOST_DETECTIONS
+        1 <= nms.max_total_detections <= MAX_DETECTIONS
         and nms.max_detections_per_class >= 1
         and 1 <= heads.num_anchors * heads.num_columns < 2**31
         and spec.heads.scores.converter in SCORE_CONVERTERS
