@@ -19,8 +19,8 @@ of five ways, and a row counts each:
 
 Each corruption is read by a process of its own. A kill is SIGKILL: in the rows *at a line*, before the n-th
 line that the child executes in the modules that write, n going over the whole work; in the rows *at a
-moment*, at a random time within the work's measured duration. ``--defect`` puts a known mistake into odtrt first, to
-see that the campaign finds it.
+moment*, at a random time within the work's measured duration. ``--defect`` puts a known mistake into odtrt
+first, to see that the campaign finds it.
 """
 
 from __future__ import annotations
