@@ -68,7 +68,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SURE = 0.3
 SAMPLING = Sampling(warmup=20, min_count=30, max_count=1000, seconds=2.5)
 BATCH = 8
-MOST_SECONDS = 180
+MAX_SECONDS = 180
 
 
 def main() -> int:
@@ -125,7 +125,7 @@ def parse() -> argparse.Namespace:
 def in_a_process(command: list[str], arithmetic: str, folder: Path) -> dict[str, Any]:
     """The JSON that a Python process prints, its lines put together; ``error`` where it fails on FOLDER.
 
-    After MOST_SECONDS it is killed, and with it all that it started, which would go on using the GPU.
+    After MAX_SECONDS it is killed, and with it all that it started, which would go on using the GPU.
     """
     environment = {name: value for name, value in os.environ.items() if name != engine.TF32_OVERRIDE}
     if arithmetic == "FP32":
@@ -141,7 +141,7 @@ def in_a_process(command: list[str], arithmetic: str, folder: Path) -> dict[str,
         start_new_session=True,
     ) as process:
         try:
-            said, complaints = process.communicate(timeout=MOST_SECONDS)
+            said, complaints = process.communicate(timeout=MAX_SECONDS)
         except subprocess.TimeoutExpired:
             is_late = True
             os.killpg(process.pid, signal.SIGKILL)
@@ -154,7 +154,7 @@ def in_a_process(command: list[str], arithmetic: str, folder: Path) -> dict[str,
         if line.startswith("{"):
             row.update(json.loads(line))
     if is_late:
-        row["error"] = f"stopped after {MOST_SECONDS} s"
+        row["error"] = f"stopped after {MAX_SECONDS} s"
     elif process.returncode != 0:
         row["error"] = reason(process.returncode, complaints, folder)
     return row

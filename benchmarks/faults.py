@@ -18,9 +18,9 @@ of five ways, and a row counts each:
 * ``lost_records``: a record that was in ``log.jsonl`` is not there any more.
 
 Each corruption is read by a process of its own. A kill is SIGKILL: in the rows *at a line*, before the n-th
-line that the child executes in the rooms that write, n going over the whole work; in the rows *at a moment*,
-at a random time within the work's measured duration. ``--defect`` puts a known mistake into odtrt first, to
-see that the campaign finds it.
+line that the child executes in the modules that write, n going over the whole work; in the rows *at a
+moment*, at a random time within the work's measured duration. ``--defect`` puts a known mistake into odtrt
+first, to see that the campaign finds it.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def read_everything(folder: Path) -> dict[str, Any]:
 def in_child(work: Callable[[], Any], *, at_line: int | None = None) -> tuple[int, Any]:
     """Runs ``work`` in a process of its own: its wait status, and what it returned, through JSON.
 
-    at_line: kill it before so many lines of odtrt's writing rooms have run.
+    at_line: kill it before so many lines of the modules that write have run.
     """
     reading, writing = os.pipe()
     process = os.fork()
@@ -314,7 +314,7 @@ def in_child(work: Callable[[], Any], *, at_line: int | None = None) -> tuple[in
 
 
 def step(at_line: int | None) -> list[int]:
-    """Counts this process's lines in the rooms that write; SIGKILL before line ``at_line``."""
+    """Counts this process's lines in the modules that write; SIGKILL before line ``at_line``."""
     counted = [0]
     if at_line is None:
         return counted

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 
 from odtrt_lib import native
-from odtrt_lib import preprocess as room
+from odtrt_lib import preprocess as preprocessing
 from odtrt_lib.export import odapi
 from odtrt_lib.latency import Histogram, Sampling, sample, wall_clock
 from odtrt_lib.results import write_results
@@ -64,14 +64,14 @@ def measure(height: int, width: int, spec: InputSpec) -> dict[str, Any]:
     batch = np.empty((3, spec.height, spec.width), np.float32)
 
     def natively(out: np.ndarray | None = None) -> np.ndarray:
-        return room.preprocess(image, spec, out)[0]
+        return preprocessing.preprocess(image, spec, out)[0]
 
     def without_native(out: np.ndarray | None = None) -> np.ndarray:
         with mock.patch.object(native, "load", lambda: None):
-            return room.preprocess(image, spec, out)[0]
+            return preprocessing.preprocess(image, spec, out)[0]
 
     def with_numpy_alone() -> np.ndarray:
-        with mock.patch.object(room, "_opencv_strays", lambda *_: None):
+        with mock.patch.object(preprocessing, "_opencv_strays", lambda *_: None):
             return without_native()
 
     by_opencv, by_native, native_into, by_odtrt, into, by_numpy = medians_us(
@@ -102,15 +102,15 @@ def measure(height: int, width: int, spec: InputSpec) -> dict[str, Any]:
         "max_abs_err_vs_tf": max_error(without_native(), expected, spec),
         "numpy_max_abs_err_vs_tf": max_error(with_numpy_alone(), expected, spec),
         "cv2_max_abs_err_vs_tf": max_error(opencv_way(image, spec), expected, spec),
-        "cv2_box_shift_y_px": round(room.half_pixel_shift(height, true_size(image, spec)[0]), 3),
-        "cv2_box_shift_x_px": round(room.half_pixel_shift(width, true_size(image, spec)[1]), 3),
+        "cv2_box_shift_y_px": round(preprocessing.half_pixel_shift(height, true_size(image, spec)[0]), 3),
+        "cv2_box_shift_x_px": round(preprocessing.half_pixel_shift(width, true_size(image, spec)[1]), 3),
         "runs": ROUNDS * CALLS,
     }
 
 
 def true_size(image: np.ndarray, spec: InputSpec) -> tuple[int, int]:
     """The size after resizing, before padding."""
-    return room.network_size(spec, *image.shape[:2])
+    return preprocessing.network_size(spec, *image.shape[:2])
 
 
 def opencv_way(image: np.ndarray, spec: InputSpec) -> np.ndarray:

@@ -26,7 +26,7 @@ from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one
 from odtrt_lib.spec import DetectorSpec, InputSpec
 
 ABI_VERSION = 1
-MOST_DETECTIONS = 4096
+MAX_DETECTIONS = 4096
 FILE_NAME = "libodtrt.so"
 ENVIRONMENT_VARIABLE = "ODTRT_LIBRARY"
 
@@ -196,7 +196,7 @@ def can_postprocess(spec: DetectorSpec) -> bool:
     """Whether the native library takes this detector; numpy takes every one."""
     heads, nms = spec.heads, spec.nms
     return (
-        1 <= nms.max_total_detections <= MOST_DETECTIONS
+        1 <= nms.max_total_detections <= MAX_DETECTIONS
         and nms.max_detections_per_class >= 1
         and 1 <= heads.num_anchors * heads.num_columns < 2**31
         and spec.heads.scores.converter in SCORE_CONVERTERS
@@ -339,9 +339,8 @@ def preprocess_cpu(
     spec: InputSpec,
     true_size: Tuple[int, int],
     out: np.ndarray,
-    num_threads: int = 0,
 ) -> None:
-    """Writes the network input for one image.
+    """Writes the network input for one image, with all threads that the machine has.
 
     image: uint8 [height, width, 3], RGB; rows may lie apart, as in a region of a larger image, and the
     channels backwards, as in ``bgr[..., ::-1]``; what lies otherwise is copied first. true_size: see
@@ -366,9 +365,7 @@ def preprocess_cpu(
         dtype=_DTYPES[out.dtype],
     )
     first_byte = image.ctypes.data - (2 if is_bgr else 0)
-    status = library.handle.odtrt_preprocess_cpu(
-        ctypes.byref(params), first_byte, out.ctypes.data, num_threads
-    )
+    status = library.handle.odtrt_preprocess_cpu(ctypes.byref(params), first_byte, out.ctypes.data, 0)
     _check(library, "odtrt_preprocess_cpu", status)
 
 

@@ -256,16 +256,16 @@ def multiclass_nms(boxes: np.ndarray, scores: np.ndarray, nms: NmsSpec, clip_win
     """
     window = np.asarray(clip_window, np.float32)
     num_groups = 1 if nms.class_agnostic else scores.shape[1]
-    most_of_a_group = nms.max_total_detections if nms.class_agnostic else nms.max_detections_per_class
+    max_per_group = nms.max_total_detections if nms.class_agnostic else nms.max_detections_per_class
     head = _FIRST_HEAD
     while True:
         candidates = _strongest(scores, nms, at_least=head)
         own_boxes = boxes[candidates.anchors]
         clipped = _clip(own_boxes, window)
         is_visible = (_signed_area(clipped) > 0) & (candidates.scores >= 0)
-        stayed = _suppress(own_boxes, candidates.groups, is_visible, nms, most_of_a_group)
+        stayed = _suppress(own_boxes, candidates.groups, is_visible, nms, max_per_group)
         kept = stayed[is_visible[stayed]]
-        groups_are_full = np.bincount(candidates.groups[stayed], minlength=num_groups) >= most_of_a_group
+        groups_are_full = np.bincount(candidates.groups[stayed], minlength=num_groups) >= max_per_group
         if candidates.is_complete or len(kept) >= nms.max_total_detections or groups_are_full.all():
             break
         head *= _HEAD_GROWTH
@@ -431,7 +431,7 @@ def _nth_best(values: np.ndarray, n: int) -> np.float32:
 
 
 def _suppress(
-    boxes: np.ndarray, groups: np.ndarray, is_visible: np.ndarray, nms: NmsSpec, most_of_a_group: int
+    boxes: np.ndarray, groups: np.ndarray, is_visible: np.ndarray, nms: NmsSpec, max_per_group: int
 ) -> np.ndarray:
     """Greedy suppression within each group; the positions that stay, ascending.
 
@@ -453,7 +453,7 @@ def _suppress(
         kept.append(position)
         visible += int(is_visible[position])
         stayed[group] += 1
-        if stayed[group] >= most_of_a_group:
+        if stayed[group] >= max_per_group:
             continue
         weaker = rivals[group][1:]
         overlaps = _iou(corners[position], areas[position], corners[weaker], areas[weaker])

@@ -39,6 +39,7 @@ TRAIN_SEEDS = range(0, 100_000)
 VALIDATION_SEEDS = range(100_000, 110_000)
 TEST_SEEDS = range(110_000, 120_000)
 MINIMUM_VISIBLE = 0.35
+_JPEG_QUALITY = 92
 
 _SMALLEST_RADIUS, _LARGEST_RADIUS = 10.0, 82.0
 
@@ -918,15 +919,8 @@ def _photograph(scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- COCO folders
 
 
-def write_coco(
-    folder: str | os.PathLike[str],
-    count: int,
-    first_seed: int = TEST_SEEDS.start,
-    height: int = 480,
-    width: int = 640,
-    jpeg_quality: int = 92,
-) -> Path:
-    """Renders scenes ``first_seed .. first_seed + count - 1`` into a COCO folder; returns its path.
+def write_coco(folder: str | os.PathLike[str], count: int) -> Path:
+    """Renders the first ``count`` scenes of :data:`TEST_SEEDS` into a COCO folder; returns its path.
 
     The folder gets ``images/<seed, 6 digits>.jpg`` and ``instances.json`` (image id = seed, category ids
     1-based, bbox ``[x, y, width, height]`` in pixels). It appears whole or not at all. The JPEG files
@@ -942,8 +936,8 @@ def write_coco(
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         (partial / "images").mkdir()
-        scenes = ((seed, render_scene(seed, height, width)) for seed in range(first_seed, first_seed + count))
-        document = _coco_document(scenes, partial / "images", jpeg_quality)
+        seeds = range(TEST_SEEDS.start, TEST_SEEDS.start + count)
+        document = _coco_document(((seed, render_scene(seed)) for seed in seeds), partial / "images")
         (partial / "instances.json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
         partial.chmod(0o755)
         os.replace(partial, target)
@@ -953,7 +947,7 @@ def write_coco(
     return target
 
 
-def _coco_document(scenes: Iterable[tuple[int, Scene]], images: Path, jpeg_quality: int) -> dict[str, Any]:
+def _coco_document(scenes: Iterable[tuple[int, Scene]], images: Path) -> dict[str, Any]:
     """Writes each scene's picture into ``images``; returns the content of instances.json."""
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -962,7 +956,7 @@ def _coco_document(scenes: Iterable[tuple[int, Scene]], images: Path, jpeg_quali
         cv2.imwrite(
             str(images / name),
             np.ascontiguousarray(scene.image[..., ::-1]),
-            [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality],
+            [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY],
         )
         height, width = scene.image.shape[:2]
         entries.append({"id": seed, "file_name": name, "height": height, "width": width})

@@ -216,7 +216,6 @@ _PLAN = (
     Column("precision", "precision", is_optional=True),
     Column("multiplies in", "arithmetic", is_optional=True),
 )
-_ONE_IMAGE = {"what": ("postprocess",), "batch": (1,), "dtype": ("float32",)}
 
 TABLES |= {
     "nms_rule": Table(

@@ -63,7 +63,7 @@ def test_errors_and_another_answer_in_fp32_are_failures(backends_gpu, row, fails
 
 def test_a_row_that_takes_too_long_is_stopped_with_all_that_it_started(backends_gpu, monkeypatch, tmp_path):
     """The limit begins when the row's process has said its word, so that a slow start does not matter."""
-    monkeypatch.setattr(backends_gpu, "MOST_SECONDS", 0.1)
+    monkeypatch.setattr(backends_gpu, "MAX_SECONDS", 0.1)
     pipe = tmp_path / "held"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)

@@ -351,7 +351,7 @@ DEFECTS = {
         "_suppress(own_boxes, 0 * candidates.groups",
     ),
     "suppression on clipped boxes": ("_suppress(own_boxes,", "_suppress(clipped,"),
-    "no cap a class": ("stayed[group] >= most_of_a_group", "False"),
+    "no cap a class": ("stayed[group] >= max_per_group", "False"),
     "cap a class after the clipping": ("stayed[group] += 1", "stayed[group] += int(is_visible[position])"),
     "empty boxes are kept": ("(_signed_area(clipped) > 0)", "(_signed_area(clipped) > -1)"),
     "inverted boxes overlap nothing": (

@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import record_notebooks  # noqa: E402
 
 PATHS = record_notebooks.notebooks(ROOT)
-CHAPTERS = [path for path in PATHS if not path.name.startswith("00")]
 CHAPTER_HEADINGS = [
     "Why this stage kills projects",
     "What you will be able to do",

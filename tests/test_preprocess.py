@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from odtrt_lib import native
-from odtrt_lib import preprocess as room
+from odtrt_lib import preprocess as preprocessing
 from odtrt_lib.errors import InputError
 from odtrt_lib.preprocess import (
     Frame,
@@ -149,7 +149,7 @@ def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way != "native":
         monkeypatch.setattr(native, "load", lambda: None)
     if way == "numpy alone":
-        monkeypatch.setattr(room, "_opencv_strays", lambda *_: None)
+        monkeypatch.setattr(preprocessing, "_opencv_strays", lambda *_: None)
 
 
 @pytest.fixture(params=WAYS)
@@ -195,10 +195,10 @@ def test_equals_tensorflow_on_awkward_sizes(size, path):
 def test_opencv_is_used_where_it_is_installed():
     """Also where it rounds some positions to another column than TensorFlow, as in 540 -> 300."""
     pytest.importorskip("cv2")
-    assert room._opencv_strays(1280, 300) is not None
-    assert room._opencv_strays(540, 300) is not None
-    assert room._byte_weights(1920, 512) is not None
-    assert room._byte_weights(1280, 300) is None
+    assert preprocessing._opencv_strays(1280, 300) is not None
+    assert preprocessing._opencv_strays(540, 300) is not None
+    assert preprocessing._byte_weights(1920, 512) is not None
+    assert preprocessing._byte_weights(1280, 300) is None
 
 
 def test_network_size_rounds_as_tensorflow_does():
@@ -346,12 +346,12 @@ def test_opencv_that_picks_other_columns_is_not_used(monkeypatch):
 
     take("with OpenCV", monkeypatch)
     monkeypatch.setattr(cv2, "resize", half_pixel_nearest)
-    room._opencv_strays.cache_clear()
+    preprocessing._opencv_strays.cache_clear()
     try:
-        assert room._opencv_strays(1280, 300) is None
+        assert preprocessing._opencv_strays(1280, 300) is None
         test_equals_tensorflow_on_awkward_sizes((1279, 719), "with OpenCV")
     finally:
-        room._opencv_strays.cache_clear()
+        preprocessing._opencv_strays.cache_clear()
 
 
 def test_writes_into_a_batch(path):
@@ -664,7 +664,7 @@ def test_load_image_says_what_to_do(picture_files, name, says):
 
 
 def test_a_large_image_is_refused_without_a_warning_or_decoding(picture_files, recwarn, monkeypatch):
-    monkeypatch.setattr(room, "_rgb", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(preprocessing, "_rgb", lambda image: pytest.fail("decoded"))
     with pytest.raises(InputError, match="scale it down"):
         load_image(picture_files / "huge.png")
     assert not recwarn.list
@@ -674,7 +674,7 @@ def test_too_little_memory_is_an_error_about_the_file(picture_files, monkeypatch
     def exhausted(image):
         raise MemoryError
 
-    monkeypatch.setattr(room, "_rgb", exhausted)
+    monkeypatch.setattr(preprocessing, "_rgb", exhausted)
     with pytest.raises(InputError, match=r"colour.png: not enough memory"):
         load_image(picture_files / "colour.png")
 

@@ -32,7 +32,7 @@ from conftest import ROOT, pretend_machine
 from cuda_stand_in import Host
 
 from odtrt_lib import cuda, fuse, native, portability, tensors
-from odtrt_lib import detector as detector_room
+from odtrt_lib import detector as detector_module
 from odtrt_lib.detector import Detections, Detector
 from odtrt_lib.engine import passport, pipeline, runtime
 from odtrt_lib.engine.passport import Machine, Passport
@@ -1050,7 +1050,7 @@ def older(runtime_library: str) -> str:
 def test_a_plan_that_may_not_be_loaded_never_is(folder, trt, runtime_library, kernels, monkeypatch):
     asked = []
     monkeypatch.setattr(portability, "start_rebuild", lambda *arguments, **options: asked.append(arguments))
-    monkeypatch.setattr(detector_room, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(detector_module, "_POLL_SECONDS", 0.001)
     one = install_plan(folder, runtime_library)
     path = folder / "plans" / one.plan
     path.write_bytes(path.read_bytes()[:-3] + b"\0\0\0")
@@ -1160,7 +1160,7 @@ passport.install(folder, staged, one)
 @pytest.fixture
 def rebuild(folder, tmp_path, monkeypatch, models, runtime_library):
     """succeeds -> Rebuild: what a stale plan in ``folder`` is rebuilt by."""
-    monkeypatch.setattr(detector_room, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(detector_module, "_POLL_SECONDS", 0.001)
     original = portability.start_rebuild
 
     def prepare(succeeds: bool = True, **options) -> Rebuild:
@@ -1338,7 +1338,7 @@ def test_a_swap_under_a_call(folder, trt, runtime_library, kernels, host, monkey
 def test_a_swap_that_closes_the_old_plan_at_once_is_caught(
     folder, trt, runtime_library, kernels, host, monkeypatch, rebuild
 ):
-    take_over = detector_room._take_over
+    take_over = detector_module._take_over
 
     def and_close(detector, wanted):
         old = detector.backend
@@ -1346,7 +1346,7 @@ def test_a_swap_that_closes_the_old_plan_at_once_is_caught(
         old.close()
         return problem
 
-    monkeypatch.setattr(detector_room, "_take_over", and_close)
+    monkeypatch.setattr(detector_module, "_take_over", and_close)
     (found,) = swap_under_a_call(folder, runtime_library, host, monkeypatch, rebuild())
     assert "closed" in found
 

@@ -163,7 +163,7 @@ def refused(path, data):
 
 
 def assert_serves(spec):
-    """The rooms behind take a spec that was read: nothing but an OdtrtError comes out of them."""
+    """The later stages take a spec that was read: nothing but an OdtrtError comes out of them."""
     network, heads = spec.input, spec.heads
     if network.height * network.width <= 64**2:
         image = np.zeros((8, 8, 3), np.uint8)

@@ -16,7 +16,6 @@ import pytest
 import tensorrt_names as names
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "benchmarks" / "tensorrt_names.py"
 
 
 @pytest.fixture(scope="module")

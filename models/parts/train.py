@@ -201,7 +201,7 @@ def train(minutes: float, scenes: int, batch: int, rate: float) -> None:
     tf.keras.utils.set_random_seed(1)
     model = build_detector()
     trainable = model.trainable_variables
-    everything = _tracked_variables(tf, model)
+    everything = _tracked_variables(model)
     averages = [tf.Variable(variable, trainable=False) for variable in everything]
     optimizer = tf.keras.optimizers.legacy.Adam(rate, epsilon=1e-7)
     decay = tf.Variable(0.0, trainable=False)
@@ -251,7 +251,7 @@ def train(minutes: float, scenes: int, batch: int, rate: float) -> None:
     _save_averages(tf, model, everything, averages, steps, time.monotonic() - started, scenes, batch, rate)
 
 
-def _tracked_variables(tf, model) -> list:
+def _tracked_variables(model) -> list:
     """Every variable that tf.train.Checkpoint(model=model) saves, each once."""
     found = {id(v): v for v in model.trainable_variables}
     for module in (model._feature_extractor, model._box_predictor):

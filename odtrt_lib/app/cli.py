@@ -585,9 +585,7 @@ def pack(
     with _progress("pack"):
         packed = bundle.pack(folder, target, triton=triton, deepstream=deepstream, force=force)
     how = "up to date, " if packed.is_up_to_date else ""
-    _say(
-        f"{target}: {how}{len(packed.manifest.members)} files, {_size(target)}, SHA-256 {packed.sha256}",
-    )
+    _say(f"{target}: {how}{len(packed.manifest.members)} files, {_size(target)}, SHA-256 {packed.sha256}")
     if not packed.has_postprocessing:
         _out().print(
             f"[yellow]–[/] no detector.onnx in it: run `odtrt fuse {escape(shell_word(folder))}` first for "
@@ -620,9 +618,7 @@ def unpack(
     target = output or Path(bundle.name[: -len(suffix)] if bundle.name.endswith(suffix) else bundle.stem)
     with _progress("unpack"):
         manifest = bundle_stage.unpack(bundle, target, force=force, expected_sha256=sha256)
-    _say(
-        f"{target}: {len(manifest.members)} files, all as the manifest says",
-    )
+    _say(f"{target}: {len(manifest.members)} files, all as the manifest says")
     _say_next(f"cd {shell_word(target)} && python3 build_here.py")
 
 
@@ -664,7 +660,7 @@ def detect(
     with _progress("detect", len(images)) as advance:
         detector = Detector.open(folder, backend.value, plugin=plugin)
         for path, target in zip(images, targets):
-            seen = _look(detector, path, unreadable)
+            seen = _detect_if_readable(detector, path, unreadable)
             if seen is not None:
                 image, everything = seen
                 detections = confident(everything, min_score)
@@ -681,9 +677,7 @@ def detect(
     _say_undrawable(str(row["name"]) for row in found)
     seen_count = len(images) - len(unreadable)
     how_many = f"{_plural(len(found), 'detection')} with a score of at least {min_score:g}"
-    _say(
-        f"{how_many} in {_plural(seen_count, 'picture')}, drawn in {output}",
-    )
+    _say(f"{how_many} in {_plural(seen_count, 'picture')}, drawn in {output}")
     _say_unreadable(unreadable, len(images))
 
 
@@ -847,7 +841,7 @@ def _add_to_table(table: Table, picture: str, detections: Detections) -> None:
         table.add_row(first, escape(name), f"{detections.scores[i]:.3f}", f"{escape('[')}{box}]")
 
 
-def _look(
+def _detect_if_readable(
     detector: Detector, path: Path, unreadable: Dict[Path, str]
 ) -> Optional[Tuple[np.ndarray, Detections]]:
     """The picture and what is in it; None, with the reason in ``unreadable``, where it cannot be used."""
@@ -881,9 +875,7 @@ def _say_unreadable(unreadable: Dict[Path, str], count: int) -> None:
 def _say_renamed(images: Sequence[Path], targets: Sequence[Path], unreadable: Dict[Path, str]) -> None:
     for path, target in zip(images, targets):
         if path not in unreadable and target.stem != path.stem:
-            _say(
-                f"– {path} is drawn in {target.name}: {path.stem}.jpg is another file",
-            )
+            _say(f"– {path} is drawn in {target.name}: {path.stem}.jpg is another file")
 
 
 def _say_undrawable(names: Iterable[str]) -> None:

@@ -93,7 +93,7 @@ MODEL = "model"
 WORKSTATION = ("convert", "export", "scenes.py")
 
 _FORCE_UNPACK = "over a bundle that was unpacked there before; your own files there stay"
-_MOST_MANIFEST_BYTES = 1 << 22
+_MAX_MANIFEST_BYTES = 1 << 22
 _BLOCK = 1 << 20
 _UNPRINTABLE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LOCAL_HEADER_BYTES = 30
@@ -555,7 +555,7 @@ def _opened(
         if MANIFEST not in by_name:
             raise InputError(f"{archive}: has no {MANIFEST}; expected a file that `odtrt pack` wrote")
         _check_entries(archive, entries, size)
-        if by_name[MANIFEST].file_size > _MOST_MANIFEST_BYTES:
+        if by_name[MANIFEST].file_size > _MAX_MANIFEST_BYTES:
             raise InputError(f"{archive}: {MANIFEST} is too large to be one; expected a bundle")
         text = b"".join(_blocks(archive, zipped, by_name[MANIFEST], by_name[MANIFEST].file_size))
         manifest = _parse_manifest(f"{archive}: {MANIFEST}", text)
@@ -716,10 +716,10 @@ def _parse_manifest(where: str, text: bytes) -> Manifest:
 def _read_manifest(path: Path) -> Manifest:
     try:
         with path.open("rb") as file:
-            text = file.read(_MOST_MANIFEST_BYTES + 1)
+            text = file.read(_MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected an unpacked bundle") from error
-    if len(text) > _MOST_MANIFEST_BYTES:
+    if len(text) > _MAX_MANIFEST_BYTES:
         raise InputError(f"{path}: too large to be a bundle's; unpack the bundle again")
     return _parse_manifest(str(path), text)
 

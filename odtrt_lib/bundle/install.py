@@ -91,7 +91,7 @@ def build_here(
     :func:`odtrt_lib.engine.build`. say: is told, a line at a time, what was done and what could not be, and
     at last how the detector is opened here.
 
-    Returns what ``built.json`` says: ``precision`` (of the plan, which may have given up fp32), ``plans``
+    Returns what ``built.json`` says: ``precision`` (of the plan; fp16 if ``allow`` let fp32 go), ``plans``
     (model -> path in the folder), ``library`` and ``plugin`` (such paths, or None), ``serving`` (copies of
     plans for Triton and DeepStream), ``backend``, ``open`` (the Python expression that opens the detector
     in this folder), ``image``, ``drawn`` (the picture with boxes, or None) and ``detections``: ``class_id``,

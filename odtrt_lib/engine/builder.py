@@ -44,8 +44,8 @@ from odtrt_lib.machine import MIB, peak_rss_mb
 ANSWER = "ANSWER.json"
 PLAN = "plan"
 HALF_PRECISION_MODEL = "half.onnx"
-# What is said where memory ran out, in lower case. "Resource temporarily unavailable": no thread could be
-# started, because its stack does not fit.
+# Parts of messages, in lower case, that mean that memory ran out. "Resource temporarily unavailable": no
+# thread could be started, because its stack does not fit.
 OUT_OF_MEMORY = (
     "bad_alloc",
     "out of memory",

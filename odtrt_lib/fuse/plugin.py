@@ -8,7 +8,7 @@ import numpy as np
 
 from odtrt_lib.errors import InputError
 from odtrt_lib.fuse.graphs import add_clip_windows, export_detector, import_heads, output_variables
-from odtrt_lib.native import MOST_DETECTIONS, SCORE_CONVERTERS
+from odtrt_lib.native import MAX_DETECTIONS, SCORE_CONVERTERS
 from odtrt_lib.spec import DetectorSpec
 from odtrt_lib.tensors import DOMAIN, PLUGIN, PLUGIN_VERSION, has_clip_windows
 
@@ -27,9 +27,9 @@ def plugin_attributes(spec: DetectorSpec) -> Dict[str, Any]:
             f"score converter {scores.converter!r} is unknown; expected one of "
             f"{', '.join(SCORE_CONVERTERS)}: run `odtrt export` again"
         )
-    if not 1 <= nms.max_total_detections <= MOST_DETECTIONS:
+    if not 1 <= nms.max_total_detections <= MAX_DETECTIONS:
         raise InputError(
-            f"max_total_detections is {nms.max_total_detections}, the plugin gives 1 to {MOST_DETECTIONS}; "
+            f"max_total_detections is {nms.max_total_detections}, the plugin gives 1 to {MAX_DETECTIONS}; "
             "lower it in the pipeline.config and run `odtrt export` again"
         )
     return {

@@ -40,7 +40,7 @@ from odtrt_lib.machine import Machine, this_machine
 from odtrt_lib.variants import RUNTIME_LIBRARIES
 
 # How often best_plan reads the folder again while plans are being replaced; three times were once too few.
-_MOST_LOOKS = 20
+_MAX_LOOKS = 20
 
 
 class Action(str, enum.Enum):
@@ -697,7 +697,7 @@ def best_plan(
     """
     folder = Path(folder)
     quick = tuple(rule for rule in POLICY if not rule.reads_plan)
-    for _ in range(_MOST_LOOKS):
+    for _ in range(_MAX_LOOKS):
         found = passports.passports(folder)
         for one in found:
             case = PlanCheck(folder, one, here)

@@ -162,15 +162,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 # A rebuild that ends without a status once may be a power cut; twice is treated as out of memory.
-_MOST_DEATHS = 2
-
-
-_MOST_FAILURES = 50
-
-
+_MAX_DEATHS = 2
+_MAX_FAILURES = 50
 _DIED = "the rebuilding process ended without a word: killed (out of memory?), or the power was cut"
-
-
 _IDLE: Dict[str, Any] = {
     "state": "idle",
     "pid": None,
@@ -369,7 +363,7 @@ def _read_status(folder: Path) -> Dict[str, Any]:
 def _write_status(folder: Path, record: Mapping[str, Any]) -> None:
     if not (folder / passports.PLANS).is_dir():
         raise InputError(f"{folder / passports.PLANS}: not found; the folder was removed or moved meanwhile")
-    failures = dict(list(record["failures"].items())[-_MOST_FAILURES:])
+    failures = dict(list(record["failures"].items())[-_MAX_FAILURES:])
     with atomic_write(folder / passports.PLANS / STATUS) as temporary:
         temporary.write_text(json.dumps({**record, "failures": failures}, indent=1) + "\n", encoding="utf-8")
 
@@ -381,7 +375,7 @@ def _settled(record: Dict[str, Any]) -> Dict[str, Any]:
     inputs = record["inputs"]
     earlier = record["failures"].get(inputs, {"deaths": 0, "is_final": False})
     deaths = earlier["deaths"] + 1
-    is_final = earlier["is_final"] or deaths >= _MOST_DEATHS
+    is_final = earlier["is_final"] or deaths >= _MAX_DEATHS
     failure = {"message": _DIED, "time": record["since"], "deaths": deaths, "is_final": is_final}
     return {
         **record,
