@@ -254,7 +254,7 @@ def damaged(data: bytes, how: str) -> bytes:
 
 
 def said_by(trt: Any) -> Tuple[Any, List[str], List[str]]:
-    """A logger, the errors and the warnings that it hears. The first error is told at once, before a crash."""
+    """A logger, and the errors and warnings that it hears; the first error is told before it can crash."""
     errors: List[str] = []
     warnings: List[str] = []
 
