@@ -35,7 +35,6 @@ TF32 or FP16 does is a finding about rounding, no failure: the rows say it.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import json
 import os
@@ -50,11 +49,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_times import free_device_mb
 
 from odtrt_lib import engine, portability
 from odtrt_lib.anchors import load_anchors
 from odtrt_lib.detector import Detections, Detector
-from odtrt_lib.engine import passport, runtime
+from odtrt_lib.engine import passport, pipeline
 from odtrt_lib.errors import OdtrtError
 from odtrt_lib.evaluate import agreement, coco_results
 from odtrt_lib.latency import Sampling, sample, time_calls, wall_clock
@@ -188,17 +188,11 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     here = portability.this_environment(plugin)
     model = "heads.onnx" if plugin is None else "detector.onnx"
     plan = portability.best_plan(folder, here, model, precision)
-    if plan is None or here.flavour is None:
+    if plan is None or here.runtime_library is None:
         raise OdtrtError(f"{folder}: the plan that was just built may not be used here")
-    row: dict[str, Any] = {}
-    for kept in (folder / passport.PLANS).glob(f"{Path(plan.plan).stem}.*.kernels"):
-        kept.unlink()
-    for name in ("first_start", "second_start"):
-        for key, seconds in in_a_fresh_process(folder, arithmetic, plugin).items():
-            row[f"{name}_{key}"] = seconds
-
+    row: dict[str, Any] = timed_starts(folder, plan.plan, arithmetic, plugin)
     before = free_device_mb()
-    with Detector.open(folder, here.flavour, plugin=plugin, precision=precision) as detector:
+    with Detector.open(folder, here.runtime_library, plugin=plugin, precision=precision) as detector:
         detector.detect(images[0])
         row["device_memory_mb"] = round(before - free_device_mb(), 1)
         row["plan_mb"] = round(plan.plan_bytes / 1e6, 1)
@@ -235,10 +229,21 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         row = {**about(folder, detector, arithmetic), **row, **timed_detect(detector, images)}
     spec = load_spec(folder / "spec.json")
     anchors = load_anchors(folder / "anchors.npy", spec)
-    loaded = runtime.load(folder, plan, spec, anchors, plugin=plugin)
+    loaded = pipeline.load(folder, plan, spec, anchors, plugin=plugin)
     row.update(time_calls(loaded.run_again, SAMPLING).row("network_"))
     loaded.close()
     return row
+
+
+def timed_starts(folder: Path, plan: str, arithmetic: str, plugin: Path | None) -> dict[str, Any]:
+    """Seconds of a first start, without kept kernels, and of a second."""
+    for kept in (folder / passport.PLANS).glob(f"{Path(plan).stem}.*.kernels"):
+        kept.unlink()
+    return {
+        f"{name}_{key}": seconds
+        for name in ("first_start", "second_start")
+        for key, seconds in in_a_fresh_process(folder, arithmetic, plugin).items()
+    }
 
 
 def about(folder: Path, detector: Detector, arithmetic: str) -> dict[str, Any]:
@@ -284,15 +289,6 @@ def timed_detect(detector: Detector, images: list[np.ndarray]) -> dict[str, floa
     return row
 
 
-def free_device_mb() -> float:
-    from polygraphy import cuda
-
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    library = cuda.wrapper()
-    library.check(library.handle.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)))
-    return free.value / 2**20
-
-
 def in_a_fresh_process(folder: Path, arithmetic: str, plugin: Path | None) -> dict[str, float]:
     command = [sys.executable, __file__, str(folder), "--start", arithmetic]
     command += [] if plugin is None else ["--plugin", str(plugin)]
@@ -309,11 +305,11 @@ def start(arguments: argparse.Namespace) -> dict[str, float]:
     """What a service does when it comes up; the library's import is part of it."""
     image = np.zeros((480, 640, 3), np.uint8)
     started = time.perf_counter()
-    flavour = portability.this_environment(arguments.plugin).flavour
+    runtime_library = portability.this_environment(arguments.plugin).runtime_library
     imported = time.perf_counter()
     precision, _, _ = ARITHMETIC[arguments.start]
     detector = Detector.open(
-        arguments.folders[0], flavour or "auto", plugin=arguments.plugin, precision=precision
+        arguments.folders[0], runtime_library or "auto", plugin=arguments.plugin, precision=precision
     )
     opened = time.perf_counter()
     detector.detect(image)

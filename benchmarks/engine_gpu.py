@@ -47,7 +47,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from backends_gpu import ARITHMETIC, free_device_mb, in_a_process
+from backends_gpu import ARITHMETIC, in_a_process
+from gpu_times import free_device_mb, whole_frame
 
 from odtrt_lib import engine
 from odtrt_lib.anchors import load_anchors
@@ -140,7 +141,7 @@ def build(folder: Path, precision: str) -> dict[str, Any]:
 
 def run(folder: Path, arithmetic: str) -> dict[str, Any]:
     """Loading, latency and agreement of the one plan in ``folder``."""
-    from odtrt_lib.engine import runtime
+    from odtrt_lib.engine import pipeline
 
     spec = load_spec(folder / "spec.json")
     anchors = load_anchors(folder / "anchors.npy", spec)
@@ -150,7 +151,7 @@ def run(folder: Path, arithmetic: str) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name in ("load_cold_seconds", "load_warm_seconds"):
         started = time.perf_counter()
-        plan = runtime.load(folder, found, spec, anchors)
+        plan = pipeline.load(folder, found, spec, anchors)
         row[name] = round(time.perf_counter() - started, 2)
         if name == "load_cold_seconds":
             row["load_peak_rss_mb"] = builder.peak_rss_mb("self")
@@ -165,7 +166,7 @@ def run(folder: Path, arithmetic: str) -> dict[str, Any]:
         found_on_cpu = postprocess(*heads, anchors, spec, WHOLE_IMAGE)
         row["postprocessing"], row["postprocessing_is_exact"] = plan.postprocessing, None
         if plan.postprocessing == "on the GPU":
-            found_on_gpu = plan.run(reference["image"], WHOLE_IMAGE)
+            found_on_gpu = plan.run_prepared(reference["image"], [whole_frame(spec)])
             row["postprocessing_is_exact"] = all(
                 np.array_equal(getattr(found_on_gpu, name), getattr(found_on_cpu, name))
                 for name in ("num_detections", "boxes", "scores", "classes", "anchors")

@@ -50,6 +50,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import spec_cases
 
 from odtrt_lib import bundle, portability, spec
 from odtrt_lib import folder as folders
@@ -84,15 +85,12 @@ SECONDS_A_READER = 120
 
 # ---------------------------------------------------------------------------------------------- the folder
 
-SPEC = spec.DetectorSpec(
+SPEC = spec_cases.example(
+    spec_cases.ssd(256, 2, True),
+    spec.NmsSpec(0.5, 0.5, 10, 10, False, True),
+    spec_cases.network_input(16, 16),
     name="tiny",
-    source=spec.Source("0" * 64, "ckpt-0", "0" * 64, "ssd", "2.8.0", "2.20.0"),
-    input=spec.InputSpec(16, 16, spec.Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
-    heads=spec.HeadsSpec(num_anchors=256, num_classes=2, background_column=True),
-    box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
-    scores=spec.ScoreSpec("sigmoid", 1.0),
-    nms=spec.NmsSpec(0.5, 0.5, 10, 10, False, True),
-    labels=(spec.Label(1, "a"), spec.Label(2, "b")),
+    labels=spec_cases.named("a", "b"),
 )
 
 
@@ -162,7 +160,7 @@ def describe(plan: bytes, fingerprint: str, folder: Path, **changes: Any) -> Pas
         "model": "heads.onnx",
         "onnx_sha256": sha256(folder / "heads.onnx"),
         "spec_sha256": sha256(folder / "spec.json"),
-        "flavour": "tensorrt_rtx",
+        "runtime_library": "tensorrt_rtx",
         "version": RTX,
         "precision": "fp32",
         "version_compatible": False,
@@ -398,122 +396,68 @@ def half_written(folder: Path) -> int:
 # ----------------------------------------------------------------------------------------- the corruptions
 
 
-def corruptions() -> dict[str, Callable[[Path, Path, Bench, random.Random], None]]:
-    """Name -> what it does to the victim; it gets the plan's path, the passport's, and the rest."""
-
-    def rewrite(path: Path, change: Callable[[bytearray], Any]) -> None:
-        data = bytearray(path.read_bytes())
-        change(data)
-        path.write_bytes(data)
-
-    def flip(data: bytearray, chance: random.Random) -> None:
-        for _ in range(chance.choice((1, 1, 1, 2, 8))):
-            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-
-    def zero(data: bytearray, chance: random.Random) -> None:
-        start = chance.randrange(len(data))
-        size = min(chance.choice((16, 512, 4096)), len(data) - start)
-        data[start : start + size] = bytes(size)
-
-    def edit(path: Path, change: Callable[[dict[str, Any]], None], is_sealed: bool = True) -> None:
-        """Changes the JSON; sealed as an attacker or a buggy writer would, with a checksum that agrees."""
-        data = json.loads(path.read_text())
-        change(data)
-        if is_sealed:
-            data["check"] = passports._checksum(data)
-        path.write_text(json.dumps(data))
-
-    def wrong_type(data: dict[str, Any], chance: random.Random) -> None:
-        names = [name for name in data if name not in ("check", "settings")]
-        name = chance.choice(names)
-        values = [None, True, -1, 1e400, "x", [], {}, [[]], {"a": []}, "\ud800", 1 << 70, float("nan")]
-        wrong = [value for value in values if type(value) is not type(data[name])]
-        data[name] = chance.choice(wrong)
-
-    def forget(data: dict[str, Any], chance: random.Random) -> None:
-        del data[chance.choice([name for name in data if name != "check"])]
-
-    def other_name(data: dict[str, Any], chance: random.Random) -> None:
-        names = (
-            "../../heads.onnx",
-            "/etc/passwd",
-            "a" * 5000 + ".plan",
-            "",
-            "x\0.plan",
-            f"{OTHER}-00000000.plan",
-        )
-        data["plan"] = chance.choice(names)
-
-    def in_place_of(path: Path, make: Callable[[Path], None]) -> None:
-        remove(path)
-        make(path)
-
-    def sparse(path: Path) -> None:
-        with path.open("r+b") as file:
-            file.truncate(1 << 33)
-
-    def nested(path: Path) -> None:
-        path.write_text('{"schema": 2, "settings": ' + "[" * 200_000)
-
-    return {
-        "plan: cut off": lambda plan, _, __, chance: os.truncate(plan, chance.randrange(plan.stat().st_size)),
-        "plan: bits flipped": lambda plan, _, __, chance: rewrite(plan, lambda data: flip(data, chance)),
-        "plan: block of zeros": lambda plan, _, __, chance: rewrite(plan, lambda data: zero(data, chance)),
-        "plan: empty": lambda plan, *_: os.truncate(plan, 0),
-        "plan: bytes appended": lambda plan, _, __, chance: rewrite(
-            plan, lambda data: data.extend(chance.randbytes(chance.choice((1, 7, 4096))))
-        ),
-        "plan: another valid plan": lambda plan, _, bench, chance: plan.write_bytes(
-            chance.choice(bench.plans[1:])
-        ),
-        "plan: missing": lambda plan, *_: plan.unlink(),
-        "plan: a folder": lambda plan, *_: in_place_of(plan, Path.mkdir),
-        "plan: a named pipe": lambda plan, *_: in_place_of(plan, os.mkfifo),
-        "plan: a link to itself": lambda plan, *_: in_place_of(plan, lambda path: path.symlink_to(path.name)),
-        "passport: cut off": lambda _, paper, __, chance: os.truncate(
-            paper, chance.randrange(paper.stat().st_size)
-        ),
-        "passport: bits flipped": lambda _, paper, __, chance: rewrite(
-            paper, lambda data: flip(data, chance)
-        ),
-        "passport: block of zeros": lambda _, paper, __, chance: rewrite(
-            paper, lambda data: zero(data, chance)
-        ),
-        "passport: empty": lambda _, paper, *__: os.truncate(paper, 0),
-        "passport: random bytes": lambda _, paper, __, chance: paper.write_bytes(chance.randbytes(900)),
-        "passport: of another plan": lambda plan, paper, *_: shutil.copy(
-            plan.parent / f"{OTHER}.json", paper
-        ),
-        "passport: missing": lambda _, paper, *__: paper.unlink(),
-        "passport: wrong types": lambda _, paper, __, chance: edit(
-            paper, lambda data: wrong_type(data, chance)
-        ),
-        "passport: field missing": lambda _, paper, __, chance: edit(
-            paper, lambda data: forget(data, chance)
-        ),
-        "passport: field altered, old checksum": lambda _, paper, __, chance: edit(
-            paper, lambda data: data.update(precision="fp16", seconds=chance.random()), is_sealed=False
-        ),
-        "passport: names another file": lambda _, paper, __, chance: edit(
-            paper, lambda data: other_name(data, chance)
-        ),
-        "passport: other schema": lambda _, paper, __, chance: edit(
-            paper, lambda data: data.update(schema=chance.choice((1, 3, "2", None, True, 2.5)))
-        ),
-        "passport: 8 GiB": lambda _, paper, *__: sparse(paper),
-        "passport: nested 200 000 deep": lambda _, paper, *__: nested(paper),
-        "passport: a folder": lambda _, paper, *__: in_place_of(paper, Path.mkdir),
-        "passport: a named pipe": lambda _, paper, *__: in_place_of(paper, os.mkfifo),
-        "folder: strange names": lambda plan, _, __, chance: strange_names(plan.parent, chance),
-        "folder: rebuild record damaged": lambda plan, _, __, chance: (
-            plan.parent / rebuild.STATUS
-        ).write_bytes(
-            chance.choice((b"", b"{", b"[]", b'{"state": 1}', b'{"state": "done", "failures": 3}', b"\xff"))
-        ),
-    }
+def rewrite(path: Path, change: Callable[[bytearray], Any]) -> None:
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
 
 
-HARMLESS = ("folder: strange names", "folder: rebuild record damaged")
+def flip(data: bytearray, chance: random.Random) -> None:
+    for _ in range(chance.choice((1, 1, 1, 2, 8))):
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+
+
+def zero(data: bytearray, chance: random.Random) -> None:
+    start = chance.randrange(len(data))
+    size = min(chance.choice((16, 512, 4096)), len(data) - start)
+    data[start : start + size] = bytes(size)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None], is_sealed: bool = True) -> None:
+    """Changes the JSON; sealed as an attacker or a buggy writer would, with a checksum that agrees."""
+    data = json.loads(path.read_text())
+    change(data)
+    if is_sealed:
+        data["check"] = passports._checksum(data)
+    path.write_text(json.dumps(data))
+
+
+def wrong_type(data: dict[str, Any], chance: random.Random) -> None:
+    names = [name for name in data if name not in ("check", "settings")]
+    name = chance.choice(names)
+    values = [None, True, -1, 1e400, "x", [], {}, [[]], {"a": []}, "\ud800", 1 << 70, float("nan")]
+    wrong = [value for value in values if type(value) is not type(data[name])]
+    data[name] = chance.choice(wrong)
+
+
+def forget(data: dict[str, Any], chance: random.Random) -> None:
+    del data[chance.choice([name for name in data if name != "check"])]
+
+
+def other_name(data: dict[str, Any], chance: random.Random) -> None:
+    names = (
+        "../../heads.onnx",
+        "/etc/passwd",
+        "a" * 5000 + ".plan",
+        "",
+        "x\0.plan",
+        f"{OTHER}-00000000.plan",
+    )
+    data["plan"] = chance.choice(names)
+
+
+def in_place_of(path: Path, make: Callable[[Path], None]) -> None:
+    remove(path)
+    make(path)
+
+
+def sparse(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(1 << 33)
+
+
+def nested(path: Path) -> None:
+    path.write_text('{"schema": 2, "settings": ' + "[" * 200_000)
 
 
 def strange_names(plans: Path, chance: random.Random) -> None:
@@ -531,14 +475,62 @@ def strange_names(plans: Path, chance: random.Random) -> None:
         Path(os.fsdecode(bytes(plans) + b"/" + name)).write_bytes(chance.choice((b"", b"{}", b"\xff")))
 
 
+# Name -> what it does to the victim; it gets the plan's path, the passport's, and the rest.
+CORRUPTIONS: dict[str, Callable[[Path, Path, Bench, random.Random], None]] = {
+    "plan: cut off": lambda plan, _, __, chance: os.truncate(plan, chance.randrange(plan.stat().st_size)),
+    "plan: bits flipped": lambda plan, _, __, chance: rewrite(plan, lambda data: flip(data, chance)),
+    "plan: block of zeros": lambda plan, _, __, chance: rewrite(plan, lambda data: zero(data, chance)),
+    "plan: empty": lambda plan, *_: os.truncate(plan, 0),
+    "plan: bytes appended": lambda plan, _, __, chance: rewrite(
+        plan, lambda data: data.extend(chance.randbytes(chance.choice((1, 7, 4096))))
+    ),
+    "plan: another valid plan": lambda plan, _, bench, chance: plan.write_bytes(
+        chance.choice(bench.plans[1:])
+    ),
+    "plan: missing": lambda plan, *_: plan.unlink(),
+    "plan: a folder": lambda plan, *_: in_place_of(plan, Path.mkdir),
+    "plan: a named pipe": lambda plan, *_: in_place_of(plan, os.mkfifo),
+    "plan: a link to itself": lambda plan, *_: in_place_of(plan, lambda path: path.symlink_to(path.name)),
+    "passport: cut off": lambda _, paper, __, chance: os.truncate(
+        paper, chance.randrange(paper.stat().st_size)
+    ),
+    "passport: bits flipped": lambda _, paper, __, chance: rewrite(paper, lambda data: flip(data, chance)),
+    "passport: block of zeros": lambda _, paper, __, chance: rewrite(paper, lambda data: zero(data, chance)),
+    "passport: empty": lambda _, paper, *__: os.truncate(paper, 0),
+    "passport: random bytes": lambda _, paper, __, chance: paper.write_bytes(chance.randbytes(900)),
+    "passport: of another plan": lambda plan, paper, *_: shutil.copy(plan.parent / f"{OTHER}.json", paper),
+    "passport: missing": lambda _, paper, *__: paper.unlink(),
+    "passport: wrong types": lambda _, paper, __, chance: edit(paper, lambda data: wrong_type(data, chance)),
+    "passport: field missing": lambda _, paper, __, chance: edit(paper, lambda data: forget(data, chance)),
+    "passport: field altered, old checksum": lambda _, paper, __, chance: edit(
+        paper, lambda data: data.update(precision="fp16", seconds=chance.random()), is_sealed=False
+    ),
+    "passport: names another file": lambda _, paper, __, chance: edit(
+        paper, lambda data: other_name(data, chance)
+    ),
+    "passport: other schema": lambda _, paper, __, chance: edit(
+        paper, lambda data: data.update(schema=chance.choice((1, 3, "2", None, True, 2.5)))
+    ),
+    "passport: 8 GiB": lambda _, paper, *__: sparse(paper),
+    "passport: nested 200 000 deep": lambda _, paper, *__: nested(paper),
+    "passport: a folder": lambda _, paper, *__: in_place_of(paper, Path.mkdir),
+    "passport: a named pipe": lambda _, paper, *__: in_place_of(paper, os.mkfifo),
+    "folder: strange names": lambda plan, _, __, chance: strange_names(plan.parent, chance),
+    "folder: rebuild record damaged": lambda plan, _, __, chance: (plan.parent / rebuild.STATUS).write_bytes(
+        chance.choice((b"", b"{", b"[]", b'{"state": 1}', b'{"state": "done", "failures": 3}', b"\xff"))
+    ),
+}
+
+HARMLESS = ("folder: strange names", "folder: rebuild record damaged")
+
+
 def corrupt(bench: Bench, trials: int, chance: random.Random) -> list[Row]:
     """Each corruption so many times that there are at least ``trials`` of them together."""
-    kinds = corruptions()
     allowed = {one: [passport] for one, passport in bench.installed.items()}
     rows = []
-    for kind, damage in kinds.items():
+    for kind, damage in CORRUPTIONS.items():
         row = new_row(kind, found=0)
-        for _ in range(-(-trials // len(kinds))):
+        for _ in range(-(-trials // len(CORRUPTIONS))):
             plans = bench.copy() / "plans"
             damage(plans / bench.installed[VICTIM].plan, plans / f"{VICTIM}.json", bench, chance)
             tally, said = judge(plans.parent, allowed, [VICTIM, OTHER] if kind in HARMLESS else [OTHER])
@@ -830,33 +822,25 @@ def together(works: Sequence[Callable[[], Any]]) -> list[int]:
 
 def crowd(bench: Bench, trials: int) -> list[Row]:
     """Several processes at once: rebuilders, of which one may begin; installers; writers; a reader."""
-    rebuilders = new_row("four rebuilders at once", begun=0)
-    installers = new_row("four installers at once")
-    writers = new_row("four writers of records at once")
-    reader = new_row("a reader beside an installer")
-    unchanged = {one: [passport] for one, passport in bench.installed.items()}
     others = [
         describe(bench.plans[2] + bytes([n]), VICTIM, bench.folder, built=f"2026-02-0{n + 1}T00:00:00+00:00")
         for n in range(4)
     ]
+    return [
+        crowd_of_rebuilders(bench, trials),
+        crowd_of_installers(bench, others, trials),
+        crowd_of_writers(bench, trials),
+        crowd_with_a_reader(bench, others, trials),
+    ]
 
-    def replace(folder: Path, number: int) -> None:
-        install(folder, bench.plans[2] + bytes([number]), others[number])
+
+def crowd_of_rebuilders(bench: Bench, trials: int) -> Row:
+    row = new_row("four rebuilders at once", begun=0)
+    unchanged = {one: [passport] for one, passport in bench.installed.items()}
 
     def start(folder: Path, command: Sequence[str]) -> bool:
         rebuild.this_environment = lambda plugin=None: HERE
         return portability.start_rebuild(folder, bench.installed[VICTIM], command=command) is not None
-
-    def write(folder: Path) -> None:
-        for _ in range(10):
-            record(folder)
-
-    def replace_often(folder: Path) -> None:
-        for number in range(20):
-            replace(folder, number % 4)
-
-    def find_always(folder: Path) -> bool:
-        return all(portability.best_plan(folder, HERE) is not None for _ in range(100))
 
     for _ in range(trials):
         folder = bench.copy()
@@ -869,30 +853,65 @@ def crowd(bench: Bench, trials: int) -> list[Row]:
         os.write(descriptor, b"\n")
         ended = portability.wait_for_rebuild(folder)
         os.close(descriptor)
-        rebuilders["trials"] += 1
-        rebuilders["begun"] += codes.count(1)
+        row["trials"] += 1
+        row["begun"] += codes.count(1)
         is_right = sorted(codes) == [0, 0, 0, 1] and is_running and ended.state == "done"
-        count(rebuilders, judge(folder, unchanged, [VICTIM, OTHER])[0])
-        rebuilders["crashes"] += not is_right
+        count(row, judge(folder, unchanged, [VICTIM, OTHER])[0])
+        row["crashes"] += not is_right
+    return row
 
+
+def replace_plan(bench: Bench, folder: Path, others: Sequence[Passport], number: int) -> None:
+    install(folder, bench.plans[2] + bytes([number]), others[number])
+
+
+def crowd_of_installers(bench: Bench, others: Sequence[Passport], trials: int) -> Row:
+    row = new_row("four installers at once")
+    allowed = {**{one: [passport] for one, passport in bench.installed.items()}, VICTIM: others}
+    for _ in range(trials):
         folder = bench.copy()
-        codes = together([functools.partial(replace, folder, number) for number in range(4)])
-        installers["trials"] += 1
-        count(installers, judge(folder, {**unchanged, VICTIM: others}, [VICTIM, OTHER])[0])
-        count(installers, {"half_written": half_written(folder), "crashes": any(codes)})
+        codes = together(
+            [functools.partial(replace_plan, bench, folder, others, number) for number in range(4)]
+        )
+        row["trials"] += 1
+        count(row, judge(folder, allowed, [VICTIM, OTHER])[0])
+        count(row, {"half_written": half_written(folder), "crashes": any(codes)})
+    return row
 
+
+def crowd_of_writers(bench: Bench, trials: int) -> Row:
+    row = new_row("four writers of records at once")
+
+    def write(folder: Path) -> None:
+        for _ in range(10):
+            record(folder)
+
+    for _ in range(trials):
         folder = bench.copy()
         codes = together([functools.partial(write, folder)] * 4)
-        writers["trials"] += 1
-        count(writers, {"crashes": any(codes)})
-        count(writers, {"lost_records": len(read_log(bench.folder)) + 40 - len(read_log(folder))})
+        row["trials"] += 1
+        count(row, {"crashes": any(codes)})
+        count(row, {"lost_records": len(read_log(bench.folder)) + 40 - len(read_log(folder))})
+    return row
 
+
+def crowd_with_a_reader(bench: Bench, others: Sequence[Passport], trials: int) -> Row:
+    row = new_row("a reader beside an installer")
+
+    def replace_often(folder: Path) -> None:
+        for number in range(20):
+            replace_plan(bench, folder, others, number % 4)
+
+    def find_always(folder: Path) -> bool:
+        return all(portability.best_plan(folder, HERE) is not None for _ in range(100))
+
+    for _ in range(trials):
         folder = bench.copy()
         (folder / "plans" / f"{OTHER}.json").unlink()
         codes = together([functools.partial(replace_often, folder), functools.partial(find_always, folder)])
-        reader["trials"] += 1
-        count(reader, {"crashes": codes[0] != 0 or codes[1] not in (0, 1), "lost_valid_plans": codes[1] == 0})
-    return [rebuilders, installers, writers, reader]
+        row["trials"] += 1
+        count(row, {"crashes": codes[0] != 0 or codes[1] not in (0, 1), "lost_valid_plans": codes[1] == 0})
+    return row
 
 
 # ------------------------------------------------------------------------------------- planted mismatches
@@ -937,12 +956,12 @@ def _flip(plan: Path) -> None:
 
 
 _RTX_PLAN = {
-    "flavour": "tensorrt_rtx",
+    "runtime_library": "tensorrt_rtx",
     "version": RTX,
     "compute_capabilities": ("default",),
     "machine": NO_GPU,
 }
-_RTX_HERE = {"flavour": "tensorrt_rtx", "version": RTX}
+_RTX_HERE = {"runtime_library": "tensorrt_rtx", "version": RTX}
 _VC = {"version_compatible": True}
 _AMPERE = {"hardware_compatibility": "ampere_plus"}
 _SAME = {"hardware_compatibility": "same_compute_capability"}
@@ -970,9 +989,9 @@ MISMATCHES = (
     Mismatch(
         "other architecture, RTX", "rebuild", True, _RTX_PLAN, {**_RTX_HERE, "machine": GB10}, header=_HRTX
     ),
-    Mismatch("no library", "rebuild", place={"flavour": None, "version": None}),
-    Mismatch("other flavour", "rebuild", True, place=_RTX_HERE),
-    Mismatch("other flavour", "rebuild", True, _RTX_PLAN, header=_HRTX),
+    Mismatch("no library", "rebuild", place={"runtime_library": None, "version": None}),
+    Mismatch("other library", "rebuild", True, place=_RTX_HERE),
+    Mismatch("other library", "rebuild", True, _RTX_PLAN, header=_HRTX),
     Mismatch("same version", "ok"),
     Mismatch("other version, RTX", "rebuild", True, _RTX_PLAN, {**_RTX_HERE, "version": "1.7.2.3"}, _HRTX),
     Mismatch("older library", "rebuild", True, place={"version": "10.2.0"}),
@@ -1045,13 +1064,20 @@ def look_at(mismatch: Mismatch, folder: Path) -> tuple[portability.Verdict, list
     """The verdict on a planted mismatch in the empty ``folder``, and the rows of the policy that apply."""
     (folder / "heads.onnx").write_bytes(b"model")
     (folder / "spec.json").write_bytes(b"spec")
-    tag = b"vtrt" if mismatch.built.get("flavour") == "tensorrt_rtx" else b"ftrt"
+    tag = b"vtrt" if mismatch.built.get("runtime_library") == "tensorrt_rtx" else b"ftrt"
     plan = tag + bytes(20) + bytes(mismatch.header) + bytes(range(256)) * 8
-    machine = {"flavour": "tensorrt", "version": "10.3.0", "compute_capabilities": (), "machine": A100}
+    machine = {
+        "runtime_library": "tensorrt",
+        "version": "10.3.0",
+        "compute_capabilities": (),
+        "machine": A100,
+    }
     passport = describe(plan, VICTIM, folder, **{**machine, **mismatch.built})
     install(folder, plan, passport)
     mismatch.harm(folder, folder / "plans" / passport.plan)
-    place = Environment(**{"machine": A100, "flavour": "tensorrt", "version": "10.3.0", **mismatch.place})
+    place = Environment(
+        **{"machine": A100, "runtime_library": "tensorrt", "version": "10.3.0", **mismatch.place}
+    )
     case = policy.PlanCheck(folder, passport, place)
     applying = [rule.name for rule in portability.POLICY if rule.applies(case)]
     return portability.check(folder, passport, place), applying

@@ -30,21 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import spec_cases
 
 from odtrt_lib import native, nms
 from odtrt_lib.latency import Sampling, time_calls
 from odtrt_lib.results import write_results
-from odtrt_lib.spec import (
-    BoxCoder,
-    DetectorSpec,
-    HeadsSpec,
-    InputSpec,
-    Label,
-    NmsSpec,
-    Resizer,
-    ScoreSpec,
-    Source,
-)
+from odtrt_lib.spec import BoxCoder, DetectorSpec, NmsSpec, ScoreSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "nms.cpu.json"
@@ -91,7 +82,7 @@ def crowd_heads(num_anchors: int, images: int, seed: int = 0) -> Heads:
     anchors = np.concatenate(
         [rng.uniform(0, 1, (num_anchors, 2)), rng.uniform(0.03, 0.4, (num_anchors, 2))], 1
     ).astype(np.float32)
-    coder = BoxCoder(10.0, 10.0, 5.0, 5.0) if num_anchors in SSD_SIZES else BoxCoder(1.0, 1.0, 1.0, 1.0)
+    coder = spec_cases.SSD_CODER if num_anchors in SSD_SIZES else spec_cases.EFFICIENTDET_CODER
     scales = np.array(dataclasses.astuple(coder), np.float32)
     encodings = rng.normal(0, 0.1, (images, num_anchors, 4)).astype(np.float32)
     logits = rng.normal(-7, 1, (images, num_anchors, CLASSES)).astype(np.float32)
@@ -112,15 +103,11 @@ def crowd_heads(num_anchors: int, images: int, seed: int = 0) -> Heads:
                 logits[i, near, rng.integers(0, CLASSES)] = (
                     2 - 8 * apart[near].max(1) + rng.normal(0, 1, len(near))
                 )
-    spec = DetectorSpec(
+    spec = spec_cases.example(
+        spec_cases.ssd(num_anchors, CLASSES, coder=coder),
+        USUAL,
+        spec_cases.network_input(512, 512),
         name="crowds",
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(512, 512, Resizer("fixed_shape"), (1.0,) * 3, (0.0,) * 3),
-        heads=HeadsSpec(num_anchors, CLASSES, False),
-        box_coder=coder,
-        scores=ScoreSpec("sigmoid", 1.0),
-        nms=USUAL,
-        labels=tuple(Label(i + 1, str(i + 1)) for i in range(CLASSES)),
     )
     windows = np.tile(np.array([0, 0, 1, 1], np.float32), (images, 1))
     return Heads("synthetic", encodings * scales, logits, anchors, spec, windows)
@@ -150,14 +137,11 @@ def corpus_heads(name: str, images: int) -> Heads:
     sizes = corners[:, 2:] - corners[:, :2]
     anchors = np.concatenate([(corners[:, :2] + corners[:, 2:]) / 2, sizes], 1).astype(np.float32)
     settings = read_pipeline(files.pipeline)
-    spec = DetectorSpec(
+    spec = spec_cases.example(
+        spec_cases.ssd_of(settings, len(anchors)),
+        settings.nms,
+        spec_cases.network_input(*inputs.shape[1:3], settings.resizer),
         name=name,
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(*inputs.shape[1:3], settings.resizer, (1.0,) * 3, (0.0,) * 3),
-        heads=HeadsSpec(len(anchors), settings.num_classes, settings.background_column),
-        box_coder=settings.box_coder,
-        scores=settings.scores,
-        nms=settings.nms,
         labels=settings.labels,
     )
     return Heads(
@@ -192,13 +176,13 @@ def by_tensorflow(heads: Heads) -> Callable[[], Any] | None:
     from object_detection.protos import post_processing_pb2
 
     spec, batch = heads.spec, len(heads.box_encodings)
-    coder = FasterRcnnBoxCoder(dataclasses.astuple(spec.box_coder))
+    coder = FasterRcnnBoxCoder(dataclasses.astuple(spec.heads.box_coder))
     centres, sizes = heads.anchors[:, :2], heads.anchors[:, 2:]
     corners = np.concatenate([centres - sizes / 2, centres + sizes / 2], 1)
     anchors = box_list.BoxList(tf.constant(np.tile(corners, (batch, 1))))
     config = post_processing_pb2.PostProcessing()
-    config.score_converter = config.ScoreConverter.Value(spec.scores.converter.upper())
-    config.logit_scale = spec.scores.logit_scale
+    config.score_converter = config.ScoreConverter.Value(spec.heads.scores.converter.upper())
+    config.logit_scale = spec.heads.scores.logit_scale
     _, convert = post_processing_builder.build(config)
 
     @tf.function(autograph=False)
@@ -225,11 +209,11 @@ def by_tensorflow(heads: Heads) -> Callable[[], Any] | None:
 
 def by_onnxruntime(heads: Heads) -> Callable[[], Any] | None:
     spec = heads.spec
-    is_plain = spec.scores == ScoreSpec("sigmoid", 1.0) and not spec.heads.background_column
+    is_plain = spec.heads.scores == ScoreSpec("sigmoid", 1.0) and not spec.heads.background_column
     if heads.class_logits.dtype != np.float32 or not is_plain:
         return None
     session = _nms_session(
-        _decoding(heads.anchors, spec.box_coder), spec.nms, [None, spec.heads.num_anchors, CLASSES]
+        _decoding(heads.anchors, spec.heads.box_coder), spec.nms, [None, spec.heads.num_anchors, CLASSES]
     )
     feeds = {"box_encodings": heads.box_encodings, "class_logits": heads.class_logits}
     return lambda: session.run(None, feeds)

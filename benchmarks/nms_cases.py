@@ -21,21 +21,12 @@ import numpy as np
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import spec_cases
+
 from odtrt_lib import native, nms
-from odtrt_lib.spec import (
-    BoxCoder,
-    DetectorSpec,
-    HeadsSpec,
-    InputSpec,
-    Label,
-    NmsSpec,
-    Resizer,
-    ScoreSpec,
-    Source,
-)
+from odtrt_lib.spec import BoxCoder, DetectorSpec, NmsSpec, ScoreSpec
 
 RANDOM_CASES, EXTREME_CASES = 2000, 500
-SSD_CODER, EFFICIENTDET_CODER = BoxCoder(10.0, 10.0, 5.0, 5.0), BoxCoder(1.0, 1.0, 1.0, 1.0)
 WINDOWS = np.array(
     [[0, 0, 1, 1], [0, 0, 0.75, 1], [0, 0, 1, 0.5625], [0.25, 0.125, 0.75, 0.5], [2, 2, 3, 3]], np.float32
 )
@@ -77,19 +68,11 @@ def detector_spec(
     nms_spec: NmsSpec,
     *,
     background: bool = False,
-    scores: ScoreSpec = ScoreSpec("sigmoid", 1.0),  # noqa: B008
-    coder: BoxCoder = SSD_CODER,
+    scores: ScoreSpec = spec_cases.SIGMOID,
+    coder: BoxCoder = spec_cases.SSD_CODER,
 ) -> DetectorSpec:
-    return DetectorSpec(
-        name="random",
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(64, 64, Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
-        heads=HeadsSpec(num_anchors, num_classes, background),
-        box_coder=coder,
-        scores=scores,
-        nms=nms_spec,
-        labels=tuple(Label(i + 1, str(i + 1)) for i in range(num_classes)),
-    )
+    heads = spec_cases.ssd(num_anchors, num_classes, background, coder=coder, scores=scores)
+    return spec_cases.example(heads, nms_spec, name="random")
 
 
 def make_case(
@@ -121,7 +104,7 @@ def _boxes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encodings [batch, N, 4] and anchors [N, 4]."""
     count = spec.heads.num_anchors
-    scales = np.array(dataclasses.astuple(spec.box_coder), np.float32)
+    scales = np.array(dataclasses.astuple(spec.heads.box_coder), np.float32)
     sizes = rng.uniform(0.05, 0.4, (count, 2))
     anchors = np.concatenate([rng.uniform(0, 1, (count, 2)), sizes], 1).astype(np.float32)
     encodings = (rng.normal(0, 0.3, (batch, count, 4)) * scales).astype(np.float32)
@@ -217,7 +200,7 @@ def random_case(number: int) -> Case:
         settings,
         background=bool(rng.random() < 0.5),
         scores=ScoreSpec(converter, float(one_of(1.0, 1.0, 2.5, 0.7))),
-        coder=one_of(SSD_CODER, EFFICIENTDET_CODER),
+        coder=one_of(spec_cases.SSD_CODER, spec_cases.EFFICIENTDET_CODER),
     )
     return make_case(
         f"random {number}",
@@ -293,7 +276,7 @@ def extreme_case(number: int) -> Case:
         settings,
         background=bool(rng.random() < 0.5),
         scores=ScoreSpec(str(rng.choice(["sigmoid", "softmax", "identity"])), 1.0),
-        coder=EFFICIENTDET_CODER if number % 2 else SSD_CODER,
+        coder=spec_cases.EFFICIENTDET_CODER if number % 2 else spec_cases.SSD_CODER,
     )
     logits = EXTREME_LOGIT_KINDS[number // 3 % 3]
     return make_case(f"extreme {number}", spec, 1 + number % 2, rng, kind, logits)
@@ -373,7 +356,7 @@ def disagreements(postprocess: Callable[[Case], nms.Postprocessed], cases: Itera
     for case in cases:
         found = difference(nms.postprocess_reference(*arguments_of(case)), postprocess(case))
         if found:
-            yield f"{case.name}: {found} ({case.spec.nms}, {case.spec.scores})"
+            yield f"{case.name}: {found} ({case.spec.nms}, {case.spec.heads.scores})"
 
 
 def nms_disagreements(select: Callable[[NmsCase], np.ndarray], cases: Iterator[NmsCase]) -> Iterator[str]:

@@ -213,7 +213,7 @@ def postprocess_row(
 def has_peer(case: nms_cases.Case) -> bool:
     """Whether :func:`torch_postprocess` can do this case and it is one of those that are worth the time."""
     heads = case.spec.heads
-    is_plain = case.spec.scores.converter == "sigmoid" and not heads.background_column
+    is_plain = case.spec.heads.scores.converter == "sigmoid" and not heads.background_column
     is_one_image = case.class_logits.dtype == np.float32 and len(case.class_logits) == 1
     is_chosen = heads.num_anchors in SIZES_OF_PEER and case.spec.nms.score_threshold != 0.3
     return is_plain and is_one_image and is_chosen

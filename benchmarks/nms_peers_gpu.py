@@ -41,8 +41,10 @@ sys.path.insert(0, str(ROOT))  # odtrt is not installed where it runs
 import drawn_heads
 import nms_cases
 import tensorrt as trt
-from tensorrt_gpu import SAMPLING, cuda, graph_times
+from gpu_times import graph_times
+from tensorrt_gpu import SAMPLING
 
+from odtrt_lib import cuda
 from odtrt_lib.engine.bindings import load_plugin
 from odtrt_lib.fuse import plugin_attributes
 from odtrt_lib.latency import Timing, time_calls
@@ -99,33 +101,29 @@ class Peer:
         self.runtime = trt.Runtime(self.logger)
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         self.context = self.engine.create_execution_context()
-        from polygraphy import cuda as memory
-
-        self.stream = memory.Stream()
-        self.buffers: Dict[str, Any] = {}
+        self.stream = cuda.Stream()
+        self.inputs, self.results = cuda.Buffer("device"), cuda.Buffer("device")
+        self.inputs.arrange([(name, np.float32, array.shape) for name, array in inputs.items()])
         for name, array in inputs.items():
-            self.buffers[name] = memory.DeviceArray(array.shape, np.float32)
-            self.buffers[name].copy_from(np.ascontiguousarray(array, np.float32))
-            self.context.set_tensor_address(name, self.buffers[name].ptr)
+            self.inputs.write(name, array.astype(np.float32), self.stream)
+            self.context.set_tensor_address(name, self.inputs.address(name))
 
     def fixed_outputs(self) -> None:
         """Gives each output memory of the size that the engine states."""
-        from polygraphy import cuda as memory
-
+        shapes = {name: tuple(self.context.get_tensor_shape(name)) for name in self.outputs}
+        kinds = {name: trt.nptype(self.engine.get_tensor_dtype(name)) for name in self.outputs}
+        self.results.arrange([(name, kinds[name], shapes[name]) for name in self.outputs])
         for name in self.outputs:
-            shape = tuple(self.context.get_tensor_shape(name))
-            kind = trt.nptype(self.engine.get_tensor_dtype(name))
-            self.buffers[name] = memory.DeviceArray(shape, kind)
-            self.context.set_tensor_address(name, self.buffers[name].ptr)
+            self.context.set_tensor_address(name, self.results.address(name))
 
     def enqueue(self) -> None:
-        if not self.context.execute_async_v3(self.stream.ptr):
+        if not self.context.execute_async_v3(self.stream.handle):
             raise RuntimeError("TensorRT does not run it")
 
     def run(self) -> List[np.ndarray]:
         self.enqueue()
         self.stream.synchronize()
-        return [self.buffers[name].numpy() for name in self.outputs]
+        return [self.results.read(name, self.stream) for name in self.outputs]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -172,7 +170,7 @@ def cases(recorded: Optional[Path], quick: bool) -> List[Tuple[Heads, Sequence[f
     found.append((one_class(2000), (0.0,)))
     for path in sorted(recorded.glob("*.npz")) if recorded is not None else []:
         heads = read_heads(path)
-        if heads.spec.scores.converter == "sigmoid":
+        if heads.spec.heads.scores.converter == "sigmoid":
             found.append((heads, THRESHOLDS[:2]))
     return found
 
@@ -204,14 +202,13 @@ def read_heads(path: Path) -> Heads:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "spec.json").write_text(str(held["spec"]))
         spec = load_spec(Path(folder) / "spec.json")
-    coder = spec.box_coder
+    coder = spec.heads.box_coder
     scales = np.array([coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale], np.float32)
     boxes = (held["box_encodings"][:1] / scales).astype(np.float32)
     logits = held["class_logits"][:1, :, int(spec.heads.background_column) :]
+    ones = BoxCoder(1.0, 1.0, 1.0, 1.0)
     plain = dataclasses.replace(
-        spec,
-        box_coder=BoxCoder(1.0, 1.0, 1.0, 1.0),
-        heads=dataclasses.replace(spec.heads, background_column=False),
+        spec, heads=dataclasses.replace(spec.heads, background_column=False, box_coder=ones)
     )
     return Heads("recorded", path.stem, plain, boxes, np.ascontiguousarray(logits), held["anchors"])
 
@@ -384,22 +381,23 @@ class Allocator(trt.IOutputAllocator):
 
     def __init__(self) -> None:
         trt.IOutputAllocator.__init__(self)
-        self.buffer: Any = None
+        self.memory: Optional[cuda.Memory] = None
         self.shape: Tuple[int, ...] = ()
 
     def reallocate_output(self, name: str, memory: int, size: int, alignment: int) -> int:
-        from polygraphy import cuda as device
-
-        if self.buffer is None or self.buffer.nbytes < size:
-            self.buffer = device.DeviceArray((max(1, size),), np.uint8)
-        return int(self.buffer.ptr)
+        if self.memory is None or self.memory.size < size:
+            self.memory = cuda.Memory(size)
+        return self.memory.address
 
     def notify_shape(self, name: str, shape: Any) -> None:
         self.shape = tuple(shape)
 
     def numpy(self, dtype: Any) -> np.ndarray:
-        count = int(np.prod(self.shape)) * np.dtype(dtype).itemsize
-        return np.asarray(self.buffer.numpy())[:count].copy().view(dtype).reshape(self.shape)
+        assert self.memory is not None
+        array, stream = np.empty(self.shape, dtype), cuda.Stream()
+        cuda.copy(array.ctypes.data, self.memory.address, array.nbytes, stream)
+        stream.synchronize()
+        return array
 
 
 IMPLEMENTATIONS: Dict[str, Callable[[Heads], Tuple[Found, float, str, Timing]]] = {
@@ -419,12 +417,12 @@ def timed(peer: Peer, used: float) -> Tuple[Found, float, str, Timing]:
     count = int(np.asarray(num).reshape(-1)[0])
     boxes = np.asarray(boxes).reshape(-1, 4)[:count]
     found = Found(boxes, np.asarray(scores).reshape(-1)[:count], np.asarray(classes).reshape(-1)[:count])
-    return found, used, "CUDA graph of 20", graph_times(peer.enqueue, peer.stream.ptr)
+    return found, used, "CUDA graph of 20", graph_times(peer.enqueue, peer.stream, SAMPLING)
 
 
 def decoded(heads: Heads) -> Tuple[np.ndarray, np.ndarray]:
     """Boxes float32 [1, N, 4] clipped to the image, scores float32 [1, N, C]."""
-    boxes = decode_boxes(heads.box_encodings[0], heads.anchors, heads.spec.box_coder)
+    boxes = decode_boxes(heads.box_encodings[0], heads.anchors, heads.spec.heads.box_coder)
     scores = 1 / (1 + np.exp(-heads.class_logits.astype(np.float64)))
     return np.clip(boxes, 0, 1)[None].astype(np.float32), scores.astype(np.float32)
 
@@ -462,5 +460,5 @@ def add_plugin(
 
 
 if __name__ == "__main__":
-    cuda("cudaFree", None)
+    cuda.memory_info()  # makes the context
     sys.exit(main(sys.argv[1:]))

@@ -109,8 +109,8 @@ def pictures(detector: Detector, images: Iterable[tuple[int, np.ndarray]]) -> It
     for image_id, image in images:
         network_input, frame = preprocess(image, spec.input)
         encodings, logits = detector.backend.infer(network_input[np.newaxis])
-        scores = nms.convert_scores(logits[0], spec.scores)[:, int(spec.heads.background_column) :]
-        boxes = nms.decode_boxes(encodings[0], detector.anchors, spec.box_coder)
+        scores = nms.convert_scores(logits[0], spec.heads.scores)[:, int(spec.heads.background_column) :]
+        boxes = nms.decode_boxes(encodings[0], detector.anchors, spec.heads.box_coder)
         yield Picture(image_id, frame, encodings, logits, boxes, scores)
 
 

@@ -16,15 +16,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import spec_cases
 
 from odtrt_lib import fuse, nms
-from odtrt_lib.spec import BoxCoder, DetectorSpec, HeadsSpec, InputSpec, NmsSpec, Resizer, ScoreSpec, Source
+from odtrt_lib.spec import DetectorSpec, NmsSpec, Resizer, ScoreSpec, SsdHeads
 from odtrt_lib.tensors import DETECTIONS, has_clip_windows
 
 SETS = 3
-_SSD, _EFFICIENTDET = BoxCoder(10.0, 10.0, 5.0, 5.0), BoxCoder(1.0, 1.0, 1.0, 1.0)
-_PADDED = Resizer("keep_aspect_ratio", 512, 512, True)
-_STRETCHED = Resizer("fixed_shape")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +31,7 @@ class Case:
 
     name: str
     batch: int
-    heads: HeadsSpec
-    coder: BoxCoder
-    scores: ScoreSpec
+    heads: SsdHeads
     nms: NmsSpec
     resizer: Resizer
     logit_mean: float
@@ -44,61 +40,44 @@ class Case:
     @property
     def spec(self) -> DetectorSpec:
         """The detector that has these settings."""
-        return DetectorSpec(
-            name=self.name,
-            source=Source("", "", "", "", "", ""),
-            input=InputSpec(512, 512, self.resizer, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), batch=self.batch),
-            heads=self.heads,
-            box_coder=self.coder,
-            scores=self.scores,
-            nms=self.nms,
-            labels=(),
-        )
+        image = spec_cases.network_input(512, 512, self.resizer, batch=self.batch)
+        return spec_cases.example(self.heads, self.nms, image, name=self.name, labels=())
 
 
-_SIGMOID = ScoreSpec("sigmoid", 1.0)
 CASES = (
     Case(
         "ssd",
         1,
-        HeadsSpec(1917, 90, True),
-        _SSD,
-        _SIGMOID,
+        spec_cases.ssd(1917, 90, True),
         NmsSpec(0.3, 0.6, 100, 100, False, True),
-        _STRETCHED,
+        spec_cases.STRETCHED,
         -6.0,
         np.float32,
     ),
     Case(
         "padded_half",
         3,
-        HeadsSpec(4910, 90, False),
-        _EFFICIENTDET,
-        _SIGMOID,
+        spec_cases.ssd(4910, 90, coder=spec_cases.EFFICIENTDET_CODER),
         NmsSpec(1e-8, 0.5, 100, 100, False, True),
-        _PADDED,
+        spec_cases.padded(512),
         -5.0,
         np.float16,
     ),
     Case(
         "softmax_capped",
         2,
-        HeadsSpec(1001, 7, True),
-        _SSD,
-        ScoreSpec("softmax", 2.0),
+        spec_cases.ssd(1001, 7, True, scores=ScoreSpec("softmax", 2.0)),
         NmsSpec(0.05, 0.4, 3, 50, False, False),
-        _PADDED,
+        spec_cases.padded(512),
         0.0,
         np.float32,
     ),
     Case(
         "agnostic",
         8,
-        HeadsSpec(333, 3, False),
-        _SSD,
-        _SIGMOID,
+        spec_cases.ssd(333, 3),
         NmsSpec(0.01, 0.5, 10, 20, True, True),
-        _STRETCHED,
+        spec_cases.STRETCHED,
         -2.0,
         np.float16,
     ),

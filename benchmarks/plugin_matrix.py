@@ -32,24 +32,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import spec_cases
 from onnx import TensorProto, helper, numpy_helper
 
 from odtrt_lib import engine, fuse
 from odtrt_lib.anchors import load_anchors
 from odtrt_lib.engine.half import half_precision
 from odtrt_lib.results import write_results
-from odtrt_lib.spec import (
-    BoxCoder,
-    DetectorSpec,
-    HeadsSpec,
-    InputSpec,
-    Label,
-    NmsSpec,
-    Resizer,
-    ScoreSpec,
-    Source,
-    load_spec,
-)
+from odtrt_lib.spec import DetectorSpec, NmsSpec, load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "plugins" / "tensorrt"
@@ -160,16 +150,13 @@ def registry_row(built_with: str, found: dict[str, Any]) -> dict[str, Any]:
 
 def small_spec(batch: int | None = 1, is_padded: bool = False) -> DetectorSpec:
     """A detector with 256 anchors on 16 x 16 pixels."""
-    resizer = Resizer("keep_aspect_ratio", 16, 16, True) if is_padded else Resizer("fixed_shape")
-    return DetectorSpec(
+    resizer = spec_cases.padded(16) if is_padded else spec_cases.STRETCHED
+    return spec_cases.example(
+        spec_cases.ssd(256, 2, True),
+        NmsSpec(0.3, 0.6, 20, 40, False, True),
+        spec_cases.network_input(16, 16, resizer, batch=batch),
         name="small",
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(16, 16, resizer, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), batch=batch),
-        heads=HeadsSpec(num_anchors=256, num_classes=2, background_column=True),
-        box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
-        scores=ScoreSpec("sigmoid", 1.0),
-        nms=NmsSpec(0.3, 0.6, 20, 40, False, True),
-        labels=(Label(1, "a"), Label(2, "b")),
+        labels=spec_cases.named("a", "b"),
     )
 
 

@@ -6,7 +6,7 @@
 writes results/tensorrt<version>.<gpu>.json, each figure as soon as it is measured. What was measured before
 stays until the same row gives a new figure; without an arithmetic NAME means all of them. A row that was
 stopped keeps the figures that it has, and says so in ``error``. PLUGIN: libodtrt_tensorrt.so. Needs numpy,
-tensorrt, Polygraphy and odtrt_lib there, on Python 3.8 or newer. Each model and arithmetic is a process of
+tensorrt and odtrt_lib there, on Python 3.8 or newer. Each model and arithmetic is a process of
 its own with an empty timing cache, and gives two rows, ``form`` split and fused:
 
 * ``arithmetic``: FP32 is measured with NVIDIA_TF32_OVERRIDE=0, TF32 without; FP16 sets the builder's flag.
@@ -33,8 +33,6 @@ and trained weights find the same. The exit status is 1 if a row does not.
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
 import json
 import os
 import shutil
@@ -49,12 +47,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+from gpu_times import free_device_mb, graph_times, whole_frame
 
 from odtrt_lib import engine, portability
 from odtrt_lib.detector import Detector, load_anchors
 from odtrt_lib.engine import passport
 from odtrt_lib.evaluate import agreement
-from odtrt_lib.latency import Sampling, Timing, sample, time_calls
+from odtrt_lib.latency import Sampling, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import postprocess
 from odtrt_lib.results import write_results
@@ -129,7 +128,7 @@ def record(target: Path, names: Sequence[str]) -> None:
 def run(recorded: Path, plugin: Path, names: Sequence[str]) -> int:
     gpu = this_machine().gpu
     here = portability.this_environment()
-    if gpu is None or here.flavour != "tensorrt":
+    if gpu is None or here.runtime_library != "tensorrt":
         print("no GPU, or no tensorrt here: this script measures both")
         return 2
     release = "".join(str(here.version).split(".")[:2])
@@ -272,7 +271,7 @@ def build(folder: Path, precision: str, plugin: Optional[Path]) -> Dict[str, Any
 
 def load_and_run(folder: Path, arithmetic: str, plugin: Optional[Path]) -> Dict[str, Any]:
     """Loading, agreement and latency of the one plan in ``folder``."""
-    from odtrt_lib.engine import runtime
+    from odtrt_lib.engine import pipeline
 
     spec = load_spec(folder / "spec.json")
     anchors = load_anchors(folder / "anchors.npy", spec)
@@ -280,14 +279,14 @@ def load_and_run(folder: Path, arithmetic: str, plugin: Optional[Path]) -> Dict[
     reference = np.load(str(folder / "reference.npz"))
     before = free_device_mb()
     started = time.perf_counter()
-    plan = runtime.load(folder, found, spec, anchors, plugin=plugin)
+    plan = pipeline.load(folder, found, spec, anchors, plugin=plugin)
     row: Dict[str, Any] = {
         "load_seconds": round(time.perf_counter() - started, 2),
         "device_memory_mb": round(before - free_device_mb(), 1),
         "postprocessing": plan.postprocessing,
     }
     try:
-        detections = plan.run(reference["image"], WHOLE_IMAGE)
+        detections = plan.run_prepared(reference["image"], [whole_frame(spec)])
         if plugin is None:
             row.update(heads_against(reference, plan, detections, anchors, spec))
         agrees, counts = same_detections(reference, detections, spec, arithmetic)
@@ -368,85 +367,23 @@ def detect_times(folder: Path, found: passport.Passport, plugin: Optional[Path])
         return time_calls(lambda: detector.detect(image), SAMPLING).row("detect_")
 
 
-# ---- CUDA, by ctypes ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Timer:
-    """Two CUDA events on one stream."""
-
-    stream: int
-    start: ctypes.c_void_p
-    end: ctypes.c_void_p
-
-
-def cuda(name: str, *arguments: Any) -> None:
-    """Calls one function of the CUDA runtime library; RuntimeError, naming it, if it fails."""
-    from polygraphy import cuda as polygraphy_cuda
-
-    status = getattr(polygraphy_cuda.wrapper().handle, name)(*arguments)
-    if status != 0:
-        raise RuntimeError(f"{name}: CUDA error {status}")
+# ---- Times on the device ---------------------------------------------------------------------------------
 
 
 def device_times(plan: Any) -> Dict[str, float]:
     """Device time of the plan alone and with its post-processing, in CUDA graphs."""
-    stream = plan._device.stream.ptr
-    windows = WHOLE_IMAGE
 
     def with_postprocessing() -> None:
-        plan._start()
-        plan._enqueue_postprocess(plan._kernels, windows)
+        plan.enqueue_network()
+        plan.enqueue_postprocess()
 
-    network = graph_times(plan._start, stream)
+    network = graph_times(plan.enqueue_network, plan.stream, SAMPLING)
     rows = network.row("network_graph_")
-    if plan._kernels is not None:
-        rows.update(graph_times(with_postprocessing, stream).row("device_graph_"))
-    elif plan.is_fused:
+    if plan.is_fused:
         rows.update(network.row("device_graph_"))
+    elif plan.switches.postprocess == "gpu":
+        rows.update(graph_times(with_postprocessing, plan.stream, SAMPLING).row("device_graph_"))
     return rows
-
-
-def graph_times(enqueue: Callable[[], None], stream: int) -> Timing:
-    """Device time of one of CALLS_IN_GRAPH calls that were captured together."""
-    handle = ctypes.c_void_p(stream)
-    graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
-    timer = Timer(stream, ctypes.c_void_p(), ctypes.c_void_p())
-    for event in (timer.start, timer.end):
-        cuda("cudaEventCreate", ctypes.byref(event))
-    enqueue()
-    cuda("cudaStreamSynchronize", handle)
-    cuda("cudaStreamBeginCapture", handle, 1)  # this thread only
-    try:
-        for _ in range(CALLS_IN_GRAPH):
-            enqueue()
-    finally:
-        cuda("cudaStreamEndCapture", handle, ctypes.byref(graph))
-    cuda("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
-
-    def once() -> float:
-        cuda("cudaEventRecord", timer.start, handle)
-        cuda("cudaGraphLaunch", executable, handle)
-        cuda("cudaEventRecord", timer.end, handle)
-        cuda("cudaEventSynchronize", timer.end)
-        milliseconds = ctypes.c_float()
-        cuda("cudaEventElapsedTime", ctypes.byref(milliseconds), timer.start, timer.end)
-        return 1000.0 * milliseconds.value / CALLS_IN_GRAPH
-
-    try:
-        return sample(once, SAMPLING).timing()
-    finally:
-        cuda("cudaGraphExecDestroy", executable)
-        cuda("cudaGraphDestroy", graph)
-        for event in (timer.start, timer.end):
-            cuda("cudaEventDestroy", event)
-
-
-def free_device_mb() -> float:
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    cuda("cudaFree", None)  # makes the context, which is nobody's plan
-    cuda("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-    return free.value / 2**20
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ no CUDA and no TensorRT are needed, and nothing of NVIDIA's runs but the binding
 A name that exists need not work: TensorRT-RTX has `create_timing_cache`, whatever its cache is worth.
 
 The sources are followed with the set of versions that can reach each line: `if hasattr(x, "name")`,
-`getattr(x, "name", None)`, a test of the flavour, early exits, `except AttributeError` and the calls of a
+`getattr(x, "name", None)`, a test of the library, early exits, `except AttributeError` and the calls of a
 private function narrow it. A name must exist in every version that can reach its line. Which class an object
 is of is told by what made it, else by what its variable is called (RECEIVERS); of an object that neither
 tells, a name is looked for in all classes named here, and only judged if it comes or goes between versions.
@@ -50,7 +50,7 @@ from odtrt_lib.results import write_results
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "tensorrt_names.json"
 COMMAND = "python benchmarks/tensorrt_names.py"
-FLAVOURS = ("tensorrt", "tensorrt_rtx")
+RUNTIME_LIBRARIES = ("tensorrt", "tensorrt_rtx")
 # Oldest first. 8.5.2 is JetPack 5.1's.
 WHEELS = (
     ("tensorrt", "tensorrt", "8.5.2.2"),
@@ -121,7 +121,7 @@ PYTHONS_OWN = frozenset(name for kind in (bytes, dict, list, set, str, Path) for
 FOREIGN = "(imported from elsewhere)"
 OURS = "(an object of odtrt's)"  # whose attributes may be TensorRT's
 
-Version = tuple[str, str]  # flavour and version
+Version = tuple[str, str]  # runtime_library and version
 Versions = frozenset[Version]
 
 LIST_NAMES = """
@@ -171,10 +171,10 @@ def read_inventory(path: Path = RESULTS) -> Inventory:
 
 def inventory_from(rows: Sequence[Mapping[str, Any]]) -> Inventory:
     """The inventory that rows of versions and of members (:func:`inventory_rows`) describe."""
-    versions = tuple((row["flavour"], row["version"]) for row in rows if "version" in row)
+    versions = tuple((row["runtime_library"], row["version"]) for row in rows if "version" in row)
     members: dict[str, dict[str, Versions]] = {}
     for row in (row for row in rows if "members" in row):
-        first, last = (versions.index((row["flavour"], row[end])) for end in ("since", "until"))
+        first, last = (versions.index((row["runtime_library"], row[end])) for end in ("since", "until"))
         for name in row["members"].split():
             names = members.setdefault(row["class"], {})
             names[name] = names.get(name, frozenset()) | frozenset(versions[first : last + 1])
@@ -184,8 +184,8 @@ def inventory_from(rows: Sequence[Mapping[str, Any]]) -> Inventory:
 def inventory_rows(names: Mapping[Version, Mapping[str, Sequence[str]]]) -> list[dict[str, str]]:
     """A row for the members of a class that came and went together; ``since`` and ``until`` are inclusive."""
     rows: dict[tuple[str, str, str, str], list[str]] = {}
-    for flavour in FLAVOURS:
-        order = [version for version in names if version[0] == flavour]
+    for runtime_library in RUNTIME_LIBRARIES:
+        order = [version for version in names if version[0] == runtime_library]
         every = {
             (owner, name) for version in order for owner in names[version] for name in names[version][owner]
         }
@@ -196,10 +196,16 @@ def inventory_rows(names: Mapping[Version, Mapping[str, Sequence[str]]]) -> list
                     first = index
                 if before and not now:
                     ends = (order[first][1], order[index - 1][1])
-                    rows.setdefault((flavour, owner, *ends), []).append(name)
+                    rows.setdefault((runtime_library, owner, *ends), []).append(name)
     return [
-        {"flavour": flavour, "class": owner, "since": since, "until": until, "members": " ".join(members)}
-        for (flavour, owner, since, until), members in rows.items()
+        {
+            "runtime_library": runtime_library,
+            "class": owner,
+            "since": since,
+            "until": until,
+            "members": " ".join(members),
+        }
+        for (runtime_library, owner, since, until), members in rows.items()
     ]
 
 
@@ -327,7 +333,7 @@ class _Scan:
         self.everywhere = frozenset(inventory.versions)
         self.functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
         named = {getattr(node, "id", getattr(node, "arg", None)) for node in ast.walk(tree)}
-        self.receivers = RECEIVERS if named & {"trt", *FLAVOURS} else {}
+        self.receivers = RECEIVERS if named & {"trt", *RUNTIME_LIBRARIES} else {}
         self._attributes: dict[str, str] = {}
         self.entries: dict[str, Versions] = {}
         self.exits: dict[str, Versions] = {}
@@ -372,17 +378,11 @@ class _Scan:
             self._function(node, here)
             return here
         if isinstance(node, ast.ClassDef):
-            for part in (*node.decorator_list, *node.bases):
-                self._expression(part, here)
-            for base in node.bases:
-                self._interface(node, self._type(base), here)
-            self.scopes.append(node.name)
-            self._run(node.body, here)
-            self.scopes.pop()
+            self._class(node, here)
             return here
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
-                is_tensorrt = isinstance(node, ast.Import) and alias.name in FLAVOURS
+                is_tensorrt = isinstance(node, ast.Import) and alias.name in RUNTIME_LIBRARIES
                 self.types[-1][alias.asname or alias.name.split(".")[0]] = MODULE if is_tensorrt else FOREIGN
             return here
         if isinstance(node, (ast.Return, ast.Raise)):
@@ -394,25 +394,9 @@ class _Scan:
         if isinstance(node, (ast.Continue, ast.Break)):
             return frozenset()
         if isinstance(node, ast.Try):
-            with_handlers = any(_catches_attribute_error(handler.type) for handler in node.handlers)
-            end = self._asking_first(node.body, here, with_handlers)
-            end = self._run(node.orelse, end)
-            for handler in node.handlers:
-                end |= self._run(handler.body, here)
-            return self._run(node.finalbody, here) & end if node.finalbody else end
+            return self._try(node, here)
         if isinstance(node, ast.With):
-            for item in node.items:
-                self._expression(item.context_expr, here)
-                if item.optional_vars is not None:
-                    self._assign(item.optional_vars, item.context_expr)
-            suppressed = any(
-                isinstance(item.context_expr, ast.Call)
-                and _last_name(item.context_expr.func) == "suppress"
-                and any(_catches_attribute_error(argument) for argument in item.context_expr.args)
-                for item in node.items
-            )
-            end = self._asking_first(node.body, here, suppressed)
-            return here if suppressed else end
+            return self._with(node, here)
         if isinstance(node, (ast.For, ast.While)):
             inside = here
             if isinstance(node, ast.For):
@@ -431,6 +415,37 @@ class _Scan:
                 self._assign(target, node.value)
         called = node.value.func if isinstance(getattr(node, "value", None), ast.Call) else None
         return here & self.exits.get(called.id, here) if isinstance(called, ast.Name) else here
+
+    def _class(self, node: ast.ClassDef, here: Versions) -> None:
+        for part in (*node.decorator_list, *node.bases):
+            self._expression(part, here)
+        for base in node.bases:
+            self._interface(node, self._type(base), here)
+        self.scopes.append(node.name)
+        self._run(node.body, here)
+        self.scopes.pop()
+
+    def _try(self, node: ast.Try, here: Versions) -> Versions:
+        with_handlers = any(_catches_attribute_error(handler.type) for handler in node.handlers)
+        end = self._asking_first(node.body, here, with_handlers)
+        end = self._run(node.orelse, end)
+        for handler in node.handlers:
+            end |= self._run(handler.body, here)
+        return self._run(node.finalbody, here) & end if node.finalbody else end
+
+    def _with(self, node: ast.With, here: Versions) -> Versions:
+        for item in node.items:
+            self._expression(item.context_expr, here)
+            if item.optional_vars is not None:
+                self._assign(item.optional_vars, item.context_expr)
+        suppressed = any(
+            isinstance(item.context_expr, ast.Call)
+            and _last_name(item.context_expr.func) == "suppress"
+            and any(_catches_attribute_error(argument) for argument in item.context_expr.args)
+            for item in node.items
+        )
+        end = self._asking_first(node.body, here, suppressed)
+        return here if suppressed else end
 
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef, here: Versions) -> None:
         for part in (*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)):
@@ -534,7 +549,7 @@ class _Scan:
             if _last_name(node.func) == "import_module" and node.args:
                 argument = node.args[0]
                 named = argument.value if isinstance(argument, ast.Constant) else _last_name(argument)
-                return MODULE if named in (*FLAVOURS, "flavour") else None
+                return MODULE if named in (*RUNTIME_LIBRARIES, "runtime_library") else None
             if isinstance(node.func, ast.Attribute):
                 made = MAKES.get((self._type(node.func.value) or "", node.func.attr))
                 if made is not None:
@@ -661,7 +676,7 @@ class _Scan:
         if isinstance(right, ast.Constant) and right.value is None and isinstance(how, (ast.Is, ast.IsNot)):
             true, false = self._truth(left)
             return (false, true) if isinstance(how, ast.Is) else (true, false)
-        if isinstance(right, ast.Constant) and right.value in FLAVOURS:
+        if isinstance(right, ast.Constant) and right.value in RUNTIME_LIBRARIES:
             same = frozenset(version for version in self.everywhere if version[0] == right.value)
             if isinstance(how, ast.Eq):
                 return same, self.everywhere - same
@@ -715,10 +730,14 @@ def _last_name(node: ast.AST) -> str:
 
 
 def _in_words(versions: Sequence[Version]) -> str:
-    lists = {flavour: [v for f, v in versions if f == flavour] for flavour in FLAVOURS}
+    lists = {
+        runtime_library: [v for f, v in versions if f == runtime_library]
+        for runtime_library in RUNTIME_LIBRARIES
+    }
     return " and ".join(
-        f"{flavour} {listed[0]}" + (f" to {listed[-1]} ({len(listed)} versions)" if len(listed) > 1 else "")
-        for flavour, listed in lists.items()
+        f"{runtime_library} {listed[0]}"
+        + (f" to {listed[-1]} ({len(listed)} versions)" if len(listed) > 1 else "")
+        for runtime_library, listed in lists.items()
         if listed
     )
 
@@ -754,7 +773,7 @@ def _inspect_all(wheels: Optional[Path], output: Path) -> bool:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = wheels or Path(temporary)
-        for flavour, distribution, version in WHEELS:
+        for runtime_library, distribution, version in WHEELS:
             found = download(distribution, version, pythons, folder)
             if found is None:
                 print(
@@ -763,10 +782,10 @@ def _inspect_all(wheels: Optional[Path], output: Path) -> bool:
                 return False
             wheel, python, tags = found
             listed = list_names(wheel, python)
-            names[flavour, version] = listed["names"]
+            names[runtime_library, version] = listed["names"]
             rows.append(
                 {
-                    "flavour": flavour,
+                    "runtime_library": runtime_library,
                     "version": version,
                     "distribution": distribution,
                     "imported_by_python": _run([python, "-V"]).split()[1],

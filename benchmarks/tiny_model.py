@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import spec_cases
 from onnx import TensorProto, helper, numpy_helper
 
 from odtrt_lib import spec
 from odtrt_lib.folder import seal
 
-SPEC = spec.DetectorSpec(
+SPEC = spec_cases.example(
+    spec_cases.ssd(16 * 16, 2, True),
+    spec.NmsSpec(0.5, 0.5, 10, 10, False, True),
+    spec_cases.network_input(16, 16),
     name="tiny",
-    source=spec.Source("0" * 64, "ckpt-0", "0" * 64, "ssd", "2.8.0", "2.20.0"),
-    input=spec.InputSpec(16, 16, spec.Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
-    heads=spec.HeadsSpec(num_anchors=16 * 16, num_classes=2, background_column=True),
-    box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
-    scores=spec.ScoreSpec("sigmoid", 1.0),
-    nms=spec.NmsSpec(0.5, 0.5, 10, 10, False, True),
-    labels=(spec.Label(1, "a"), spec.Label(2, "b")),
+    labels=spec_cases.named("a", "b"),
 )
 
 

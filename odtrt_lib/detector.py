@@ -1,11 +1,13 @@
 """Image in, detections out: preprocessing, network and post-processing behind one class.
 
-The network is run by a :class:`Backend`; what comes before it, and for raw heads what comes after it, is the
-same for all of them, and runs in the native library where that was built, else in numpy.
+A :class:`Backend` takes pictures and gives detections as the network's coordinates have them; what makes
+boxes in pixels and names of classes out of these is the same for all.
 
-* ``onnxruntime`` runs ``heads.onnx`` on the CPU.
+* ``onnxruntime`` runs ``heads.onnx`` on the CPU, between preprocessing and post-processing in the native
+library
+  where that was built, else in numpy.
 * ``tensorrt`` and ``tensorrt_rtx`` run the newest plan in ``plans/`` that may be used here
-  (:func:`odtrt_lib.portability.check`), split or fused; see :mod:`odtrt_lib.engine.runtime`.
+  (:func:`odtrt_lib.portability.check`), split or fused; see :mod:`odtrt_lib.engine.pipeline`.
 * ``auto``, unless another is asked for: the newest plan of the TensorRT that is installed, where there is an
   NVIDIA GPU, else ONNX Runtime. Where that plan is stale, an older one or ONNX Runtime serves while another
   process rebuilds it; the new plan is loaded behind the running detector and takes over between two calls.
@@ -26,7 +28,7 @@ import warnings
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, MutableSet, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, List, MutableSet, NoReturn, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -36,13 +38,14 @@ from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one
 from odtrt_lib.folder import sealed
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import Postprocessed, postprocess
-from odtrt_lib.preprocess import boxes_to_pixels, preprocess
+from odtrt_lib.preprocess import boxes_to_pixels, frame_of, preprocess
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.tensors import Tensor, heads_tensors
-from odtrt_lib.variants import FLAVOURS, FORMS, PRECISIONS, form_of
+from odtrt_lib.variants import FORMS, PRECISIONS, RUNTIME_LIBRARIES, form_of
 
 if TYPE_CHECKING:
     from odtrt_lib.engine.passport import Passport
+    from odtrt_lib.engine.pipeline import Switches
     from odtrt_lib.portability import Environment
 
 Heads = Tuple[np.ndarray, np.ndarray]
@@ -75,18 +78,19 @@ def _nothing_to_close() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """Something that runs the network.
+    """Something that finds objects in pictures.
 
-    infer: float32 [B, 3, height, width] -> (box_encodings float32 [B, N, 4], class_logits float32
-    [B, N, columns]), see :class:`odtrt_lib.spec.HeadsSpec`. B is ``InputSpec.batch`` where that is fixed. A
-    fused plan has no heads to give and raises UnsupportedError. run: the same images and ``clip_windows``
-    float32 [B, 4] -> detections; None where post-processing follows ``infer``. close: gives its memory back.
-    description: what runs, for people. plan: the fingerprint, where it is a plan.
+    run: RGB pictures, uint8 [height, width, 3], of any sizes -> detections, one row for each picture; no more
+    than ``InputSpec.batch`` where that is fixed. infer: what the network alone gives, to look at: float32 [B,
+    3, height, width] -> (box_encodings float32 [B, N, 4], class_logits float32 [B, N, columns]), see
+    :class:`odtrt_lib.spec.SsdHeads`; B is ``InputSpec.batch`` where that is fixed. A fused plan has no heads
+    to give and raises UnsupportedError. close: gives its memory back. description: what runs, for people.
+    plan: the fingerprint, where it is a plan.
     """
 
     name: str
+    run: Callable[[Sequence[np.ndarray]], Postprocessed]
     infer: Callable[[np.ndarray], Heads]
-    run: Optional[Callable[[np.ndarray, np.ndarray], Postprocessed]] = None
     close: Callable[[], None] = _nothing_to_close
     description: str = ""
     plan: Optional[str] = None
@@ -159,6 +163,7 @@ class Detector:
         *,
         plugin: Union[str, Path, None] = None,
         precision: Optional[str] = None,
+        switches: Optional[Switches] = None,
     ) -> Detector:
         """Opens a model folder.
 
@@ -167,7 +172,8 @@ class Detector:
         ``auto`` a plan that no longer fits (another library, GPU, ONNX file or spec.json) starts one process
         that rebuilds it in the background; :attr:`status` says so, and the other backends never do. plugin:
         ``libodtrt_tensorrt.so``; with it a fused plan is preferred to a split one, without it not looked at.
-        precision: only plans of this one; None: of any.
+        precision: only plans of this one; None: of any. switches: how a plan gets its pictures and gives its
+        detections back, see :class:`odtrt_lib.engine.pipeline.Switches`; ONNX Runtime has none.
 
         Close it, or use it in a ``with`` block, to give the GPU's memory back::
 
@@ -195,7 +201,7 @@ class Detector:
             if any((folder / PLANS).glob("*.json")):
                 detector._serving.reasons = ("no NVIDIA GPU here: no plan runs, ONNX Runtime does",)
             return detector
-        wanted = _Wanted(folder, here, plugin, precision)
+        wanted = _Wanted(folder, here, plugin, precision, switches)
         spec, anchors = _read_contract(folder)
         found = _open_best_plan(wanted, spec, anchors)
         if found.backend is not None and not _is_contract_of(folder, spec, anchors):
@@ -319,17 +325,8 @@ class Detector:
         return future
 
     def _detect_at_once(self, backend: Backend, images: Sequence[np.ndarray]) -> List[Detections]:
-        network = self.spec.input
-        batch = np.zeros((network.batch or len(images), 3, network.height, network.width), np.float32)
-        frames = [preprocess(image, network, out=batch[i])[1] for i, image in enumerate(images)]
-        windows = np.array([frame.clip_window for frame in frames], np.float32)
-        if backend.run is not None:
-            found = backend.run(batch[: len(images)], windows)
-        else:
-            box_encodings, class_logits = backend.infer(batch)
-            found = postprocess(
-                box_encodings[: len(images)], class_logits[: len(images)], self.anchors, self.spec, windows
-            )
+        found = backend.run(images)
+        frames = [frame_of(image, self.spec.input) for image in images]
         detections = []
         for i, frame in enumerate(frames):
             count = found.num_detections[i]
@@ -365,10 +362,10 @@ def _open_onnxruntime(folder: Path) -> Tuple[DetectorSpec, np.ndarray, Backend]:
     files = sealed(folder, "spec.json", "anchors.npy", _HEADS)
     spec = load_spec(folder / "spec.json", files["spec.json"])
     anchors = load_anchors(folder / "anchors.npy", spec, files["anchors.npy"])
-    return spec, anchors, _run_by_onnxruntime(folder / _HEADS, spec, files[_HEADS])
+    return spec, anchors, _run_by_onnxruntime(folder / _HEADS, spec, anchors, files[_HEADS])
 
 
-def _run_by_onnxruntime(path: Path, spec: DetectorSpec, model: bytes) -> Backend:
+def _run_by_onnxruntime(path: Path, spec: DetectorSpec, anchors: np.ndarray, model: bytes) -> Backend:
     try:
         import onnxruntime
     except ImportError as error:
@@ -395,7 +392,17 @@ def _run_by_onnxruntime(path: Path, spec: DetectorSpec, model: bytes) -> Backend
         box_encodings, class_logits = session.run(outputs, {spec.input.name: images})
         return box_encodings, class_logits
 
-    return Backend("onnxruntime", infer, description=f"ONNX Runtime {onnxruntime.__version__} on the CPU")
+    def run(images: Sequence[np.ndarray]) -> Postprocessed:
+        network, count = spec.input, len(images)
+        batch = np.zeros((network.batch or count, 3, network.height, network.width), np.float32)
+        frames = [preprocess(image, network, out=out)[1] for image, out in zip(images, batch)]
+        windows = np.array([frame.clip_window for frame in frames], np.float32)
+        box_encodings, class_logits = infer(batch)
+        return postprocess(box_encodings[:count], class_logits[:count], anchors, spec, windows)
+
+    return Backend(
+        "onnxruntime", run, infer, description=f"ONNX Runtime {onnxruntime.__version__} on the CPU"
+    )
 
 
 def _check_tensors(path: Path, kind: str, found: Sequence[Any], tensors: Sequence[Tensor]) -> None:
@@ -429,11 +436,11 @@ def _closed_error() -> InputError:
     return InputError("this detector is closed; open the folder again")
 
 
-def _refuse_when_closed(images: np.ndarray) -> Heads:
+def _refuse_when_closed(images: Any) -> NoReturn:
     raise _closed_error()
 
 
-_CLOSED = Backend("closed", _refuse_when_closed)
+_CLOSED = Backend("closed", _refuse_when_closed, _refuse_when_closed)
 
 
 # ---- The worker thread, and other processes ---------------------------------------------------------------
@@ -475,11 +482,12 @@ def _part_from_parent() -> None:
     for detector in list(_detectors):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(detector.backend))
         owner = detector._serving.process
-        detector.backend = Backend("of another process", functools.partial(_refuse_after_fork, owner))
+        refuse = functools.partial(_refuse_after_fork, owner)
+        detector.backend = Backend("of another process", refuse, refuse)
         detector._serving = _Serving(owner)
 
 
-def _refuse_after_fork(owner: int, images: np.ndarray) -> Heads:
+def _refuse_after_fork(owner: int, images: Any) -> NoReturn:
     raise InputError(
         f"this detector was opened by another process ({owner}) and does not work after a fork: open it in "
         'this one, or let multiprocessing "spawn" its processes'
@@ -500,6 +508,7 @@ class _Wanted:
     here: Environment
     plugin: Union[str, Path, None]
     precision: Optional[str]
+    switches: Optional[Switches]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -526,10 +535,10 @@ def _here(backend: str, plugin: Union[str, Path, None]) -> Optional[Environment]
             f'backend {backend!r} needs an NVIDIA GPU and its driver, none was found; use "onnxruntime"'
         )
     here = portability.this_environment(plugin)
-    if backend in ("auto", here.flavour):
+    if backend in ("auto", here.runtime_library):
         return here
     version = import_library(backend).__version__
-    return dataclasses.replace(here, flavour=backend, version=version)
+    return dataclasses.replace(here, runtime_library=backend, version=version)
 
 
 def _open_best_plan(
@@ -543,7 +552,7 @@ def _open_best_plan(
     """
     from odtrt_lib.engine.passport import passports, survey
 
-    if wanted.here.flavour is None:
+    if wanted.here.runtime_library is None:
         reason = "there is a GPU, but neither tensorrt nor tensorrt_rtx can be imported"
         return _Found(None, (reason,), None)
     for _ in range(3):
@@ -605,16 +614,16 @@ def _kind(one: Passport) -> Tuple[str, str]:
 
 
 def _open_plan(wanted: _Wanted, one: Passport, spec: DetectorSpec, anchors: np.ndarray) -> Backend:
-    from odtrt_lib.engine import runtime
+    from odtrt_lib.engine import pipeline
 
-    plan = runtime.load(wanted.folder, one, spec, anchors, plugin=wanted.plugin)
+    plan = pipeline.load(wanted.folder, one, spec, anchors, plugin=wanted.plugin, switches=wanted.switches)
     return Backend(
-        one.flavour,
-        plan.infer,
+        one.runtime_library,
         plan.run,
+        plan.infer,
         plan.close,
-        f"{FLAVOURS[one.flavour]} {wanted.here.version}, plan {one.fingerprint}, {one.precision}, "
-        f"post-processing {plan.postprocessing}",
+        f"{RUNTIME_LIBRARIES[one.runtime_library]} {wanted.here.version}, plan {one.fingerprint}, "
+        f"{one.precision}, post-processing {plan.postprocessing}",
         one.fingerprint,
     )
 

@@ -37,6 +37,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 from odtrt_lib import __version__
 from odtrt_lib.errors import InputError, OdtrtError, one_line
 from odtrt_lib.machine import peak_rss_mb
+from odtrt_lib.spec import sections_for_records
 from odtrt_lib.variants import models
 
 LOG = "log.jsonl"
@@ -726,9 +727,9 @@ def made_from(model: str, files: Mapping[str, bytes]) -> Dict[str, str]:
 def part_sha256(spec: bytes, part: str) -> Optional[str]:
     """The SHA-256 of one of :data:`SPEC_PARTS` of a spec.json's text; None where it has no such part."""
     try:
-        data = json.loads(spec.decode("utf-8"))
+        data = sections_for_records(spec)
         sections = {section: data[section] for section in part.partition(": ")[2].split(", ")}
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
 

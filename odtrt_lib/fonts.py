@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any, FrozenSet, Iterable, List, NamedTuple, Optional, Tuple
 
-from odtrt_lib.errors import printable
+from odtrt_lib.errors import MissingDependencyError, one_line, printable
 
 _TRIAL_SIZE = 20
 # No characters, so that every font shows its sign for a missing one; a font of last resort shows two signs.
@@ -29,6 +29,19 @@ def font(path: Optional[Path], size: int) -> Any:
     from PIL import ImageFont
 
     return ImageFont.load_default(size) if path is None else ImageFont.truetype(str(path), size)
+
+
+def require_letters() -> None:
+    """Raises MissingDependencyError where Pillow cannot draw letters: before 10.1, or without FreeType."""
+    import PIL
+
+    try:
+        font(None, _TRIAL_SIZE)
+    except (TypeError, ImportError, OSError) as error:
+        raise MissingDependencyError(
+            f"Pillow {PIL.__version__} cannot draw letters ({one_line(error)}); expected 10.1 or newer: "
+            "`python3 -m pip install --upgrade pillow`"
+        ) from error
 
 
 @functools.lru_cache(maxsize=1024)

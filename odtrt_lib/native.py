@@ -4,10 +4,10 @@
 header in Python. The modules :mod:`odtrt_lib.nms` and :mod:`odtrt_lib.preprocess` use it if :func:`load`
 finds it and do the same in numpy where not, so that most users need nothing from here.
 
-The functions that end in ``_cpu`` take numpy arrays. Those that end in ``_cuda`` take the addresses of
-device memory as integers, as PyCUDA (``int(allocation)``), CuPy (``array.data.ptr``) and PyTorch
-(``tensor.data_ptr()``) give them, enqueue their work on a stream and return at once. They allocate nothing,
-and may be captured in a CUDA graph.
+The functions that end in ``_cpu`` take numpy arrays. Those that end in ``_cuda`` take device memory:
+addresses as integers, or what PyCUDA, CuPy and PyTorch allocate; structures hold
+:func:`odtrt_lib.cuda.address_of` of these. They enqueue their work on a stream and return at once. They
+allocate nothing, and may be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 
+from odtrt_lib.cuda import address_of
 from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one_line
 from odtrt_lib.spec import DetectorSpec, InputSpec
 
@@ -198,19 +199,19 @@ def can_postprocess(spec: DetectorSpec) -> bool:
         1 <= nms.max_total_detections <= MOST_DETECTIONS
         and nms.max_detections_per_class >= 1
         and 1 <= heads.num_anchors * heads.num_columns < 2**31
-        and spec.scores.converter in SCORE_CONVERTERS
+        and spec.heads.scores.converter in SCORE_CONVERTERS
     )
 
 
 def postprocess_params(spec: DetectorSpec) -> PostprocessParams:
     """The settings of one detector."""
-    coder = spec.box_coder
+    coder = spec.heads.box_coder
     return PostprocessParams(
         num_anchors=spec.heads.num_anchors,
         num_columns=spec.heads.num_columns,
         background_column=spec.heads.background_column,
-        score_converter=SCORE_CONVERTERS[spec.scores.converter],
-        logit_factor=1.0 / spec.scores.logit_scale,
+        score_converter=SCORE_CONVERTERS[spec.heads.scores.converter],
+        logit_factor=1.0 / spec.heads.scores.logit_scale,
         box_scales=(coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale),
         score_threshold=spec.nms.score_threshold,
         iou_threshold=spec.nms.iou_threshold,
@@ -382,17 +383,25 @@ def postprocess_cuda(
     batch: int,
     heads: HeadPointers,
     out: DetectionPointers,
-    workspace: int,
+    workspace: Any,
     workspace_size: int,
     stream: int = 0,
 ) -> None:
     """Enqueues the post-processing of a batch. All addresses are of device memory, aligned to 16 bytes.
 
+    workspace: what :func:`odtrt_lib.cuda.address_of` takes. stream: a ``cudaStream_t``.
+
     Raises MissingDependencyError where the library was built without CUDA, NativeError where CUDA fails,
     InputError where an argument is not as ``odtrt.h`` says.
     """
     status = library.handle.odtrt_postprocess_cuda(
-        ctypes.byref(params), batch, ctypes.byref(heads), ctypes.byref(out), workspace, workspace_size, stream
+        ctypes.byref(params),
+        batch,
+        ctypes.byref(heads),
+        ctypes.byref(out),
+        address_of(workspace),
+        workspace_size,
+        stream,
     )
     _check(library, "odtrt_postprocess_cuda", status)
 
@@ -405,27 +414,38 @@ def nms_workspace(library: Library, params: NmsParams) -> int:
 def nms_cuda(
     library: Library,
     params: NmsParams,
-    boxes: int,
-    scores: int,
-    classes: Optional[int],
-    kept: int,
-    num_kept: int,
-    workspace: int,
+    boxes: Any,
+    scores: Any,
+    classes: Optional[Any],
+    kept: Any,
+    num_kept: Any,
+    workspace: Any,
     workspace_size: int,
     stream: int = 0,
 ) -> None:
-    """Enqueues a suppression; ``kept``, int32 [max_kept], ends in -1. Raises as :func:`postprocess_cuda`."""
-    status = library.handle.odtrt_nms_cuda(
-        ctypes.byref(params), boxes, scores, classes, kept, num_kept, workspace, workspace_size, stream
-    )
+    """Enqueues a suppression; ``kept``, int32 [max_kept], ends in -1.
+
+    All but the size are what :func:`odtrt_lib.cuda.address_of` takes. Raises as :func:`postprocess_cuda`.
+    """
+    addresses = [
+        None if memory is None else address_of(memory)
+        for memory in (boxes, scores, classes, kept, num_kept, workspace)
+    ]
+    status = library.handle.odtrt_nms_cuda(ctypes.byref(params), *addresses, workspace_size, stream)
     _check(library, "odtrt_nms_cuda", status)
 
 
 def preprocess_cuda(
-    library: Library, params: PreprocessParams, image: int, output: int, stream: int = 0
+    library: Library, params: PreprocessParams, image: Any, output: Any, stream: int = 0
 ) -> None:
-    """Enqueues the preprocessing of one image, in device memory. Raises as :func:`postprocess_cuda`."""
-    status = library.handle.odtrt_preprocess_cuda(ctypes.byref(params), image, output, stream)
+    """Enqueues the preprocessing of one image.
+
+    image, output: in device memory, as :func:`odtrt_lib.cuda.address_of` takes it. Raises as
+    :func:`postprocess_cuda`.
+    """
+    status = library.handle.odtrt_preprocess_cuda(
+        ctypes.byref(params), address_of(image), address_of(output), stream
+    )
     _check(library, "odtrt_preprocess_cuda", status)
 
 

@@ -148,9 +148,9 @@ def postprocess_reference(
         classes=np.zeros((batch, most), np.int32),
         anchors=np.zeros((batch, most), np.int32),
     )
-    boxes = decode_boxes(box_encodings, anchors, spec.box_coder)
+    boxes = decode_boxes(box_encodings, anchors, spec.heads.box_coder)
     for i in range(batch):
-        scores = convert_scores(class_logits[i], spec.scores)[:, int(spec.heads.background_column) :]
+        scores = convert_scores(class_logits[i], spec.heads.scores)[:, int(spec.heads.background_column) :]
         found = multiclass_nms(boxes[i], scores, spec.nms, clip_windows[i])
         count = len(found.scores)
         result.num_detections[i] = count

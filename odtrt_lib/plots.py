@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,22 @@ _CLASS_COLOURS = (
     (204, 121, 167),
 )
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
+MIN_SCORE = 0.3
 
 
-def draw_detections(image: np.ndarray, detections: Detections, min_score: float = 0.3) -> np.ndarray:
+def confident(detections: Detections, min_score: float) -> Detections:
+    """The detections with at least ``min_score``; they come best first."""
+    count = int((detections.scores >= min_score).sum())
+    return dataclasses.replace(
+        detections,
+        boxes=detections.boxes[:count],
+        scores=detections.scores[:count],
+        class_ids=detections.class_ids[:count],
+        names=detections.names[:count],
+    )
+
+
+def draw_detections(image: np.ndarray, detections: Detections, min_score: float = MIN_SCORE) -> np.ndarray:
     """A copy of ``image`` with a box, the class and the score of each detection from ``min_score`` up.
 
     image: uint8 [height, width, 3], RGB. Returns the same. Boxes that reach out of the picture are drawn

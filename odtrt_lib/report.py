@@ -283,8 +283,7 @@ def _contract(spec: DetectorSpec) -> str:
     rows = {
         "Resize": f"{spec.input.resizer.kind.replace('_', ' ')}, {spec.input.resizer.method}",
         "Pixel values": "; ".join(dict.fromkeys(f"p × {s:.6g} + {o:.6g}" for s, o in channels)),
-        "Scores": f"{spec.scores.converter}, logit scale {spec.scores.logit_scale:g}",
-        "Background column": "yes" if spec.heads.background_column else "no",
+        **spec.heads.in_words(),
         "Non-maximum suppression": f"score > {nms.score_threshold:g}, IoU > {nms.iou_threshold:g}, at most "
         f"{nms.max_detections_per_class} a class and {nms.max_total_detections} in all, "
         f"{'across classes' if nms.class_agnostic else 'class by class'}",

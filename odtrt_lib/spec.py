@@ -22,11 +22,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, ClassVar, Dict, Iterator, List, Optional, Tuple, Type, Union
 
 from odtrt_lib.errors import InputError, one_line
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_SPEC_BYTES = 1 << 24
 MAX_CLASSES = 2**16
 
@@ -82,27 +82,6 @@ class InputSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadsSpec:
-    """The network's raw outputs, both float32.
-
-    ``box_encodings`` is ``[batch, num_anchors, 4]``; ``class_logits`` is
-    ``[batch, num_anchors, num_classes + 1]`` with the background in column 0 if ``background_column``,
-    else ``[batch, num_anchors, num_classes]``.
-    """
-
-    num_anchors: int
-    num_classes: int
-    background_column: bool
-    box_encodings: str = "box_encodings"
-    class_logits: str = "class_logits"
-
-    @property
-    def num_columns(self) -> int:
-        """Columns of ``class_logits``, the background included where there is one."""
-        return self.num_classes + int(self.background_column)
-
-
-@dataclasses.dataclass(frozen=True)
 class BoxCoder:
     """OD API ``faster_rcnn_box_coder``: encodings ``(ty, tx, th, tw)`` are divided by these scales."""
 
@@ -118,6 +97,55 @@ class ScoreSpec:
 
     converter: str
     logit_scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SsdHeads:
+    """The raw outputs of an SSD, both float32, and what decodes them.
+
+    ``box_encodings`` is ``[batch, num_anchors, 4]``; ``class_logits`` is
+    ``[batch, num_anchors, num_classes + 1]`` with the background in column 0 if ``background_column``,
+    else ``[batch, num_anchors, num_classes]``.
+    """
+
+    family: ClassVar[str] = "ssd"
+
+    num_anchors: int
+    num_classes: int
+    background_column: bool
+    box_coder: BoxCoder
+    scores: ScoreSpec
+    box_encodings: str = "box_encodings"
+    class_logits: str = "class_logits"
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of ``class_logits``, the background included where there is one."""
+        return self.num_classes + int(self.background_column)
+
+    def in_words(self) -> Dict[str, str]:
+        """How the outputs are decoded, for people: what -> how."""
+        return {
+            "Scores": f"{self.scores.converter}, logit scale {self.scores.logit_scale:g}",
+            "Background column": "yes" if self.background_column else "no",
+        }
+
+    def problems(self) -> Iterator[str]:
+        """As :func:`problems`, for what no field shows alone."""
+        if self.num_anchors * self.num_columns > MAX_INT:
+            yield f"num_anchors: {self.num_anchors}, expected less than 2^31 scores in all"
+
+
+Heads = Union[SsdHeads]
+"""The outputs of a network, of one of :data:`FAMILIES`.
+
+Every family has ``num_classes``, ``num_anchors`` (0 if it has no ``anchors.npy``), ``in_words`` and
+``problems``. Its other fields concern only the stages that know families: export, nms, the kernels and their
+binding, fuse, and the tables in :mod:`odtrt_lib.tensors`.
+"""
+
+FAMILIES: Dict[str, Type[Heads]] = {kind.family: kind for kind in (SsdHeads,)}
+"""``heads.family`` in ``spec.json`` -> the class of ``DetectorSpec.heads``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,15 +175,15 @@ class DetectorSpec:
     name: str
     source: Source
     input: InputSpec
-    heads: HeadsSpec
-    box_coder: BoxCoder
-    scores: ScoreSpec
+    heads: Heads
     nms: NmsSpec
     labels: Tuple[Label, ...]
 
     def to_json(self) -> str:
         """The text of ``spec.json``; :func:`load_spec` is its inverse."""
-        return json.dumps({"schema": SCHEMA_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+        data = {"schema": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        data["heads"] = {"family": self.heads.family, **data["heads"]}
+        return json.dumps(data, indent=2) + "\n"
 
     def label_names(self) -> Dict[int, str]:
         """Label map id -> name."""
@@ -172,8 +200,8 @@ _RANGES: Dict[str, Tuple[float, float]] = {
     "InputSpec.width": (1, 2**24 - 1),
     "InputSpec.scale": _POSITIVE,
     "InputSpec.batch": (1, 2**16),
-    "HeadsSpec.num_anchors": (1, MAX_INT),
-    "HeadsSpec.num_classes": (1, MAX_CLASSES),
+    "SsdHeads.num_anchors": (1, MAX_INT),
+    "SsdHeads.num_classes": (1, MAX_CLASSES),
     "BoxCoder.y_scale": _POSITIVE,
     "BoxCoder.x_scale": _POSITIVE,
     "BoxCoder.height_scale": _POSITIVE,
@@ -214,27 +242,64 @@ def problems(part: Any) -> Iterator[str]:
         yield from _input_problems(part)
     elif isinstance(part, DetectorSpec):
         yield from _detector_problems(part)
+    elif type(part) in FAMILIES.values():
+        yield from part.problems()
 
 
 def load_spec(path: Union[str, Path], content: Optional[bytes] = None) -> DetectorSpec:
-    """Reads a ``spec.json``. content: the bytes of the file, where they were read already.
+    """Reads a ``spec.json``, of schema 1 too. content: the bytes of the file, where they were read already.
 
     Raises InputError, naming the file and the field, where the file is absent, too large, not JSON, of
-    another schema version, or has a missing or unknown field, a value of another type or out of its range.
+    another schema version, of a family of heads that is not in :data:`FAMILIES`, or has a missing or unknown
+    field, a value of another type or out of its range.
     """
     path = Path(path)
     data = _read_json(path, content)
     schema = data.pop("schema", None) if isinstance(data, dict) else type(data).__name__
-    if type(schema) is not int or schema != SCHEMA_VERSION:
+    if type(schema) is not int or schema not in (1, SCHEMA_VERSION):
         raise InputError(
-            f"{path}: schema {_shown(schema)}, expected {SCHEMA_VERSION}; run `odtrt export` again "
-            "with the installed version of odtrt"
+            f"{path}: schema {_shown(schema)}, expected {SCHEMA_VERSION} (or 1, of older versions); run "
+            "`odtrt export` again with the installed version of odtrt"
         )
+    if schema == 1:
+        data = _of_schema_1(data, f"{path}: spec")
     spec = _from_dict(DetectorSpec, data, f"{path}: spec")
     assert isinstance(spec, DetectorSpec)
     for problem in problems(spec):
         raise InputError(f"{path}: spec.{problem}; run `odtrt export` again")
     return spec
+
+
+def sections_for_records(content: bytes) -> Dict[str, Any]:
+    """The sections of a ``spec.json`` over which records and passports keep hashes.
+
+    They lie as in schema 1: a record of that time and one of today have the same hash if they say the same.
+    So what decodes the heads is beside them, null in a family that has none, and ``ssd`` is not named.
+
+    Raises ValueError, KeyError, TypeError, AttributeError or RecursionError if this is no spec.json.
+    """
+    data = json.loads(content.decode("utf-8"))
+    if data.get("schema") != SCHEMA_VERSION:
+        return dict(data)
+    heads = dict(data["heads"])
+    decoding = {name: heads.pop(name, None) for name in _DECODING}
+    if heads["family"] == SsdHeads.family:
+        del heads["family"]
+    return {**data, "heads": heads, **decoding}
+
+
+_DECODING = ("box_coder", "scores")  # beside `heads` in schema 1
+
+
+def _of_schema_1(data: Dict[str, Any], where: str) -> Dict[str, Any]:
+    """The data of schema 1 as today's lays them out: the heads were an SSD's."""
+    heads = _object(data.get("heads", {}), f"{where}.heads")
+    for name in ("family", *_DECODING):
+        if name in heads:
+            raise InputError(f"{where}.heads.{name}: unknown field; run `odtrt export` again")
+    decoding = {name: data[name] for name in _DECODING if name in data}
+    others = {name: value for name, value in data.items() if name not in _DECODING}
+    return {**others, "heads": {"family": SsdHeads.family, **heads, **decoding}}
 
 
 def _expected_instead(name: str, value: Any) -> str:
@@ -282,8 +347,6 @@ def _input_problems(network: InputSpec) -> Iterator[str]:
 
 def _detector_problems(spec: DetectorSpec) -> Iterator[str]:
     heads = spec.heads
-    if heads.num_anchors * heads.num_columns > MAX_INT:
-        yield f"heads.num_anchors: {heads.num_anchors}, expected less than 2^31 scores in all"
     if len(spec.labels) != heads.num_classes:
         yield f"labels: {len(spec.labels)}, expected one for each of heads.num_classes, {heads.num_classes}"
     for i, label in enumerate(spec.labels):
@@ -292,7 +355,7 @@ def _detector_problems(spec: DetectorSpec) -> Iterator[str]:
 
 
 _NESTED: Dict[str, type] = {
-    kind.__name__: kind for kind in (Source, Resizer, InputSpec, HeadsSpec, BoxCoder, ScoreSpec, NmsSpec)
+    kind.__name__: kind for kind in (Source, Resizer, InputSpec, BoxCoder, ScoreSpec, NmsSpec)
 }
 _JSON_TYPES: Dict[str, Tuple[type, str]] = {
     "int": (int, "a whole number"),
@@ -335,9 +398,14 @@ def _object_without_repetition(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return found
 
 
-def _from_dict(kind: type, data: Any, where: str) -> Any:
+def _object(data: Any, where: str) -> Dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{where}: {_shown(data)}, expected an object; run `odtrt export` again")
+    return data
+
+
+def _from_dict(kind: type, data: Any, where: str) -> Any:
+    data = _object(data, where)
     fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
     for name in sorted(set(data) ^ set(fields)):
         named = f"{where}.{name}" if name.isidentifier() else f"{where}: {_shown(name)}"
@@ -349,6 +417,8 @@ def _from_dict(kind: type, data: Any, where: str) -> Any:
 
 def _value(annotation: str, value: Any, where: str) -> Any:
     """A JSON value as a field of that annotation; :func:`problems` judges its range."""
+    if annotation == "Heads":
+        return _heads(value, where)
     if annotation in _NESTED:
         return _from_dict(_NESTED[annotation], value, where)
     if annotation == "Tuple[Label, ...]" and isinstance(value, list):
@@ -363,6 +433,20 @@ def _value(annotation: str, value: Any, where: str) -> Any:
     if type(value) is not expected:
         raise InputError(f"{where}: {_shown(value)}, expected {in_words}; run `odtrt export` again")
     return value
+
+
+def _heads(value: Any, where: str) -> Any:
+    """The heads of the family that ``value`` names."""
+    others = dict(_object(value, where))
+    if "family" not in others:
+        raise InputError(f"{where}.family: missing field; run `odtrt export` again")
+    family = others.pop("family")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise InputError(
+            f"{where}.family: {_shown(family)} is unknown, expected {' or '.join(FAMILIES)}; install the "
+            "version of odtrt that wrote it, or run `odtrt export` again"
+        )
+    return _from_dict(FAMILIES[family], others, where)
 
 
 def _shown(value: Any) -> str:

@@ -7,9 +7,9 @@ what :mod:`odtrt_lib.spec` says; ``detector.onnx`` gives what :class:`odtrt_lib.
 from __future__ import annotations
 
 import dataclasses
-from typing import Dict, Optional, Tuple
+from typing import Callable, Dict, Optional, Tuple
 
-from odtrt_lib.spec import DetectorSpec
+from odtrt_lib.spec import DetectorSpec, SsdHeads
 
 # The node that stands for the post-processing, and the plugin behind it.
 PLUGIN, DOMAIN, PLUGIN_VERSION = "OdtrtDetect", "odtrt", "1"
@@ -53,18 +53,12 @@ class Tensors:
 
 def heads_tensors(spec: DetectorSpec) -> Tensors:
     """``heads.onnx``: the normalised image to raw heads, float32."""
-    batch, heads = spec.input.batch, spec.heads
-    return Tensors(
-        (_image(spec),),
-        (
-            Tensor(heads.box_encodings, (batch, heads.num_anchors, 4)),
-            Tensor(heads.class_logits, (batch, heads.num_anchors, heads.num_columns)),
-        ),
-    )
+    return Tensors((_image(spec),), _OUTPUTS[spec.heads.family](spec.heads, spec.input.batch))
 
 
 def detector_tensors(spec: DetectorSpec) -> Tensors:
-    """``detector.onnx``: the normalised image to detections. M is ``nms.max_total_detections``.
+    """``detector.onnx``: the normalised image to detections, in every family the same. M is
+    ``nms.max_total_detections``.
 
     Where the image can cover less than the whole network input, its window is an input too.
     """
@@ -88,3 +82,14 @@ def has_clip_windows(spec: DetectorSpec) -> bool:
 
 def _image(spec: DetectorSpec) -> Tensor:
     return Tensor(spec.input.name, (spec.input.batch, 3, spec.input.height, spec.input.width))
+
+
+def _ssd_outputs(heads: SsdHeads, batch: Optional[int]) -> Tuple[Tensor, ...]:
+    return (
+        Tensor(heads.box_encodings, (batch, heads.num_anchors, 4)),
+        Tensor(heads.class_logits, (batch, heads.num_anchors, heads.num_columns)),
+    )
+
+
+# Family of heads -> the outputs of heads.onnx.
+_OUTPUTS: Dict[str, Callable[..., Tuple[Tensor, ...]]] = {SsdHeads.family: _ssd_outputs}

@@ -43,8 +43,8 @@ FORMS: Dict[str, Form] = {
     "onnx_nms": Form("detector_onnxnms.onnx", "fuse_onnx", "fuse --form onnx_nms", _DETECTOR),
 }
 PRECISIONS: Dict[str, Precision] = {"fp32": Precision(()), "fp16": Precision(("fp16", "int8"))}
-# TensorRT's Python modules, the preferred one first, and what the libraries are called.
-FLAVOURS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+# The runtime libraries by their Python modules, the preferred one first, and what they are called.
+RUNTIME_LIBRARIES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 HARDWARE_COMPATIBILITIES = ("none", "ampere_plus", "same_compute_capability")
 # What a build may be allowed to change about the plan if nothing else makes it fit.
 ALLOWABLE = ("dynamic_batch", "fp32")

@@ -5,6 +5,7 @@ scripts/book_tables.py writes them beside the tables; a page includes one by ``{
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -61,66 +62,84 @@ def engine_memory(results: Path) -> str:
     steps = [row for row in rows if row["kind"] == "fallback" and row["case"] == case]
     limit, model = steps[0]["limit_mb"], steps[0]["model"]
     most = max(limit, *(row["rss_mb"] for row in samples), *(step["peak_rss_mb"] for step in steps)) * 1.12
-    left, right, plot_top, bottom = 70, WIDTH - 16, 30, 290
-    height = bottom + 44 + 21 * len(steps)
     starts, end = {}, 0.0
     for step in steps:
         starts[step["number"]] = end
         end += max(row["seconds"] for row in samples if row["number"] == step["number"]) * 1.06
-
-    def x(seconds: float) -> float:
-        return round(left + seconds / end * (right - left), 1)
-
-    def y(megabytes: float) -> float:
-        return round(bottom - megabytes / most * (bottom - plot_top), 1)
-
+    area = MemoryArea(end, most)
     parts = [
         *figure(
             "engine-memory",
-            height,
+            area.bottom + 44 + 21 * len(steps),
             "Memory of a build under a limit, attempt by attempt",
             f"Host memory in MiB over time while {model} is built under a limit of {limit} MiB: "
             + "; ".join(f"{step['step']}: {step['outcome']}" for step in steps)
             + ". A dot marks the peak of each attempt. The table has the peaks.",
         ),
-        f'<text class="soft" x="{left}" y="16">MiB of the building process. '
-        "Line: samples. Dot: the peak that the kernel recorded</text>",
+        *area.grid(limit),
     ]
-    for megabytes in range(0, int(most), 100 if most > 250 else 50):
-        parts.append(f'<path class="grid" d="M{left} {y(megabytes)} H{right}"/>')
-        parts.append(
-            f'<text class="soft" x="{left - 8}" y="{y(megabytes) + 4}" text-anchor="end">{megabytes}</text>'
-        )
-    parts.append(f'<path class="limit" d="M{left} {y(limit)} H{right}"/>')
-    parts.append(
-        f'<text class="soft" x="{left + 6}" y="{y(limit) - 6}">limit, {limit} MiB</text>'
-        f'<text class="soft" x="{(left + right) / 2:.0f}" y="{bottom + 20}" text-anchor="middle">'
-        f"one attempt after the other, {end:.0f} seconds together</text>"
-    )
     for row, step in enumerate(steps):
-        start, number = starts[step["number"]], step["number"]
-        own = [sample for sample in samples if sample["number"] == number]
-        points = " ".join(f"{x(start + sample['seconds'])},{y(sample['rss_mb'])}" for sample in own)
+        own = [sample for sample in samples if sample["number"] == step["number"]]
+        parts += area.attempt(step, own, starts[step["number"]], area.bottom + 44 + 21 * row)
+    return "\n".join([*parts, "</svg></div>"]) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryArea:
+    """Where :func:`engine_memory` draws: x is time, ``seconds`` in all, y is memory, at most ``most`` MiB."""
+
+    seconds: float
+    most: float
+    left: int = 70
+    right: int = WIDTH - 16
+    top: int = 30
+    bottom: int = 290
+
+    def x(self, seconds: float) -> float:
+        return round(self.left + seconds / self.seconds * (self.right - self.left), 1)
+
+    def y(self, megabytes: float) -> float:
+        return round(self.bottom - megabytes / self.most * (self.bottom - self.top), 1)
+
+    def grid(self, limit: float) -> list[str]:
+        left, right = self.left, self.right
+        parts = [
+            f'<text class="soft" x="{left}" y="16">MiB of the building process. '
+            "Line: samples. Dot: the peak that the kernel recorded</text>"
+        ]
+        for megabytes in range(0, int(self.most), 100 if self.most > 250 else 50):
+            y = self.y(megabytes)
+            parts.append(f'<path class="grid" d="M{left} {y} H{right}"/>')
+            parts.append(
+                f'<text class="soft" x="{left - 8}" y="{y + 4}" text-anchor="end">{megabytes}</text>'
+            )
+        parts.append(f'<path class="limit" d="M{left} {self.y(limit)} H{right}"/>')
+        parts.append(
+            f'<text class="soft" x="{left + 6}" y="{self.y(limit) - 6}">limit, {limit} MiB</text>'
+            f'<text class="soft" x="{(left + right) / 2:.0f}" y="{self.bottom + 20}" text-anchor="middle">'
+            f"one attempt after the other, {self.seconds:.0f} seconds together</text>"
+        )
+        return parts
+
+    def attempt(self, step: Row, samples: Sequence[Row], start: float, line: int) -> list[str]:
+        """The curve of one attempt, its peak, and what became of it in words at y = ``line``."""
+        number, left = step["number"], self.left
+        points = " ".join(f"{self.x(start + row['seconds'])},{self.y(row['rss_mb'])}" for row in samples)
         kind, mark = ("good", "✓") if step["outcome"] == "built" else ("bad", "✗")
         peak = f"peak {step['peak_rss_mb']:.0f} MiB"
-        parts.append(
+        middle = self.x(start + samples[-1]["seconds"] / 2)
+        highest = max(samples, key=lambda row: row["rss_mb"])
+        return [
             f'<polyline class="trace {kind}" points="{points}"><title>'
-            f"{escape(step['step'])}: {escape(step['outcome'])}, {peak}</title></polyline>"
-        )
-        middle, line = x(start + own[-1]["seconds"] / 2), bottom + 44 + 21 * row
-        highest = max(own, key=lambda sample: sample["rss_mb"])
-        parts.append(
-            f'<circle class="peak {kind}" cx="{x(start + highest["seconds"])}" '
-            f'cy="{y(step["peak_rss_mb"])}" r="5"/>'
-        )
-        parts.append(
-            f'<text class="{kind} mark" x="{middle}" y="{bottom - 10}" text-anchor="middle">'
+            f"{escape(step['step'])}: {escape(step['outcome'])}, {peak}</title></polyline>",
+            f'<circle class="peak {kind}" cx="{self.x(start + highest["seconds"])}" '
+            f'cy="{self.y(step["peak_rss_mb"])}" r="5"/>',
+            f'<text class="{kind} mark" x="{middle}" y="{self.bottom - 10}" text-anchor="middle">'
             f"{number} {mark}</text>"
             f'<text class="{kind} mark" x="{left}" y="{line}">{number} {mark}</text>'
             f'<text class="ink" x="{left + 42}" y="{line}">{escape(step["step"])}: '
-            f"{escape(step['outcome'])}, {peak}</text>"
-        )
-    return "\n".join([*parts, "</svg></div>"]) + "\n"
+            f"{escape(step['outcome'])}, {peak}</text>",
+        ]
 
 
 ARITHMETIC = {"FP32": "c", "TF32": "b", "FP16": "a"}  # arithmetic -> CSS class of its dot
@@ -220,7 +239,7 @@ QUESTIONS = (
     (
         ("Same library version, or a newer one and version-compatible?", "8 to 10, 10 to 11, within a major"),
         (
-            *("no library", "other flavour", "other version, RTX", "older library"),
+            *("no library", "other library", "other version, RTX", "older library"),
             *("newer minor", "newer major", "other TF32 override"),
         ),
     ),

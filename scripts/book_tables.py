@@ -851,8 +851,12 @@ def tensorrt_names(measured: dict[str, Any]) -> str:
     """Which releases' bindings were looked into, and what the scan of odtrt's sources found."""
     rows = measured["rows"]
     lines = []
-    for flavour, name in (("tensorrt", "TensorRT"), ("tensorrt_rtx", "TensorRT-RTX")):
-        found = [row["version"] for row in rows if row.get("flavour") == flavour and "version" in row]
+    for runtime_library, name in (("tensorrt", "TensorRT"), ("tensorrt_rtx", "TensorRT-RTX")):
+        found = [
+            row["version"]
+            for row in rows
+            if row.get("runtime_library") == runtime_library and "version" in row
+        ]
         lines.append([name, str(len(found)), ", ".join(found)])
     files = [row for row in rows if "violations" in row]
     source = (

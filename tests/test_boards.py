@@ -24,7 +24,7 @@ def inventory():
 
 
 def releases(inventory):
-    return [version for flavour, version in inventory.versions if flavour == "tensorrt"]
+    return [version for runtime_library, version in inventory.versions if runtime_library == "tensorrt"]
 
 
 def wrong_statements(line: boards.TensorRTLine, version: str, inventory) -> list[str]:

@@ -340,7 +340,7 @@ def test_every_version_by_the_names_it_has(install, tmp_path, version, precision
     told = []
     engine.build(folder, precision=precision, progress=lambda phase, fraction: told.append(fraction))
     found = passport_of(folder)
-    assert (found.flavour, found.version, found.precision) == ("tensorrt", version, precision)
+    assert (found.runtime_library, found.version, found.precision) == ("tensorrt", version, precision)
     is_old = version in OLD
     is_half = precision == "fp16"
     assert tensorrt.calls("set_flag") == ([["BuilderFlag.FP16"]] if is_old and is_half else [])
@@ -535,7 +535,7 @@ ENUMERATIONS = {
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_stand_ins_have_the_names_of_the_real_bindings(version):
-    rows = [row for row in json.loads(NAMES.read_text())["rows"] if row.get("flavour") == "tensorrt"]
+    rows = [row for row in json.loads(NAMES.read_text())["rows"] if row.get("runtime_library") == "tensorrt"]
     order = [row["version"] for row in rows if "version" in row]
     at = next(i for i, real in enumerate(order) if real.startswith(version))
 
@@ -685,7 +685,7 @@ def test_a_damaged_timing_cache_is_ignored_and_said(install, tmp_path, damage):
 def test_two_builds_at_once_keep_each_others_timings(install, tmp_path):
     """What another build stores while this one runs is combined with its own, not overwritten."""
     tensorrt = install("10.3.0", ORIN)
-    file = engine.timing_cache_file({"flavour": "tensorrt", "version": "10.3.0"}, ORIN)
+    file = engine.timing_cache_file({"runtime_library": "tensorrt", "version": "10.3.0"}, ORIN)
     file.parent.mkdir(parents=True)
     with contextlib.ExitStack() as other_build:
         other_build.enter_context(exclusive(file.parent))  # this build has to wait with its own

@@ -27,9 +27,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import spec_cases
 from conftest import pretend_machine
 
-from odtrt_lib import __version__, bundle, fuse, spec
+from odtrt_lib import __version__, bundle, cuda, fuse, spec
 from odtrt_lib.bundle import archive as archives
 from odtrt_lib.bundle import install
 from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependencyError, UnsupportedError
@@ -41,15 +42,12 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SPEC = spec.DetectorSpec(
+SPEC = spec_cases.example(
+    spec_cases.ssd(16 * 24, 2, True),
+    spec.NmsSpec(0.25, 0.5, 10, 10, False, True),
+    spec.InputSpec(16, 24, spec_cases.STRETCHED, (2 / 255,) * 3, (-1.0, -0.5, -1.0)),
     name="tiny one",
-    source=spec.Source("0" * 64, "ckpt-0", "0" * 64, "ssd", "2.8.0", "2.20.0"),
-    input=spec.InputSpec(16, 24, spec.Resizer("fixed_shape"), (2 / 255,) * 3, (-1.0, -0.5, -1.0)),
-    heads=spec.HeadsSpec(num_anchors=16 * 24, num_classes=2, background_column=True),
-    box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
-    scores=spec.ScoreSpec("sigmoid", 1.0),
-    nms=spec.NmsSpec(0.25, 0.5, 10, 10, False, True),
-    labels=(spec.Label(1, "a nut"), spec.Label(2, "bolt; hex\nhead")),
+    labels=spec_cases.named("a nut", "bolt; hex\nhead"),
 )
 
 
@@ -277,7 +275,7 @@ def test_every_command_of_an_unpacked_bundle(tmp_path):
     assert {command[0] for command, _, _ in expected} == known
     absent = (
         "cv2,tensorflow,tf_keras,keras,onnx,onnx_graphsurgeon,onnxconverter_common,tf2onnx,matplotlib,"
-        "pycocotools,object_detection,polygraphy,tensorrt,tensorrt_rtx,scipy"
+        "pycocotools,object_detection,tensorrt,tensorrt_rtx,scipy"
     )
     command = [
         sys.executable,
@@ -498,7 +496,7 @@ def test_the_readme_is_about_what_is_in_the_bundle(unpacked, tmp_path):
     for text, there in ((fused, True), (split, False)):
         assert ("triton/" in text, "deepstream/" in text) == (there, there)
         assert max(map(len, text.splitlines())) <= 110
-        for need in ("Python 3.8", "numpy", "TensorRT", "polygraphy", "onnxruntime", "onnxconverter-common",
+        for need in ("Python 3.8", "numpy", "TensorRT", "libcudart.so", "onnxruntime", "onnxconverter-common",
                      "cmake", "C++ compiler", "nvcc", "Pillow", "built.json", "sha256sum"):  # fmt: skip
             assert need in text, need
 
@@ -1395,12 +1393,9 @@ def test_a_python_that_is_too_old_is_told_so(archive, unpacked):
         assert done.stderr == "error: Python 3.6 is too old, expected 3.8 or newer\n"
 
 
-@pytest.mark.parametrize("module", ["numpy", "onnxruntime", "onnx", "onnxconverter_common", "polygraphy"])
+@pytest.mark.parametrize("module", ["numpy", "onnxruntime", "onnx", "onnxconverter_common"])
 def test_a_missing_module_is_named_with_what_installs_it(monkeypatch, module):
-
-    gpu = "Orin" if module == "polygraphy" else None
-    machine = dataclasses.replace(this_machine(), gpu=gpu)
-    pretend_machine(monkeypatch, machine)
+    pretend_machine(monkeypatch, dataclasses.replace(this_machine(), gpu=None))
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("what fp16 needs depends on the TensorRT that is installed")
     before = bundle.missing_modules("fp16")
@@ -1411,6 +1406,19 @@ def test_a_missing_module_is_named_with_what_installs_it(monkeypatch, module):
     assert f"`python3 -m pip install {package}`" in after[package]
     is_for_half_precision_only = module in ("onnx", "onnxconverter_common")
     assert (package in bundle.missing_modules("fp32")) != is_for_half_precision_only
+
+
+def test_a_missing_cuda_runtime_is_named(monkeypatch):
+    pretend_machine(monkeypatch, dataclasses.replace(this_machine(), gpu="Orin"))
+
+    def absent():
+        raise MissingDependencyError("no libcudart.so")
+
+    monkeypatch.setattr(cuda, "library", absent)
+    (named,) = [name for name in bundle.missing_modules("fp32") if "libcudart.so" in name]
+    assert "nvidia-jetpack" in bundle.missing_modules("fp32")[named]
+    monkeypatch.setattr(cuda, "library", lambda: None)
+    assert named not in bundle.missing_modules("fp32")
 
 
 def test_a_missing_tensorrt_is_named(monkeypatch, unpacked):
@@ -1532,7 +1540,7 @@ def test_plans_says_of_each_whether_it_may_be_used(archive, tmp_path, monkeypatc
 
     content = b"ftrt" + bytes(20) + bytes((10, 3, 0, 26)) + bytes(5000)
     made = faults.describe(
-        content, "1" * 16, model, flavour="tensorrt", version="10.3.0", compute_capabilities=(),
+        content, "1" * 16, model, runtime_library="tensorrt", version="10.3.0", compute_capabilities=(),
         machine=faults.A100,
     )  # fmt: skip
     faults.install(model, content, made)
@@ -1654,7 +1662,7 @@ def test_the_line_that_opens_the_detector_is_the_one_that_was_tried(
             return detector.Detections(empty, np.zeros(0, np.float32), np.zeros(0, np.int64), ())
 
     class Paper:
-        plan, flavour, precision = "a.plan", "tensorrt", "fp16"
+        plan, runtime_library, precision = "a.plan", "tensorrt", "fp16"
 
     def build(folder, **options):
         asked.append(options["plugin"])
@@ -1744,7 +1752,6 @@ def test_the_plugin_is_compiled_and_its_plan_built(archive, tmp_path, monkeypatc
     headers = os.environ.get("TENSORRT_INCLUDE_DIR")
     if headers is None or shutil.which("nvcc") is None:
         pytest.skip("the plugin is compiled with nvcc and TensorRT's headers: set TENSORRT_INCLUDE_DIR")
-    pytest.importorskip("polygraphy")
 
     machine, compile_here = (
         dataclasses.replace(this_machine(), compute_capability="8.7"),
@@ -1772,7 +1779,7 @@ def device_environment(path):
     venv.create(path, with_pip=False, symlinks=True)
     site = next(path.glob("lib/python3*/site-packages"))
     wanted = [
-        "numpy", "onnx", "onnxruntime", "onnxconverter-common", "polygraphy", "pillow", "protobuf",
+        "numpy", "onnx", "onnxruntime", "onnxconverter-common", "pillow", "protobuf",
         "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs",
     ]  # fmt: skip
     linked = set()

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import spec_cases
 from PIL import Image
 
 from odtrt_lib import bundle, convert, detector, engine, export, scenes, spec, zoo
@@ -26,15 +27,12 @@ from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependen
 from odtrt_lib.folder import StageResult, last_record, sha256, write_record
 from odtrt_lib.preprocess import load_image
 
-SPEC = spec.DetectorSpec(
+SPEC = spec_cases.example(
+    spec_cases.ssd(256, 2, True),
+    spec.NmsSpec(0.5, 0.5, 10, 10, False, True),
+    spec_cases.network_input(16, 16),
     name="parts",
-    source=spec.Source("0" * 64, "ckpt-0", "0" * 64, "ssd", "2.8.0", "2.20.0"),
-    input=spec.InputSpec(16, 16, spec.Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
-    heads=spec.HeadsSpec(num_anchors=256, num_classes=2, background_column=True),
-    box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
-    scores=spec.ScoreSpec("sigmoid", 1.0),
-    nms=spec.NmsSpec(0.5, 0.5, 10, 10, False, True),
-    labels=(spec.Label(1, "cat"), spec.Label(2, "dog")),
+    labels=spec_cases.named("cat", "dog"),
 )
 PARTS = dataclasses.replace(
     SPEC,
@@ -195,8 +193,8 @@ class TestRun:
             assert f"✓ {stage}: up to date" in out
 
     def test_without_tensorrt_the_rest_goes_on(self, capsys, stages, monkeypatch, tmp_path):
-        for flavour in ("tensorrt", "tensorrt_rtx"):
-            monkeypatch.setitem(sys.modules, flavour, None)
+        for runtime_library in ("tensorrt", "tensorrt_rtx"):
+            monkeypatch.setitem(sys.modules, runtime_library, None)
         monkeypatch.setattr(engine, "build", real_build)
         status, out, _ = odtrt(capsys, "run", "my_model", "--image", picture(tmp_path / "a.png"))
         assert status == 0
@@ -474,7 +472,7 @@ def plan_of_elsewhere(tmp_path: Path, version: str) -> Path:
             model="heads.onnx",
             onnx_sha256=sha256(folder / "heads.onnx"),
             spec_sha256=sha256(folder / "spec.json"),
-            flavour="tensorrt",
+            runtime_library="tensorrt",
             version=version,
             precision="fp32",
             version_compatible=False,
@@ -837,7 +835,6 @@ class TestDoctor:
     @pytest.mark.parametrize(
         ("absent", "lame"),
         [
-            ("Polygraphy", {"3 engine (run a plan)"}),
             ("onnx", {"2 convert", "3 engine (fp16)", "4 fuse"}),
             ("onnxconverter-common", {"3 engine (fp16)"}),
             ("ONNX Runtime", {"2 convert", "detect", "eval"}),
@@ -845,7 +842,6 @@ class TestDoctor:
         ],
     )
     def test_which_part_needs_what(self, monkeypatch, absent, lame):
-        """To build needs no Polygraphy, which gives a plan its memory when it runs."""
         monkeypatch.setattr(doctor, "device_info", lambda: {"gpu": "one"})
         findings = [doctor.Finding(p, None if p.name == absent else "1.0") for p in doctor.PACKAGES]
         assert {one.title for one in doctor.chapters(findings) if one.missing} == lame

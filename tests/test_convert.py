@@ -110,9 +110,13 @@ def write_folder(folder: Path, frozen: bytes) -> Path:
         input=spec_module.InputSpec(
             HEIGHT, WIDTH, spec_module.Resizer("fixed_shape"), (2 / 255,) * 3, (-1.0,) * 3, batch
         ),
-        heads=spec_module.HeadsSpec(heads[0].shape[1], CLASSES - 1, background_column=True),
-        box_coder=spec_module.BoxCoder(10, 10, 5, 5),
-        scores=spec_module.ScoreSpec("sigmoid", 1.0),
+        heads=spec_module.SsdHeads(
+            heads[0].shape[1],
+            CLASSES - 1,
+            background_column=True,
+            box_coder=spec_module.BoxCoder(10, 10, 5, 5),
+            scores=spec_module.ScoreSpec("sigmoid", 1.0),
+        ),
         nms=spec_module.NmsSpec(0.1, 0.5, 10, 10, False, False),
         labels=tuple(spec_module.Label(i, str(i)) for i in range(1, CLASSES)),
     )

@@ -55,7 +55,7 @@ def plan_of(folder, result):
 
 def test_the_plan_and_its_passport(built):
     folder, results = built
-    flavour, version = engine.available_runtimes()[0]
+    runtime_library, version = engine.available_runtimes()[0]
     assert {path.name for path in (folder / "plans").iterdir()} == {
         name.split("/")[1] for result in results.values() for name in result.record["outputs"]
     }
@@ -67,8 +67,8 @@ def test_the_plan_and_its_passport(built):
         assert described["onnx_sha256"] == sha256(folder / "heads.onnx")
         assert described["spec_sha256"] == sha256(folder / "spec.json")
         assert described["plan_bytes"] == plan.stat().st_size
-        assert (described["flavour"], described["version"], described["precision"]) == (
-            flavour,
+        assert (described["runtime_library"], described["version"], described["precision"]) == (
+            runtime_library,
             version,
             precision,
         )
@@ -223,7 +223,7 @@ def test_a_plan_is_built_again_where_what_goes_into_it_changed(
         engine.build(copy)
     seal(copy)
     [stale] = [one for one in passport.passports(copy) if one.precision == "fp32"]
-    place = portability.Environment(stale.machine, stale.flavour, stale.version)
+    place = portability.Environment(stale.machine, stale.runtime_library, stale.version)
     assert bool(policy.PlanCheck(copy, stale, place).changed) is is_built_again
     result = engine.build(copy)
     assert result.is_up_to_date is not is_built_again
@@ -504,8 +504,8 @@ def test_heads_onnx_is_absent(tmp_path):
 
 def test_tensorrt_is_absent(tmp_path, monkeypatch):
     folder = model_folder(tmp_path / "tiny")
-    for flavour in ("tensorrt", "tensorrt_rtx"):
-        monkeypatch.setitem(sys.modules, flavour, None)
+    for runtime_library in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, runtime_library, None)
     assert engine.available_runtimes() == []
     with pytest.raises(MissingDependencyError, match=r"no TensorRT .*pip install -e '\.\[engine\]'"):
         engine.build(folder)

@@ -352,8 +352,8 @@ def test_spec_holds_every_setting_and_survives_the_round_trip(tiny_folder):
     assert spec.input.scale == pytest.approx((2 / 255,) * 3) and spec.input.offset == (-1.0, -1.0, -1.0)
     assert spec.heads.num_classes == 3 and spec.heads.background_column and spec.heads.num_columns == 4
     assert spec.heads.num_anchors == len(np.load(tiny_folder / "anchors.npy"))
-    assert dataclasses.astuple(spec.box_coder) == (10, 10, 5, 5)
-    assert spec.scores.converter == "sigmoid" and spec.scores.logit_scale == 1
+    assert dataclasses.astuple(spec.heads.box_coder) == (10, 10, 5, 5)
+    assert spec.heads.scores.converter == "sigmoid" and spec.heads.scores.logit_scale == 1
     assert spec.nms.max_detections_per_class == 20 and spec.nms.max_total_detections == 40
     assert spec.nms.score_threshold == np.float32(0.01) and spec.nms.iou_threshold == np.float32(0.6)
     assert spec.label_names() == {1: "bolt", 2: "nut", 3: "gear"}

@@ -10,22 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import spec_cases
+from spec_cases import STRETCHED, padded
 
 from odtrt_lib import fuse, native, nms
 from odtrt_lib.engine.half import half_precision
 from odtrt_lib.errors import InputError, MissingDependencyError
 from odtrt_lib.folder import read_log, seal
-from odtrt_lib.spec import (
-    BoxCoder,
-    DetectorSpec,
-    HeadsSpec,
-    InputSpec,
-    Label,
-    NmsSpec,
-    Resizer,
-    ScoreSpec,
-    Source,
-)
+from odtrt_lib.spec import BoxCoder, DetectorSpec, NmsSpec, Resizer, ScoreSpec
 from odtrt_lib.tensors import DETECTIONS, has_clip_windows
 from odtrt_lib.variants import FORMS
 
@@ -33,8 +25,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx_graphsurgeon")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-STRETCHED = Resizer("fixed_shape")
-PADDED = Resizer("keep_aspect_ratio", 32, 32, True)
+PADDED = padded(32)
 NMS = NmsSpec(0.3, 0.6, 20, 30, False, True)
 ATTRIBUTES = {
     "plugin_version": "1",
@@ -57,24 +48,16 @@ def detector(
     *,
     classes: int = 3,
     background: bool = False,
-    scores: ScoreSpec = ScoreSpec("sigmoid", 1.0),  # noqa: B008
+    scores: ScoreSpec = spec_cases.SIGMOID,
     resizer: Resizer = STRETCHED,
     batch: int | None = 1,
     anchors: int = 60,
 ) -> DetectorSpec:
     """A detector whose "image" carries its heads: one row of 3 x width values; see :func:`carrier`."""
-    heads = HeadsSpec(anchors, classes, background)
+    heads = spec_cases.ssd(anchors, classes, background, scores=scores)
     width = anchors * (4 + heads.num_columns) // 3
-    return DetectorSpec(
-        name="carrier",
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(1, width, resizer, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), batch=batch),
-        heads=heads,
-        box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
-        scores=scores,
-        nms=nms_spec,
-        labels=tuple(Label(i, str(i)) for i in range(1, classes + 1)),
-    )
+    image = spec_cases.network_input(1, width, resizer, batch=batch)
+    return spec_cases.example(heads, nms_spec, image, name="carrier")
 
 
 def carrier(spec: DetectorSpec) -> onnx.ModelProto:
@@ -447,8 +430,8 @@ def test_onnx_runtime_selects_what_the_reference_selects(family, tied):
         {"nms": dataclasses.replace(NMS, score_threshold=0.7)},
         {"nms": dataclasses.replace(NMS, max_detections_per_class=2)},
         {"nms": dataclasses.replace(NMS, class_agnostic=True)},
-        {"box_coder": BoxCoder(1.0, 1.0, 1.0, 1.0)},
-        {"scores": ScoreSpec("sigmoid", 2.0)},
+        {"heads": dataclasses.replace(detector().heads, box_coder=BoxCoder(1.0, 1.0, 1.0, 1.0))},
+        {"heads": dataclasses.replace(detector().heads, scores=ScoreSpec("sigmoid", 2.0))},
     ],
 )
 def test_a_wrong_setting_is_caught(wrong):

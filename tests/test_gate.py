@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import spec_cases
 from conftest import TINY_CONFIG
 
 from odtrt_lib.errors import CheckError
@@ -14,7 +15,7 @@ from odtrt_lib.export.gate import compare_with_odapi, draw_heads, try_wrong_fiel
 from odtrt_lib.export.pipeline import read_pipeline
 from odtrt_lib.export.stage import _centre_size, _normalisation
 from odtrt_lib.nms import decode_boxes
-from odtrt_lib.spec import DetectorSpec, HeadsSpec, InputSpec, Source, load_spec
+from odtrt_lib.spec import DetectorSpec, InputSpec, load_spec
 
 # A resizer that pads, softmax, one suppression for all classes, odd scales, in place of the tiny config's.
 OTHER_CONFIG = (
@@ -80,16 +81,9 @@ def other(tmp_path_factory) -> Subject:
     model = odapi.build_model(config, settings.message)
     predictions = model.predict(tf.zeros([1, 128, 128, 3]), None)
     anchors = _centre_size(predictions["anchors"].numpy())
-    spec = DetectorSpec(
-        name="other",
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(128, 128, settings.resizer, *_normalisation(model)),
-        heads=HeadsSpec(len(anchors), settings.num_classes, settings.background_column),
-        box_coder=settings.box_coder,
-        scores=settings.scores,
-        nms=settings.nms,
-        labels=settings.labels,
-    )
+    image = InputSpec(128, 128, settings.resizer, *_normalisation(model))
+    heads = spec_cases.ssd_of(settings, len(anchors))
+    spec = spec_cases.example(heads, settings.nms, image, labels=settings.labels)
     with tf.Graph().as_default() as graph:
         tf.compat.v1.placeholder(tf.float32, [1, 128, 128, 3], "image")
         tf.no_op("box_encodings")
@@ -165,8 +159,8 @@ def test_drawn_scores_and_overlaps_keep_their_distance(subject):
     """In float64, apart from the code under test: nothing lies where rounding decides."""
     spec = subject.spec
     for heads in draw_heads(spec, subject.anchors):
-        logits = heads.class_logits[0].astype(np.float64) / spec.scores.logit_scale
-        if spec.scores.converter == "softmax":
+        logits = heads.class_logits[0].astype(np.float64) / spec.heads.scores.logit_scale
+        if spec.heads.scores.converter == "softmax":
             scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         else:
             scores = 1 / (1 + np.exp(-logits))
@@ -176,7 +170,8 @@ def test_drawn_scores_and_overlaps_keep_their_distance(subject):
         rows, columns = np.nonzero(scores > threshold)
         own = np.sort(scores[rows, columns])
         assert len(own) < 2 or np.diff(own).min() > 1e-5
-        boxes = decode_boxes(heads.box_encodings[0], subject.anchors, spec.box_coder)[rows].astype(np.float64)
+        boxes = decode_boxes(heads.box_encodings[0], subject.anchors, spec.heads.box_coder)
+        boxes = boxes[rows].astype(np.float64)
         low, high = boxes[:, None, :2], boxes[:, None, 2:]
         sides = np.minimum(high, boxes[None, :, 2:]) - np.maximum(low, boxes[None, :, :2])
         common = np.prod(np.maximum(sides, 0), axis=-1)

@@ -1,11 +1,11 @@
-"""Imports point one way: from the command line down to the errors."""
+"""Imports point one way, from the command line down to the errors; functions are short."""
 
 from __future__ import annotations
 
 import ast
 import shutil
 from pathlib import Path
-from typing import Dict, Iterator, List, Set, Tuple
+from typing import Dict, Iterable, Iterator, List, Set, Tuple
 
 import odtrt_lib
 from odtrt_lib.bundle.archive import WORKSTATION
@@ -20,17 +20,19 @@ LAYERS = [
     "machine",
     "boards",
     "requirements",
-    "folder",
     "spec",
+    "folder",
     "anchors",
     "tensors",
     "written_files",
     "results",
     "latency",
     "fonts",
+    "cuda",
     "native",
     "nms",
     "preprocess",
+    "sources",
     "coco",
     "scenes",
     "report",
@@ -42,6 +44,7 @@ LAYERS = [
     "portability",
     "detector",
     "plots",
+    "live",
     "evaluate",
     "bundle",
     "app",
@@ -113,6 +116,21 @@ def circles(package: Path) -> List[str]:
     return found
 
 
+def long_functions(folders: Iterable[Path]) -> List[str]:
+    """Functions of more than 60 lines, signature and docstring included, that give no reason for it.
+
+    The reason stands in the docstring, after the words "Long because".
+    """
+    found = []
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > 60 and "Long because" not in (ast.get_docstring(node) or ""):
+                    found.append(f"{path.name}: {node.name}")
+    return found
+
+
 def test_every_module_has_its_place():
     assert {name.split(".")[0] for name in modules(PACKAGE)} == set(LAYERS)
 
@@ -135,6 +153,19 @@ def test_the_device_side_needs_nothing_of_the_workstation():
         if imported.split(".")[0] in away and importer.split(".")[0] not in away
     }
     assert {importer for importer, _ in found} <= allowed
+
+
+def test_functions_are_short_or_say_why_not():
+    root = PACKAGE.parent
+    folders = [PACKAGE, *(root / name for name in ("benchmarks", "models", "scripts"))]
+    assert long_functions(folders) == []
+
+
+def test_a_long_function_is_caught(tmp_path):
+    body = "    x = 1\n" * 60
+    (tmp_path / "a.py").write_text(f"def short():\n{body[10:]}\n\ndef long():\n{body}")
+    (tmp_path / "b.py").write_text(f'def long():\n    """Long because it is a table."""\n{body}')
+    assert long_functions([tmp_path]) == ["a.py: long"]
 
 
 def test_an_upward_import_is_caught(tmp_path):

@@ -18,12 +18,13 @@ from typing import Any
 import nms_cases
 import numpy as np
 import pytest
+import spec_cases
 
 from odtrt_lib import native, nms, preprocess
 from odtrt_lib.app import doctor
 from odtrt_lib.errors import InputError, MissingDependencyError
-from odtrt_lib.export.pipeline import PipelineSettings, read_pipeline
-from odtrt_lib.spec import DetectorSpec, HeadsSpec, InputSpec, NmsSpec, Resizer, Source
+from odtrt_lib.export.pipeline import read_pipeline
+from odtrt_lib.spec import InputSpec, NmsSpec, Resizer
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "plugins" / "kernels"
@@ -93,7 +94,7 @@ class TestSameBitsAsTheReference:
         counts = np.concatenate([numbers for _, numbers in found])
         assert np.mean(counts > 0) > 0.6 and np.any(counts == 0)
         assert {case.box_encodings.dtype.name for case, _ in found} == {"float32", "float16"}
-        assert {case.spec.scores.converter for case, _ in found} == {"sigmoid", "softmax", "identity"}
+        assert {case.spec.heads.scores.converter for case, _ in found} == {"sigmoid", "softmax", "identity"}
 
     def test_plain_suppression(self, native_library):
         cases = map(nms_cases.random_nms_case, range(1000))
@@ -586,23 +587,13 @@ def real_heads(source: Path, images: list[np.ndarray]) -> RealHeads:
     box_encodings = predicted["box_encodings"].numpy().reshape(len(images), -1, 4)
     logits = predicted["class_predictions_with_background"].numpy()
     anchors = _centre_size(model.anchors.get().numpy())
-    spec = spec_of(read_pipeline(files.pipeline), len(anchors))
+    settings = read_pipeline(files.pipeline)
+    image = spec_cases.network_input(1, 1, settings.resizer)
+    heads = spec_cases.ssd_of(settings, len(anchors))
+    spec = spec_cases.example(heads, settings.nms, image, labels=settings.labels)
     windows = model._compute_clip_window(inputs, shapes).numpy()
     case = nms_cases.Case(source.name, spec, box_encodings, logits, anchors, windows)
     return RealHeads(case, found)
-
-
-def spec_of(settings: PipelineSettings, num_anchors: int) -> DetectorSpec:
-    return DetectorSpec(
-        "real",
-        Source("", "", "", "", "", ""),
-        InputSpec(1, 1, settings.resizer, (1.0,) * 3, (0.0,) * 3),
-        HeadsSpec(num_anchors, settings.num_classes, settings.background_column),
-        settings.box_coder,
-        settings.scores,
-        settings.nms,
-        settings.labels,
-    )
 
 
 def check_real_heads(library: native.Library, heads: RealHeads, *, at_least: int) -> None:

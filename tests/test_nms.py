@@ -12,20 +12,11 @@ from typing import Any, Callable, Iterator
 import nms_cases
 import numpy as np
 import pytest
+import spec_cases
 
 from odtrt_lib import nms as reference
 from odtrt_lib.errors import InputError
-from odtrt_lib.spec import (
-    BoxCoder,
-    DetectorSpec,
-    HeadsSpec,
-    InputSpec,
-    Label,
-    NmsSpec,
-    Resizer,
-    ScoreSpec,
-    Source,
-)
+from odtrt_lib.spec import BoxCoder, DetectorSpec, NmsSpec, ScoreSpec
 
 WINDOWS = np.array([[0, 0, 1, 1], [0, 0, 0.75, 1], [0.25, 0.125, 0.75, 0.5], [2, 2, 3, 3]], np.float32)
 IMAGES_A_KIND = 9
@@ -483,16 +474,8 @@ def pairs_of(selection: reference.Selection) -> set[tuple[int, int]]:
 def detector_spec(
     converter: str, background: bool, anchors: int, classes: int, nms: NmsSpec, logit_scale: float = 1.0
 ) -> DetectorSpec:
-    return DetectorSpec(
-        name="random",
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(64, 64, Resizer("fixed_shape"), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
-        heads=HeadsSpec(anchors, classes, background),
-        box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
-        scores=ScoreSpec(converter, logit_scale),
-        nms=nms,
-        labels=tuple(Label(i + 1, str(i + 1)) for i in range(classes)),
-    )
+    scores = ScoreSpec(converter, logit_scale)
+    return spec_cases.example(spec_cases.ssd(anchors, classes, background, scores=scores), nms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -537,8 +520,8 @@ def test_postprocess_from_raw_heads_is_the_odapis(
     spec = detector_spec(converter, background, 40, 3, settings, logit_scale)
     heads = random_heads(spec, batch=24, seed=3, with_nan=with_nan)
     boxes, scores = odapi_boxes_and_scores(heads, spec)
-    our_boxes = reference.decode_boxes(heads.box_encodings, heads.anchors, spec.box_coder)
-    our_scores = reference.convert_scores(heads.class_logits, spec.scores)
+    our_boxes = reference.decode_boxes(heads.box_encodings, heads.anchors, spec.heads.box_coder)
+    our_scores = reference.convert_scores(heads.class_logits, spec.heads.scores)
     np.testing.assert_allclose(our_boxes, boxes, rtol=2e-6, atol=2e-6)
     if converter == "softmax":  # beside a NaN TensorFlow's softmax gives 0 or NaN: neither is a detection
         our_scores, scores = np.nan_to_num(our_scores), np.nan_to_num(scores)
@@ -565,8 +548,8 @@ def test_heads_about_the_limits_of_float32_are_the_odapis(number: int, way: Call
     case = nms_cases.make_case("", spec, 48, rng, kinds[number % 3], "vanishing" if number < 9 else "tied")
     heads = Heads(case.box_encodings, case.class_logits, case.anchors, case.clip_windows)
     boxes, scores = odapi_boxes_and_scores(heads, spec)
-    our_boxes = reference.decode_boxes(heads.box_encodings, heads.anchors, spec.box_coder)
-    our_scores = reference.convert_scores(heads.class_logits, spec.scores)
+    our_boxes = reference.decode_boxes(heads.box_encodings, heads.anchors, spec.heads.box_coder)
+    our_scores = reference.convert_scores(heads.class_logits, spec.heads.scores)
     assert np.array_equal(np.isfinite(our_boxes), np.isfinite(boxes))
     sizes = np.nan_to_num(np.abs(boxes).reshape(*boxes.shape[:2], 2, 2), posinf=0).max(axis=2)
     assert_near(our_boxes, boxes, np.tile(1 + sizes, 2))
@@ -627,12 +610,12 @@ def odapi_boxes_and_scores(heads: Heads, spec: DetectorSpec) -> tuple[np.ndarray
         def get_center_coordinates_and_sizes(self) -> list[Any]:
             return tf.unstack(tf.constant(heads.anchors), axis=1)
 
-    coder = spec.box_coder
+    coder = spec.heads.box_coder
     box_coder = FasterRcnnBoxCoder([coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale])
     boxes = [box_coder.decode(tf.constant(e), CentredAnchors()).get().numpy() for e in heads.box_encodings]
     config = post_processing_pb2.PostProcessing()
-    config.score_converter = config.ScoreConverter.Value(spec.scores.converter.upper())
-    config.logit_scale = spec.scores.logit_scale
+    config.score_converter = config.ScoreConverter.Value(spec.heads.scores.converter.upper())
+    config.logit_scale = spec.heads.scores.logit_scale
     _, convert = post_processing_builder.build(config)
     return np.stack(boxes), convert(tf.constant(heads.class_logits)).numpy()
 

@@ -16,9 +16,11 @@ import pytest
 from odtrt_lib import machine
 from odtrt_lib.engine import passport
 from odtrt_lib.engine.passport import Machine, Passport, PluginIdentity
+from odtrt_lib.engine.stage import fingerprint
 from odtrt_lib.errors import CheckError, InputError
 
 FINGERPRINT = "0123456789abcdef"
+KEYS = [passport.JSON_KEYS.get(field.name, field.name) for field in dataclasses.fields(Passport)]
 # The layout that trtexec's printPlanVersion reads: tag, serialisation version 0, version bytes at 24.
 PLAN = b"ftrt" + bytes(20) + bytes((10, 3, 0, 26)) + bytes(range(256)) * 40
 
@@ -33,7 +35,7 @@ def described(plan=PLAN, fingerprint=FINGERPRINT, **changes):
         "model": "detector.onnx",
         "onnx_sha256": "1" * 64,
         "spec_sha256": "2" * 64,
-        "flavour": "tensorrt",
+        "runtime_library": "tensorrt",
         "version": "10.3.0",
         "precision": "fp16",
         "version_compatible": False,
@@ -69,6 +71,29 @@ def plans_of(folder):
     return sorted(path.name for path in (folder / "plans").iterdir())
 
 
+def test_an_older_name_stays_in_the_files():
+    """The SHA-256 of what the version before `runtime_library` wrote, and a fingerprint that it made."""
+    text = described().to_json()
+    assert '"flavour": "tensorrt"' in text and "runtime_library" not in text
+    assert hashlib.sha256(text.encode()).hexdigest() == (
+        "bc5e6dc7db459fa32b76709364acbe01829c306c737232e15dd7d2126dd87d4e"
+    )
+    identity = {
+        "model": "heads.onnx",
+        "runtime_library": "tensorrt",
+        "version": "10.3.0",
+        "precision": "fp16",
+        "onnx_sha256": "1" * 64,
+        "plugin": None,
+        "gpu": ["Orin", "8.7"],
+        "batch": None,
+        "version_compatible": False,
+        "hardware_compatibility": "none",
+        "compute_capabilities": [],
+    }
+    assert fingerprint(identity) == "77ed7d5d1dbdfab4"
+
+
 def test_what_is_installed_is_read_back(tmp_path):
     path, one = install(tmp_path)
     assert path == tmp_path / "plans" / f"{FINGERPRINT}-{hashlib.sha256(PLAN).hexdigest()[:8]}.plan"
@@ -83,7 +108,7 @@ def test_what_is_installed_is_read_back(tmp_path):
 def test_the_file_has_every_field_and_says_which_schema(tmp_path):
     install(tmp_path)
     data = json.loads((tmp_path / "plans" / f"{FINGERPRINT}.json").read_text())
-    assert set(data) == {field.name for field in dataclasses.fields(Passport)} | {"check"}
+    assert set(data) == {*KEYS, "check"}
     assert (
         data["schema"] == 2 and data["machine"]["l4t"] == "R36.4.3" and data["plugin"]["abi"] == "IPluginV3"
     )
@@ -170,7 +195,7 @@ def test_a_passport_cannot_point_out_of_its_folder(tmp_path):
             passport.read(path)
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Passport) if f.name != "schema"])
+@pytest.mark.parametrize("name", [key for key in KEYS if key != "schema"])
 def test_a_missing_field_or_one_of_another_type_is_named(tmp_path, name):
     _, one = install(tmp_path)
     path = tmp_path / "plans" / f"{FINGERPRINT}.json"

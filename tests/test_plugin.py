@@ -388,6 +388,6 @@ def test_the_cases_cover_what_the_plugin_takes():
     assert {has_clip_windows(spec) for spec in specs} == {False, True}
     assert {spec.nms.class_agnostic for spec in specs} == {False, True}
     assert {spec.heads.background_column for spec in specs} == {False, True}
-    assert {spec.scores.converter for spec in specs} >= {"sigmoid", "softmax"}
+    assert {spec.heads.scores.converter for spec in specs} >= {"sigmoid", "softmax"}
     assert 1 in {spec.input.batch for spec in specs} and len({spec.input.batch for spec in specs}) > 2
-    assert len({dataclasses.astuple(spec.box_coder) for spec in specs}) > 1
+    assert len({dataclasses.astuple(spec.heads.box_coder) for spec in specs}) > 1

@@ -45,7 +45,12 @@ def plan_bytes(number=0):
 
 def install(folder, number=0, **changes):
     """A plan of TensorRT 10.3.0 built on an A100; the number makes its bytes and its fingerprint."""
-    made = {"flavour": "tensorrt", "version": "10.3.0", "compute_capabilities": (), "machine": faults.A100}
+    made = {
+        "runtime_library": "tensorrt",
+        "version": "10.3.0",
+        "compute_capabilities": (),
+        "machine": faults.A100,
+    }
     one = faults.describe(plan_bytes(number), f"{number:016x}", folder, **{**made, **changes})
     faults.install(folder, plan_bytes(number), one)
     return one
@@ -107,16 +112,16 @@ def test_every_place_meets_one_row_about_the_library_and_one_about_the_gpu(folde
     ]
     one = install(folder)
     levels = [*HARDWARE_COMPATIBILITIES]
-    for (flavour, version), built, place, level, is_compatible in itertools.product(
+    for (runtime_library, version), built, place, level, is_compatible in itertools.product(
         libraries[1:], machines, machines, levels, (False, True)
     ):
         changes = {
-            "flavour": flavour,
+            "runtime_library": runtime_library,
             "version": version,
             "machine": built,
             "hardware_compatibility": level,
             "version_compatible": is_compatible,
-            "compute_capabilities": ("default",) if flavour == "tensorrt_rtx" else (),
+            "compute_capabilities": ("default",) if runtime_library == "tensorrt_rtx" else (),
         }
         plan = dataclasses.replace(one, **changes)
         for library in libraries:
@@ -189,7 +194,12 @@ def test_a_plan_that_is_replaced_while_it_is_looked_at_is_looked_at_again(folder
             faults.install(folder, changed, faults.describe(changed, f"{1:016x}", folder, **made))
         return real(case, rules)
 
-    made = {"flavour": "tensorrt", "version": "10.3.0", "compute_capabilities": (), "machine": faults.A100}
+    made = {
+        "runtime_library": "tensorrt",
+        "version": "10.3.0",
+        "compute_capabilities": (),
+        "machine": faults.A100,
+    }
     monkeypatch.setattr(policy, "_verdict", replaced_meanwhile)
     found = portability.best_plan(folder, HERE)
     assert found is not None and passport.read_plan(folder, found) == plan_bytes(7)
@@ -393,7 +403,7 @@ def test_what_the_rebuild_asks_the_builder_for(folder):
         {"hardware_compatibility": "ampere_plus"}, Environment(faults.ORIN, "tensorrt", "10.3.0")
     )
     assert "hardware_compatibility" not in on_orin, "JetPack has no such mode"
-    rtx = {"flavour": "tensorrt_rtx", "version": "1.7.1.116", "compute_capabilities": ("8.6",)}
+    rtx = {"runtime_library": "tensorrt_rtx", "version": "1.7.1.116", "compute_capabilities": ("8.6",)}
     ada = Environment(faults.RTX_4090, "tensorrt_rtx", "1.7.1.116")
     assert settings(rtx, ada)["compute_capabilities"] == ["8.9"], "the same targets would not help"
     assert settings({**rtx, "compute_capabilities": ("8.6", "8.9")}, ada)["compute_capabilities"] == [

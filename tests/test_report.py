@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import spec_cases
 from PIL import Image
 
 from odtrt_lib import report, spec
@@ -17,15 +18,12 @@ from odtrt_lib.folder import sha256, write_record
 EVIL = '<script>alert("&")</script>'
 VOID = {"meta", "img", "path"}
 
-SPEC = spec.DetectorSpec(
+SPEC = spec_cases.example(
+    spec_cases.ssd(12804, 2, True),
+    spec.NmsSpec(1e-8, 0.6, 100, 100, False, True),
+    spec_cases.network_input(320, 320, scale=1 / 127.5, offset=-1.0, batch=None),
     name="my model",
-    source=spec.Source("0" * 64, "ckpt-7", "0" * 64, "ssd_mobilenet_v2_fpn_keras", "2.8.0", "2.20.0"),
-    input=spec.InputSpec(320, 320, spec.Resizer("fixed_shape"), (1 / 127.5,) * 3, (-1.0,) * 3, None),
-    heads=spec.HeadsSpec(12804, 2, True),
-    box_coder=spec.BoxCoder(10.0, 10.0, 5.0, 5.0),
-    scores=spec.ScoreSpec("sigmoid", 1.0),
-    nms=spec.NmsSpec(1e-8, 0.6, 100, 100, False, True),
-    labels=(spec.Label(1, "bolt"), spec.Label(2, EVIL)),
+    labels=spec_cases.named("bolt", EVIL),
 )
 
 

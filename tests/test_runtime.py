@@ -1,7 +1,6 @@
-"""Plans on a GPU, without a GPU: real Polygraphy, real preprocessing and kernels, stand-ins below them.
+"""Plans on a GPU, without a GPU: real preprocessing and kernels, stand-ins below them.
 
-The stand-in for the CUDA runtime keeps "device" memory on the host, knows every allocation's bounds, and does
-what was put on a stream only when somebody waits for it. The stand-in for TensorRT reads and writes that
+The stand-in for the CUDA runtime is tests/cuda_stand_in.py. The one for TensorRT reads and writes that
 memory at the addresses that it was given, and computes with ONNX Runtime; a plan is an ONNX model behind a
 header. What the Detector finds through them is compared with what it finds through ONNX Runtime directly.
 Each kind of mistake that this must catch is planted once.
@@ -28,35 +27,27 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import spec_cases
 from conftest import ROOT, pretend_machine
+from cuda_stand_in import Host
 
+from odtrt_lib import cuda, fuse, native, portability, tensors
 from odtrt_lib import detector as detector_room
-from odtrt_lib import fuse, native, portability, tensors
 from odtrt_lib.detector import Detections, Detector
-from odtrt_lib.engine import passport, runtime
+from odtrt_lib.engine import passport, pipeline, runtime
 from odtrt_lib.engine.passport import Machine, Passport
+from odtrt_lib.engine.pipeline import Switches
 from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, OdtrtError, UnsupportedError
 from odtrt_lib.folder import seal, sha256
 from odtrt_lib.machine import this_machine
 from odtrt_lib.portability import Environment
-from odtrt_lib.spec import (
-    BoxCoder,
-    DetectorSpec,
-    HeadsSpec,
-    InputSpec,
-    Label,
-    NmsSpec,
-    Resizer,
-    ScoreSpec,
-    Source,
-    load_spec,
-)
+from odtrt_lib.spec import DetectorSpec, NmsSpec, load_spec
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-polygraphy_cuda = pytest.importorskip("polygraphy.cuda.cuda")
 pytest.importorskip("onnx_graphsurgeon")
 
+LIBRARY = cuda.library
 BOARD = Machine("Linux", "aarch64", "Test Orin", "8.7", 16, 15000, "540.4.0", "12.6", "R36.4.3")
 VERSIONS = {"tensorrt": "10.3.0", "tensorrt_rtx": "1.7.1"}
 TAGS = {"tensorrt": b"ftrt", "tensorrt_rtx": b"vtrt"}
@@ -68,23 +59,13 @@ PROFILE = (1, 2, 4)
 
 
 def small_spec(*, batch: int | None, padded: bool) -> DetectorSpec:
-    keep = Resizer("keep_aspect_ratio", SIDE, SIDE, pad_to_max_dimension=True)
-    return DetectorSpec(
+    resizer = spec_cases.padded(SIDE) if padded else spec_cases.STRETCHED
+    return spec_cases.example(
+        spec_cases.ssd(GRID * GRID * PER_CELL, CLASSES),
+        NmsSpec(0.6, 0.4, 8, 20, class_agnostic=False, change_coordinate_frame=padded),
+        spec_cases.network_input(SIDE, SIDE, resizer, scale=1 / 127.5, offset=-1.0, batch=batch),
         name="small",
-        source=Source("", "", "", "", "", ""),
-        input=InputSpec(
-            SIDE,
-            SIDE,
-            keep if padded else Resizer("fixed_shape"),
-            (1 / 127.5,) * 3,
-            (-1.0,) * 3,
-            batch=batch,
-        ),
-        heads=HeadsSpec(GRID * GRID * PER_CELL, CLASSES, background_column=False),
-        box_coder=BoxCoder(10.0, 10.0, 5.0, 5.0),
-        scores=ScoreSpec("sigmoid", 1.0),
-        nms=NmsSpec(0.6, 0.4, 8, 20, class_agnostic=False, change_coordinate_frame=padded),
-        labels=tuple(Label(i + 1, name) for i, name in enumerate(("bolt", "nut", "gear"))),
+        labels=spec_cases.named("bolt", "nut", "gear"),
     )
 
 
@@ -132,91 +113,22 @@ def pictures(count: int) -> list[np.ndarray]:
 # --- the stand-ins
 
 
-class Host:
-    """The calls of Polygraphy's CUDA wrapper, on host memory. Freshly allocated memory is full of 0xA5.
-
-    Addresses and streams of one are never those of another: what a test leaves behind cannot hit the next.
-    """
-
-    stream_numbers = itertools.count(1)
-    made: list[Host] = []  # noqa: RUF012
-
-    def __init__(self) -> None:
-        self.made.append(self)
-        self.handle = SimpleNamespace(cudaGetErrorString=self.Describe())
-        self.memory: dict[int, np.ndarray] = {}
-        self.pending: list = []
-        self.streams: set[int] = set()
-        self.free_bytes: int | None = None
-
-    class Describe:
-        def __call__(self, number: int) -> bytes:
-            return {2: b"out of memory"}.get(number, b"unknown error")
-
-    def fail(self, number: int):
-        from polygraphy.exception import PolygraphyException
-
-        raise PolygraphyException(
-            f"CUDA Error: {number}. To figure out what this means, refer to https://..."
-        )
-
-    def create_stream(self) -> int:
-        self.streams.add(next(self.stream_numbers))
-        return max(self.streams)
-
-    def destroy_stream(self, stream: int) -> None:
-        self.streams.remove(stream)
-
-    def stream_synchronize(self, stream: int) -> None:
-        assert stream in self.streams
-        while self.pending:
-            self.pending.pop(0)()
-
-    def enqueue(self, stream: int, work) -> None:
-        assert stream in self.streams
-        self.pending.append(work)
-
-    def malloc(self, size: int) -> int:
-        if self.free_bytes is not None and size > self.free_bytes:
-            self.fail(2)
-        block = np.full(size + 64, 0xA5, np.uint8)
-        start = -block.ctypes.data % 64
-        self.memory[block.ctypes.data + start] = block[start : start + size]
-        return block.ctypes.data + start
-
-    def free(self, pointer: int) -> None:
-        if pointer:
-            del self.memory[pointer]
-
-    def view(self, pointer: int, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-        """An array in device memory; an address or a size outside an allocation is an error."""
-        block, size = self.memory[pointer], int(np.prod(shape)) * np.dtype(dtype).itemsize
-        assert size <= len(block), f"{size} bytes in an allocation of {len(block)}"
-        return block[:size].view(dtype).reshape(shape)
-
-    def memcpy(self, dst: int, src: int, nbytes: int, kind, stream_ptr: int) -> None:
-        if kind.value == 1:  # to the device: pageable host memory is read before the call returns
-            content = np.frombuffer(ctypes.string_at(src, nbytes), np.uint8)
-            self.enqueue(stream_ptr, lambda: np.copyto(self.view(dst, np.uint8, (nbytes,)), content))
-        else:
-            self.enqueue(
-                stream_ptr,
-                lambda: ctypes.memmove(dst, self.view(src, np.uint8, (nbytes,)).ctypes.data, nbytes),
-            )
-
-
 def make_plan(
-    flavour: str, model: bytes, profile: tuple[int, ...] = PROFILE, remark: str = "", version: str = ""
+    runtime_library: str,
+    model: bytes,
+    profile: tuple[int, ...] = PROFILE,
+    remark: str = "",
+    version: str = "",
 ) -> bytes:
-    numbers = [int(part) for part in (version or VERSIONS[flavour]).split(".")]
-    header = struct.pack("<4sI16s4B", TAGS[flavour], 0, b"", *numbers, 0)
+    numbers = [int(part) for part in (version or VERSIONS[runtime_library]).split(".")]
+    header = struct.pack("<4sI16s4B", TAGS[runtime_library], 0, b"", *numbers, 0)
     return header + json.dumps({"profile": profile, "remark": remark}).encode() + b"\n" + model
 
 
-def stand_in_tensorrt(flavour: str, host: Host) -> ModuleType:
+def stand_in_tensorrt(runtime_library: str, host: Host) -> ModuleType:
     """A module with the calls that runtime.py makes; ``trt.seen`` says what it was given."""
-    trt = ModuleType(flavour)
-    trt.__version__ = VERSIONS[flavour]
+    trt = ModuleType(runtime_library)
+    trt.__version__ = VERSIONS[runtime_library]
     trt.seen = SimpleNamespace(plans=[], kernels=[], compiled=0, libraries=[], refuses_to_run=False)
     trt.float32, trt.int32 = "FLOAT", "INT32"
     trt.TensorIOMode = enum.Enum("TensorIOMode", "INPUT OUTPUT")
@@ -248,7 +160,7 @@ def stand_in_tensorrt(flavour: str, host: Host) -> ModuleType:
         def deserialize_cuda_engine(self, data: bytes):
             trt.seen.plans.append(data)
             self.logger.log(ILogger.Severity.INFO, "Loaded engine size: 0 MiB")
-            if data[:4] != TAGS[flavour]:
+            if data[:4] != TAGS[runtime_library]:
                 self.error_recorder.report_error(1, "Serialization assertion\nmagicTag failed")
                 return None
             return Engine(data)
@@ -314,7 +226,7 @@ def stand_in_tensorrt(flavour: str, host: Host) -> ModuleType:
             cached |= wanted
             return Context(self)
 
-    if flavour == "tensorrt_rtx":
+    if runtime_library == "tensorrt_rtx":
         Engine.create_runtime_config = lambda self: RuntimeConfig()
 
     class Context:
@@ -387,18 +299,40 @@ class KernelsOnStream:
         return 1000 * batch
 
     def odtrt_postprocess_cuda(self, params, batch, heads, out, workspace, workspace_size, stream) -> int:
-        params, heads, out = (type(one._obj).from_buffer_copy(one._obj) for one in (params, heads, out))
-        assert workspace_size == 1000 * batch
+        copies = [type(one._obj).from_buffer_copy(one._obj) for one in (params, heads, out)]
+        assert workspace_size >= 1000 * batch
+
+        def at(pointer: int | None, size: int) -> int | None:
+            """The memory of ``size`` values a picture, where the CPU reaches it."""
+            return pointer and self.host.view(pointer, np.float32, (size,)).ctypes.data
 
         def work() -> None:
+            params, heads, out = (type(one).from_buffer_copy(one) for one in copies)
             self.host.view(workspace, np.uint8, (workspace_size,))
-            count, most = params.num_anchors, params.max_total_detections
-            reads = ((heads.box_encodings, 4 * count), (heads.class_logits, params.num_columns * count))
-            writes = ((out.boxes, 4 * most), (out.scores, most), (out.classes, most), (out.num_detections, 1))
-            for pointer, size in (*reads, *writes):
-                self.host.view(pointer, np.float32, (batch, size))
+            count, most = batch * params.num_anchors, batch * params.max_total_detections
+            heads.box_encodings = at(heads.box_encodings, 4 * count)
+            heads.class_logits = at(heads.class_logits, params.num_columns * count)
+            heads.anchors = at(heads.anchors, 4 * params.num_anchors)
+            heads.clip_windows = at(heads.clip_windows, 4 * batch)
+            out.num_detections, out.boxes = at(out.num_detections, batch), at(out.boxes, 4 * most)
+            for name in ("scores", "classes", "anchors"):
+                setattr(out, name, at(getattr(out, name), most))
             status = self.handle.odtrt_postprocess_cpu(
                 ctypes.byref(params), batch, ctypes.byref(heads), ctypes.byref(out), 1
+            )
+            assert status == 0
+
+        self.host.enqueue(stream, work)
+        return 0
+
+    def odtrt_preprocess_cuda(self, params, image, output, stream) -> int:
+        params = type(params._obj).from_buffer_copy(params._obj)
+
+        def work() -> None:
+            pixels = self.host.view(image, np.uint8, (params.image_height * params.image_pitch,))
+            to = self.host.view(output, np.float32, (3 * params.output_height * params.output_width,))
+            status = self.handle.odtrt_preprocess_cpu(
+                ctypes.byref(params), pixels.ctypes.data, to.ctypes.data, 1
             )
             assert status == 0
 
@@ -409,7 +343,7 @@ class KernelsOnStream:
 @pytest.fixture
 def host(monkeypatch) -> Host:
     host = Host()
-    monkeypatch.setattr(polygraphy_cuda, "G_CUDA", host)
+    monkeypatch.setattr(cuda, "library", lambda: host)
     return host
 
 
@@ -423,26 +357,26 @@ def kernels(monkeypatch, host, native_library) -> native.Library:
 
 
 @pytest.fixture(params=["tensorrt", "tensorrt_rtx"])
-def flavour(request) -> str:
+def runtime_library(request) -> str:
     return request.param
 
 
 @pytest.fixture
-def trt(monkeypatch, host, flavour) -> ModuleType:
-    return pretend_installed(monkeypatch, host, flavour)
+def trt(monkeypatch, host, runtime_library) -> ModuleType:
+    return pretend_installed(monkeypatch, host, runtime_library)
 
 
-def pretend_installed(monkeypatch, host: Host, flavour: str) -> ModuleType:
+def pretend_installed(monkeypatch, host: Host, runtime_library: str) -> ModuleType:
     """This machine is BOARD, and the stand-in its only TensorRT."""
-    module = stand_in_tensorrt(flavour, host)
+    module = stand_in_tensorrt(runtime_library, host)
     for name in VERSIONS:
-        monkeypatch.setitem(sys.modules, name, module if name == flavour else None)
+        monkeypatch.setitem(sys.modules, name, module if name == runtime_library else None)
     pretend_machine(monkeypatch, BOARD)
     monkeypatch.setattr(runtime, "this_machine", lambda: BOARD)
 
     def here(plugin=None) -> Environment:
         identity = None if plugin is None else passport.plugin_identity(plugin)
-        return Environment(BOARD, flavour, VERSIONS[flavour], identity)
+        return Environment(BOARD, runtime_library, VERSIONS[runtime_library], identity)
 
     monkeypatch.setattr(portability, "this_environment", here)
     return module
@@ -480,7 +414,7 @@ def plugin(tmp_path) -> Path:
 
 def install_plan(
     folder: Path,
-    flavour: str,
+    runtime_library: str,
     *,
     model: str = "heads.onnx",
     precision: str = "fp32",
@@ -493,8 +427,8 @@ def install_plan(
 ) -> Passport:
     """Puts a plan for the stand-in into the folder, with its passport."""
     runs = "detector_onnxnms.onnx" if model == "detector.onnx" else model
-    data = content or make_plan(flavour, (folder / runs).read_bytes(), profile, built, version)
-    identity = [flavour, model, precision, machine.gpu, built, version]
+    data = content or make_plan(runtime_library, (folder / runs).read_bytes(), profile, built, version)
+    identity = [runtime_library, model, precision, machine.gpu, built, version]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     digest = hashlib.sha256(data).hexdigest()
     one = Passport(
@@ -505,12 +439,12 @@ def install_plan(
         model=model,
         onnx_sha256=sha256(folder / model),
         spec_sha256=sha256(folder / "spec.json"),
-        flavour=flavour,
-        version=version or VERSIONS[flavour],
+        runtime_library=runtime_library,
+        version=version or VERSIONS[runtime_library],
         precision=precision,
         version_compatible=False,
         hardware_compatibility="none",
-        compute_capabilities=("default",) if flavour == "tensorrt_rtx" else (),
+        compute_capabilities=("default",) if runtime_library == "tensorrt_rtx" else (),
         plugin=None if plugin is None else passport.plugin_identity(plugin),
         machine=machine,
         settings={},
@@ -526,8 +460,8 @@ def install_plan(
     return one
 
 
-def load(folder: Path, one: Passport, **options) -> runtime.LoadedPlan:
-    return runtime.load(
+def load(folder: Path, one: Passport, **options) -> pipeline.Pipeline:
+    return pipeline.load(
         folder, one, load_spec(folder / "spec.json"), np.load(folder / "anchors.npy"), **options
     )
 
@@ -555,14 +489,16 @@ def by_onnxruntime(folder: Path, images: list[np.ndarray]) -> list[Detections]:
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("batch", [None, 1, 3])
-def test_a_split_plan_finds_what_onnx_runtime_finds(models, tmp_path, trt, flavour, kernels, batch, padded):
+def test_a_split_plan_finds_what_onnx_runtime_finds(
+    models, tmp_path, trt, runtime_library, kernels, batch, padded
+):
     folder = copy(models(batch, padded), tmp_path / "small")
-    install_plan(folder, flavour)
+    install_plan(folder, runtime_library)
     images = pictures(11)
     expected = by_onnxruntime(folder, images)
     assert sum(len(one.scores) for one in expected) > 60
     with Detector.open(folder) as detector:
-        assert detector.status.backend == flavour and "on the GPU" in detector.status.description
+        assert detector.status.backend == runtime_library and "on the GPU" in detector.status.description
         assert detector.status.reasons == () and detector.status.rebuild == "none"
         for count in (1, 2, 4, 5, 11):
             assert differences(detector.detect_batch(images[:count]), expected[:count]) == []
@@ -571,10 +507,10 @@ def test_a_split_plan_finds_what_onnx_runtime_finds(models, tmp_path, trt, flavo
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("batch", [None, 3])
 def test_a_fused_plan_finds_what_onnx_runtime_finds(
-    models, tmp_path, trt, flavour, kernels, batch, padded, plugin
+    models, tmp_path, trt, runtime_library, kernels, batch, padded, plugin
 ):
     folder = copy(models(batch, padded), tmp_path / "small")
-    install_plan(folder, flavour, model="detector.onnx", plugin=plugin)
+    install_plan(folder, runtime_library, model="detector.onnx", plugin=plugin)
     images = pictures(11)
     expected = by_onnxruntime(folder, images)
     for _ in range(2):
@@ -604,33 +540,34 @@ def test_heads_are_post_processed_on_the_cpu_where_the_kernels_cannot(
         assert differences(detector.detect_batch(pictures(5)), expected) == []
 
 
-def test_loading_does_not_wait_for_post_processing_on_the_cpu(folder, trt, flavour, monkeypatch):
+def test_loading_does_not_wait_for_post_processing_on_the_cpu(folder, trt, runtime_library, monkeypatch):
     """With thousands of detections an image it takes seconds, and warms nothing up."""
-    one = install_plan(folder, flavour)
+    one = install_plan(folder, runtime_library)
     monkeypatch.setattr(native, "load", lambda: None)
     calls = []
-    monkeypatch.setattr(runtime, "postprocess", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(pipeline, "postprocess", lambda *arguments: calls.append(arguments))
     plan = load(folder, one)
     assert calls == [] and trt.seen.plans
     plan.infer(np.zeros((1, 3, SIDE, SIDE), np.float32))
     plan.close()
 
 
-def test_raw_heads_are_onnx_runtimes(folder, trt, flavour, kernels, plugin):
-    one = install_plan(folder, flavour)
+def test_raw_heads_are_onnx_runtimes(folder, trt, runtime_library, kernels, plugin):
+    one = install_plan(folder, runtime_library)
     images = np.random.default_rng(1).normal(0, 1, (7, 3, SIDE, SIDE)).astype(np.float32)
     expected = Detector.open(folder, "onnxruntime").backend.infer(images)
     plan = load(folder, one)
-    assert (plan.smallest_batch, plan.largest_batch) == (1, 4)
     for found, right in zip(plan.infer(images), expected, strict=True):
         np.testing.assert_allclose(found, right, atol=1e-5)
-    fused = load(folder, install_plan(folder, flavour, model="detector.onnx", plugin=plugin), plugin=plugin)
+    fused = load(
+        folder, install_plan(folder, runtime_library, model="detector.onnx", plugin=plugin), plugin=plugin
+    )
     with pytest.raises(UnsupportedError, match="no raw heads"):
         fused.infer(images)
 
 
-def test_a_batch_below_the_profiles_smallest_is_filled_up(folder, trt, flavour, kernels):
-    install_plan(folder, flavour, profile=(3, 3, 4))
+def test_a_batch_below_the_profiles_smallest_is_filled_up(folder, trt, runtime_library, kernels):
+    install_plan(folder, runtime_library, profile=(3, 3, 4))
     images = pictures(5)
     expected = by_onnxruntime(folder, images)
     with Detector.open(folder) as detector:
@@ -638,14 +575,106 @@ def test_a_batch_below_the_profiles_smallest_is_filled_up(folder, trt, flavour, 
             assert differences(detector.detect_batch(images[:count]), expected[:count]) == []
 
 
-def test_running_again_is_the_network_on_the_same_inputs(folder, trt, flavour, kernels, host):
-    plan = load(folder, install_plan(folder, flavour))
+def test_running_again_is_the_network_on_the_same_inputs(folder, trt, runtime_library, kernels, host):
+    plan = load(folder, install_plan(folder, runtime_library))
     images = np.ones((2, 3, SIDE, SIDE), np.float32)
     plan.infer(images)
-    before = {pointer: block.copy() for pointer, block in host.memory.items()}
+    before = {pointer: block.content.copy() for pointer, block in host.memory.items()}
     plan.run_again()
     assert host.pending == []
-    assert all(np.array_equal(block, before[pointer]) for pointer, block in host.memory.items())
+    assert all(np.array_equal(block.content, before[pointer]) for pointer, block in host.memory.items())
+
+
+# --- switches
+
+SWITCHES = [
+    Switches(*choice)
+    for choice in itertools.product(
+        ("pageable", "pinned", "mapped"), ("cpu", "gpu"), ("eager", "graph"), ("gpu", "cpu")
+    )
+]
+
+
+def bits(found: list[Detections]) -> list[tuple[bytes, ...]]:
+    return [(one.boxes.tobytes(), one.scores.tobytes(), one.class_ids.tobytes()) for one in found]
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("batch", [None, 3])
+def test_switches_change_no_bit(models, tmp_path, monkeypatch, host, kernels, plugin, batch, is_fused):
+    """Each batch three times: the first is eager, the second is recorded, the third is a graph's."""
+    pretend_installed(monkeypatch, host, "tensorrt")
+    folder = copy(models(batch), tmp_path / "small")
+    install_plan(folder, "tensorrt", **({"model": "detector.onnx", "plugin": plugin} if is_fused else {}))
+    images = pictures(7)
+    batches = [images[:count] for count in (1, 1, 1, 7, 7, 7, 2, 1)] + [images[1:2], images[1:2], images[1:2]]
+    by_itself = by_onnxruntime(folder, images)
+    expected = None
+    for switches in SWITCHES:
+        with Detector.open(folder, plugin=plugin if is_fused else None, switches=switches) as detector:
+            found = [bits(detector.detect_batch(batch)) for batch in batches]
+            launches = host.calls.count("cudaGraphLaunch")
+            assert differences(detector.detect_batch(images), by_itself) == []
+            has_graph = host.calls.count("cudaGraphLaunch") > launches if batch is None else launches > 0
+            assert (switches.launch == "graph") == (launches > 0), (switches, has_graph)
+        host.calls.clear()
+        expected = expected or found
+        assert found == expected, switches
+        assert nothing_is_left(host)
+
+
+def test_a_frame_costs_one_launch_and_no_copy(folder, monkeypatch, host, kernels):
+    pretend_installed(monkeypatch, host, "tensorrt")
+    install_plan(folder, "tensorrt")
+    image = pictures(1)[0]
+    with Detector.open(folder, switches=Switches("mapped", "gpu", "graph")) as detector:
+        for _ in range(3):
+            detector.detect(image)
+        host.calls.clear()
+        detector.detect(image)
+    assert host.calls[:2] == ["cudaGraphLaunch", "cudaStreamSynchronize"]
+    assert "cudaMemcpyAsync" not in host.calls
+
+
+@pytest.mark.parametrize(
+    "refuses", ["cudaStreamBeginCapture", "cudaGraphInstantiateWithFlags", "the network"]
+)
+def test_a_step_that_cannot_be_recorded(folder, monkeypatch, host, kernels, refuses):
+    """TensorRT may start nothing while a stream is captured, and say nothing: the graph shows old results."""
+    trt = pretend_installed(monkeypatch, host, "tensorrt")
+    install_plan(folder, "tensorrt")
+    images = pictures(3)
+    expected = by_onnxruntime(folder, images)
+    execute = trt.Context.execute_async_v3
+    if refuses == "the network":
+        monkeypatch.setattr(
+            trt.Context, "execute_async_v3", lambda self, at: host.capture is not None or execute(self, at)
+        )
+    else:
+        host.refuses[refuses] = 900
+    with Detector.open(folder, switches=Switches("pinned", "gpu", "graph")) as detector:
+        for _ in range(3):
+            assert differences([detector.detect(image) for image in images], expected) == []
+        assert host.calls.count("cudaGraphLaunch") == int(refuses == "the network")
+        detector.close()
+    assert nothing_is_left(host)
+
+
+def test_graphs_of_many_sizes_are_let_go(folder, monkeypatch, host, kernels):
+    pretend_installed(monkeypatch, host, "tensorrt")
+    install_plan(folder, "tensorrt")
+    with Detector.open(folder, switches=Switches("mapped", "gpu", "graph")) as detector:
+        for side in range(30, 30 + 3 * pipeline.MAX_GRAPHS):
+            for _ in range(2):
+                detector.detect(np.zeros((side, 40, 3), np.uint8))
+        assert len(host.graphs) == pipeline.MAX_GRAPHS
+    assert nothing_is_left(host)
+
+
+@pytest.mark.parametrize("wrong", [{"memory": "managed"}, {"preprocess": "GPU"}, {"launch": ""}])
+def test_a_switch_that_is_unknown(wrong):
+    with pytest.raises(InputError, match="expected one of"):
+        Switches(**wrong)
 
 
 # --- mistakes that the comparison must catch
@@ -661,35 +690,33 @@ def wrong_tensor(monkeypatch, trt) -> None:
 
 def stale_buffer(monkeypatch, trt) -> None:
     """Only what is copied first gets to the device."""
-    memcpy, seen = Host.memcpy, []
+    memcpy, seen = Host.cudaMemcpyAsync, []
 
-    def few(self, dst: int, src: int, nbytes: int, kind, stream: int) -> None:
-        seen.extend([nbytes] * (kind.value == 1))
-        if kind.value != 1 or len(seen) < 5:
-            memcpy(self, dst, src, nbytes, kind, stream)
+    def few(self, target: int, source: int, size: int, kind: int, stream: int) -> int:
+        is_upload = target in self.memory
+        seen.extend([size] * is_upload)
+        return memcpy(self, target, source, size, kind, stream) if not is_upload or len(seen) < 5 else 0
 
-    monkeypatch.setattr(Host, "memcpy", few)
+    monkeypatch.setattr(Host, "cudaMemcpyAsync", few)
 
 
 def chunk_off_by_one(monkeypatch, trt) -> None:
     def chunks(self, batch: int):
-        for start in range(0, batch, self.largest_batch):
-            rows = slice(min(start + (start > 0), batch - 1), min(batch, start + self.largest_batch))
+        most = self._network.max_batch
+        for start in range(0, batch, most):
+            rows = slice(min(start + (start > 0), batch - 1), min(batch, start + most))
             yield rows, max(rows.stop - rows.start, 1)
 
-    monkeypatch.setattr(runtime.LoadedPlan, "_chunks", chunks)
+    monkeypatch.setattr(pipeline.Pipeline, "_chunks", chunks)
 
 
 def nobody_waits(monkeypatch, trt) -> None:
-    monkeypatch.setattr(polygraphy_cuda.Stream, "synchronize", lambda self: None)
+    monkeypatch.setattr(cuda.Stream, "synchronize", lambda self: None)
 
 
 def windows_forgotten(monkeypatch, trt) -> None:
-    run = runtime.LoadedPlan.run
     monkeypatch.setattr(
-        runtime.LoadedPlan,
-        "run",
-        lambda self, images, windows: run(self, images, np.tile(np.float32([0, 0, 1, 1]), (len(images), 1))),
+        pipeline._Batch, "clip_windows", lambda self: np.tile(np.float32([0, 0, 1, 1]), (self.size, 1))
     )
 
 
@@ -716,14 +743,16 @@ def test_a_mistake_is_caught(folder, monkeypatch, host, kernels, plugin, defect,
 
 
 def test_the_stand_in_guards_its_memory(host):
-    pointer = host.malloc(16)
+    memory, stream = cuda.Memory(16), cuda.Stream()
     with pytest.raises(AssertionError, match="20 bytes"):
-        host.view(pointer, np.float32, (5,))
-    with pytest.raises(KeyError):
-        host.view(pointer + 4, np.float32, (1,))
-    host.free(pointer)
-    with pytest.raises(KeyError):
-        host.free(pointer)
+        host.view(memory.address, np.float32, (5,))
+    with pytest.raises(AssertionError, match="no memory"):
+        host.view(memory.address - 4, np.float32, (1,))
+    pinned = cuda.Memory(16, "pinned")
+    with pytest.raises(AssertionError, match="no memory that a kernel reaches"):
+        host.view(pinned.address, np.uint8, (16,))
+    with pytest.raises(AssertionError, match="past the end"):
+        cuda.copy(memory.address, pinned.address, 17, stream)
 
 
 # --- memory and errors
@@ -737,11 +766,11 @@ def one_line_of(caught) -> str:
 
 def nothing_is_left(host: Host) -> bool:
     gc.collect()
-    return not host.memory and not host.streams
+    return host.is_empty()
 
 
-def test_memory_goes_back(folder, trt, flavour, kernels, host):
-    one = install_plan(folder, flavour)
+def test_memory_goes_back(folder, trt, runtime_library, kernels, host):
+    one = install_plan(folder, runtime_library)
     plan = load(folder, one)
     plan.infer(np.zeros((4, 3, SIDE, SIDE), np.float32))
     plan.close()
@@ -755,8 +784,8 @@ def test_memory_goes_back(folder, trt, flavour, kernels, host):
     assert nothing_is_left(host)
 
 
-def test_out_of_memory_is_one_line_and_no_end(folder, trt, flavour, kernels, host):
-    plan = load(folder, install_plan(folder, flavour))
+def test_out_of_memory_is_one_line_and_no_end(folder, trt, runtime_library, kernels, host):
+    plan = load(folder, install_plan(folder, runtime_library))
     images = np.zeros((4, 3, SIDE, SIDE), np.float32)
     host.free_bytes = images.nbytes - 1
     with pytest.raises(runtime.RunError) as caught:
@@ -767,23 +796,23 @@ def test_out_of_memory_is_one_line_and_no_end(folder, trt, flavour, kernels, hos
     assert len(plan.infer(images)[0]) == 4
 
 
-def test_no_memory_to_load(folder, trt, flavour, kernels, host):
+def test_no_memory_to_load(folder, trt, runtime_library, kernels, host):
     host.free_bytes = 1000
     with pytest.raises(runtime.RunError) as caught:
-        load(folder, install_plan(folder, flavour))
+        load(folder, install_plan(folder, runtime_library))
     assert "out of memory" in one_line_of(caught)
     assert nothing_is_left(host)
 
 
-def test_tensorrts_reasons_arrive_on_one_line(folder, trt, flavour, kernels, host):
-    one = install_plan(folder, flavour, content=b"not a plan")
+def test_tensorrts_reasons_arrive_on_one_line(folder, trt, runtime_library, kernels, host):
+    one = install_plan(folder, runtime_library, content=b"not a plan")
     with pytest.raises(runtime.RunError) as caught:
         load(folder, one)
     message = one_line_of(caught)
     assert one.plan in message and "Serialization assertion magicTag failed" in message
     assert "Loaded engine" not in message and nothing_is_left(host)
 
-    plan = load(folder, install_plan(folder, flavour))
+    plan = load(folder, install_plan(folder, runtime_library))
     trt.seen.refuses_to_run = True
     with pytest.raises(runtime.RunError) as caught:
         plan.infer(np.zeros((1, 3, SIDE, SIDE), np.float32))
@@ -792,8 +821,8 @@ def test_tensorrts_reasons_arrive_on_one_line(folder, trt, flavour, kernels, hos
     plan.infer(np.zeros((1, 3, SIDE, SIDE), np.float32))
 
 
-def test_a_plan_that_is_not_the_passports_is_never_deserialised(folder, trt, flavour, kernels, host):
-    one = install_plan(folder, flavour)
+def test_a_plan_that_is_not_the_passports_is_never_deserialised(folder, trt, runtime_library, kernels, host):
+    one = install_plan(folder, runtime_library)
     path = folder / "plans" / one.plan
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -810,33 +839,34 @@ def test_a_plan_that_is_not_the_passports_is_never_deserialised(folder, trt, fla
         ({"heads": {"num_anchors": 7}}, "`box_encodings` is [2, 108, 4], expected [2, 7, 4]"),
     ],
 )
-def test_a_plan_that_does_not_fit_the_spec(folder, trt, flavour, kernels, host, change, message):
-    one = install_plan(folder, flavour)
+def test_a_plan_that_does_not_fit_the_spec(folder, trt, runtime_library, kernels, host, change, message):
+    one = install_plan(folder, runtime_library)
     spec = load_spec(folder / "spec.json")
     for part, fields in change.items():
         spec = dataclasses.replace(spec, **{part: dataclasses.replace(getattr(spec, part), **fields)})
     with pytest.raises(CheckError) as caught:
-        runtime.load(folder, one, spec, np.load(folder / "anchors.npy"))
+        pipeline.load(folder, one, spec, np.load(folder / "anchors.npy"))
     assert message in one_line_of(caught) and nothing_is_left(host)
 
 
 @pytest.mark.parametrize(
-    "images, windows, message",
+    "array, message",
     [
-        (np.zeros((1, 3, SIDE, SIDE)), np.zeros((1, 4), np.float32), "images: float64"),
-        (np.zeros((1, SIDE, SIDE, 3), np.float32), np.zeros((1, 4), np.float32), "[batch, 3, 48, 48]"),
-        (np.zeros((2, 3, SIDE, SIDE), np.float32), np.zeros((1, 4), np.float32), "2 images, but 1"),
+        (np.zeros((1, 3, SIDE, SIDE)), "network_input: float64"),
+        (np.zeros((1, SIDE, SIDE, 3), np.float32), "[batch, 3, 48, 48]"),
     ],
 )
-def test_arrays_of_another_form(folder, trt, flavour, kernels, images, windows, message):
-    plan = load(folder, install_plan(folder, flavour))
+def test_arrays_of_another_form(folder, trt, runtime_library, kernels, array, message):
+    plan = load(folder, install_plan(folder, runtime_library))
     with pytest.raises(InputError) as caught:
-        plan.run(images, windows)
+        plan.infer(array)
     assert message in one_line_of(caught)
+    with pytest.raises(InputError, match="uint8"):
+        plan.run([np.zeros((SIDE, SIDE, 3), np.float32)])
 
 
-def test_what_is_absent_is_named(folder, trt, flavour, kernels, monkeypatch, tmp_path, plugin):
-    fused = install_plan(folder, flavour, model="detector.onnx", plugin=plugin)
+def test_what_is_absent_is_named(folder, trt, runtime_library, kernels, monkeypatch, tmp_path, plugin):
+    fused = install_plan(folder, runtime_library, model="detector.onnx", plugin=plugin)
     with pytest.raises(InputError, match="needs the plugin"):
         load(folder, fused)
     with pytest.raises(InputError, match="make plugin"):
@@ -845,13 +875,17 @@ def test_what_is_absent_is_named(folder, trt, flavour, kernels, monkeypatch, tmp
     other.write_bytes(b"no plugin")
     with pytest.raises(runtime.RunError, match="cannot load the plugin"):
         load(folder, fused, plugin=other)
-    one = install_plan(folder, flavour)
-    monkeypatch.setattr(polygraphy_cuda, "G_CUDA", None)
-    monkeypatch.setattr(polygraphy_cuda.Cuda, "__init__", lambda self: (_ for _ in ()).throw(OSError("gone")))
-    with pytest.raises(MissingDependencyError, match=r"libcudart\.so cannot be loaded"):
-        load(folder, one)
-    monkeypatch.setitem(sys.modules, flavour, None)
-    with pytest.raises(MissingDependencyError, match=f"install `{flavour}`"):
+    one = install_plan(folder, runtime_library)
+    with monkeypatch.context() as without:
+        without.setattr(cuda, "library", LIBRARY)
+        without.setattr(cuda, "FILE_NAMES", ("libcudart.so.none",))
+        without.setattr(cuda, "_files", lambda: [])
+        LIBRARY.cache_clear()
+        with pytest.raises(MissingDependencyError, match=r"libcudart\.so cannot be loaded"):
+            load(folder, one)
+    LIBRARY.cache_clear()
+    monkeypatch.setitem(sys.modules, runtime_library, None)
+    with pytest.raises(MissingDependencyError, match=f"install `{runtime_library}`"):
         load(folder, one)
 
 
@@ -973,34 +1007,34 @@ def test_a_gpu_without_plans_is_said(folder, trt, kernels):
     assert detector.status.rebuild == "none"
 
 
-def test_the_newest_plan_of_a_precision(folder, trt, flavour, kernels, plugin):
-    fp32 = install_plan(folder, flavour, built="2026-01-01T00:00:00+00:00")
-    fp16 = install_plan(folder, flavour, precision="fp16", built="2026-01-02T00:00:00+00:00")
+def test_the_newest_plan_of_a_precision(folder, trt, runtime_library, kernels, plugin):
+    fp32 = install_plan(folder, runtime_library, built="2026-01-01T00:00:00+00:00")
+    fp16 = install_plan(folder, runtime_library, precision="fp16", built="2026-01-02T00:00:00+00:00")
     fused = install_plan(
-        folder, flavour, model="detector.onnx", plugin=plugin, built="2025-01-01T00:00:00+00:00"
+        folder, runtime_library, model="detector.onnx", plugin=plugin, built="2025-01-01T00:00:00+00:00"
     )
     assert Detector.open(folder).status.plan == fp16.fingerprint
-    assert Detector.open(folder, flavour).status.plan == fp16.fingerprint
+    assert Detector.open(folder, runtime_library).status.plan == fp16.fingerprint
     assert Detector.open(folder, precision="fp32").status.plan == fp32.fingerprint
     assert Detector.open(folder, plugin=plugin).status.plan == fused.fingerprint
     assert Detector.open(folder, plugin=plugin, precision="fp16").status.plan == fp16.fingerprint
 
 
-def test_tensorrt_asked_for_and_no_plan_left(folder, trt, flavour, kernels, monkeypatch):
+def test_tensorrt_asked_for_and_no_plan_left(folder, trt, runtime_library, kernels, monkeypatch):
     monkeypatch.setattr(portability, "start_rebuild", lambda *arguments, **options: pytest.fail("asked"))
     with pytest.raises(InputError, match="run `odtrt build`"):
-        Detector.open(folder, flavour)
-    stale = install_plan(folder, flavour, version=older(flavour))
-    damaged = install_plan(folder, flavour, precision="fp16")
+        Detector.open(folder, runtime_library)
+    stale = install_plan(folder, runtime_library, version=older(runtime_library))
+    damaged = install_plan(folder, runtime_library, precision="fp16")
     (folder / "plans" / damaged.plan).write_bytes(b"")
     (folder / "plans" / "0123456789abcdef.json").write_text("{")
     with pytest.raises(InputError) as caught:
-        Detector.open(folder, flavour)
+        Detector.open(folder, runtime_library)
     message = str(caught.value)
     assert "\n" not in message and trt.seen.plans == []
     for part in (
         stale.fingerprint,
-        older(flavour),
+        older(runtime_library),
         damaged.fingerprint,
         "has 0 bytes",
         "0123456789abcdef.json",
@@ -1008,16 +1042,16 @@ def test_tensorrt_asked_for_and_no_plan_left(folder, trt, flavour, kernels, monk
         assert part in message
 
 
-def older(flavour: str) -> str:
+def older(runtime_library: str) -> str:
     """A version whose plans are to be built again."""
-    return {"tensorrt": "10.2.0", "tensorrt_rtx": "1.6.1"}[flavour]
+    return {"tensorrt": "10.2.0", "tensorrt_rtx": "1.6.1"}[runtime_library]
 
 
-def test_a_plan_that_may_not_be_loaded_never_is(folder, trt, flavour, kernels, monkeypatch):
+def test_a_plan_that_may_not_be_loaded_never_is(folder, trt, runtime_library, kernels, monkeypatch):
     asked = []
     monkeypatch.setattr(portability, "start_rebuild", lambda *arguments, **options: asked.append(arguments))
     monkeypatch.setattr(detector_room, "_POLL_SECONDS", 0.001)
-    one = install_plan(folder, flavour)
+    one = install_plan(folder, runtime_library)
     path = folder / "plans" / one.plan
     path.write_bytes(path.read_bytes()[:-3] + b"\0\0\0")
     images = pictures(2)
@@ -1028,9 +1062,14 @@ def test_a_plan_that_may_not_be_loaded_never_is(folder, trt, flavour, kernels, m
     assert differences(detector.detect_batch(images), by_onnxruntime(folder, images)) == []
 
 
-def test_a_plan_that_cannot_be_loaded_leaves_the_next_one(folder, trt, flavour, kernels, host):
-    good = install_plan(folder, flavour, built="2026-01-01T00:00:00+00:00")
-    install_plan(folder, flavour, built="2026-01-02T00:00:00+00:00", content=TAGS[flavour] + b"no plan" * 9)
+def test_a_plan_that_cannot_be_loaded_leaves_the_next_one(folder, trt, runtime_library, kernels, host):
+    good = install_plan(folder, runtime_library, built="2026-01-01T00:00:00+00:00")
+    install_plan(
+        folder,
+        runtime_library,
+        built="2026-01-02T00:00:00+00:00",
+        content=TAGS[runtime_library] + b"no plan" * 9,
+    )
     with pytest.warns(RuntimeWarning, match="cannot be"):
         detector = Detector.open(folder)
     assert detector.status.plan == good.fingerprint
@@ -1042,17 +1081,17 @@ def test_a_plan_that_cannot_be_loaded_leaves_the_next_one(folder, trt, flavour, 
     assert nothing_is_left(host)
 
 
-def test_a_plan_that_is_replaced_while_it_is_looked_at(folder, trt, flavour, kernels, monkeypatch):
+def test_a_plan_that_is_replaced_while_it_is_looked_at(folder, trt, runtime_library, kernels, monkeypatch):
     """Another process installs a new plan between reading the passports and the plan: nothing to rebuild."""
     monkeypatch.setattr(portability, "start_rebuild", lambda *arguments, **options: pytest.fail("asked"))
-    one = install_plan(folder, flavour)
-    again = make_plan(flavour, (folder / "heads.onnx").read_bytes(), remark="built again")
+    one = install_plan(folder, runtime_library)
+    again = make_plan(runtime_library, (folder / "heads.onnx").read_bytes(), remark="built again")
     check, calls = portability.check, []
 
     def replaced_meanwhile(*arguments):
         calls.append(arguments)
         if len(calls) == 1:
-            assert install_plan(folder, flavour, content=again).fingerprint == one.fingerprint
+            assert install_plan(folder, runtime_library, content=again).fingerprint == one.fingerprint
         return check(*arguments)
 
     monkeypatch.setattr(portability, "check", replaced_meanwhile)
@@ -1060,22 +1099,29 @@ def test_a_plan_that_is_replaced_while_it_is_looked_at(folder, trt, flavour, ker
     assert detector.status.plan == one.fingerprint and trt.seen.plans == [again]
 
 
-def test_no_rebuild_for_a_plan_that_is_valid_and_cannot_be_loaded(folder, trt, flavour, kernels, monkeypatch):
+def test_no_rebuild_for_a_plan_that_is_valid_and_cannot_be_loaded(
+    folder, trt, runtime_library, kernels, monkeypatch
+):
     """Each start would rebuild it once more."""
     monkeypatch.setattr(portability, "start_rebuild", lambda *arguments, **options: pytest.fail("asked"))
-    install_plan(folder, flavour, version=older(flavour))
-    install_plan(folder, flavour, built="2026-01-02T00:00:00+00:00", content=TAGS[flavour] + b"no plan" * 9)
+    install_plan(folder, runtime_library, version=older(runtime_library))
+    install_plan(
+        folder,
+        runtime_library,
+        built="2026-01-02T00:00:00+00:00",
+        content=TAGS[runtime_library] + b"no plan" * 9,
+    )
     with pytest.warns(RuntimeWarning, match="cannot be"):
         status = Detector.open(folder).status
     assert (status.backend, status.rebuild) == ("onnxruntime", "none")
-    assert "cannot load it" in status.reasons[0] and older(flavour) in status.reasons[1]
+    assert "cannot load it" in status.reasons[0] and older(runtime_library) in status.reasons[1]
 
 
-def test_plans_of_other_machines_are_no_reason_to_rebuild(folder, trt, flavour, kernels, monkeypatch):
+def test_plans_of_other_machines_are_no_reason_to_rebuild(folder, trt, runtime_library, kernels, monkeypatch):
     monkeypatch.setattr(portability, "start_rebuild", lambda *arguments, **options: pytest.fail("asked"))
-    own = install_plan(folder, flavour, built="2026-01-01T00:00:00+00:00")
+    own = install_plan(folder, runtime_library, built="2026-01-01T00:00:00+00:00")
     pc = Machine("Linux", "x86_64", "Test PC", "8.9", 100, 24000, "580.1", "13.0")
-    install_plan(folder, flavour, built="2026-01-02T00:00:00+00:00", machine=pc)
+    install_plan(folder, runtime_library, built="2026-01-02T00:00:00+00:00", machine=pc)
     assert Detector.open(folder).status == dataclasses.replace(
         Detector.open(folder).status, plan=own.fingerprint, reasons=(), rebuild="none"
     )
@@ -1112,7 +1158,7 @@ passport.install(folder, staged, one)
 
 
 @pytest.fixture
-def rebuild(folder, tmp_path, monkeypatch, models, flavour):
+def rebuild(folder, tmp_path, monkeypatch, models, runtime_library):
     """succeeds -> Rebuild: what a stale plan in ``folder`` is rebuilt by."""
     monkeypatch.setattr(detector_room, "_POLL_SECONDS", 0.001)
     original = portability.start_rebuild
@@ -1124,7 +1170,7 @@ def rebuild(folder, tmp_path, monkeypatch, models, flavour):
         result = None
         if succeeds:
             copy(models(), source)
-            result = install_plan(source, flavour, built="2026-02-01T00:00:00+00:00", **options)
+            result = install_plan(source, runtime_library, built="2026-02-01T00:00:00+00:00", **options)
         command = [sys.executable, "-c", INSTALL, *map(str, (gate, source, folder))]
         monkeypatch.setattr(portability, "start_rebuild", functools.partial(original, command=command))
         return Rebuild(folder, gate, result)
@@ -1133,18 +1179,20 @@ def rebuild(folder, tmp_path, monkeypatch, models, flavour):
 
 
 @pytest.mark.parametrize("fallback", ["onnxruntime", "an older plan of another precision"])
-def test_a_stale_plan_is_rebuilt_while_another_serves(folder, trt, flavour, kernels, host, rebuild, fallback):
-    install_plan(folder, flavour, version=older(flavour))
+def test_a_stale_plan_is_rebuilt_while_another_serves(
+    folder, trt, runtime_library, kernels, host, rebuild, fallback
+):
+    install_plan(folder, runtime_library, version=older(runtime_library))
     if fallback != "onnxruntime":
-        valid = install_plan(folder, flavour, precision="fp16", built="2025-01-01T00:00:00+00:00")
+        valid = install_plan(folder, runtime_library, precision="fp16", built="2025-01-01T00:00:00+00:00")
     rebuilt = rebuild()
     images = pictures(5)
     expected = by_onnxruntime(folder, images)
     with Detector.open(folder) as detector:
         before = detector.status
-        assert before.backend == ("onnxruntime" if fallback == "onnxruntime" else flavour)
+        assert before.backend == ("onnxruntime" if fallback == "onnxruntime" else runtime_library)
         assert before.plan == (None if fallback == "onnxruntime" else valid.fingerprint)
-        assert before.rebuild == "running" and older(flavour) in before.reasons[0]
+        assert before.rebuild == "running" and older(runtime_library) in before.reasons[0]
         assert differences(detector.detect_batch(images), expected) == []
         assert detector.wait_for_rebuild(timeout=0).rebuild == "running"
         rebuilt.finish()
@@ -1159,8 +1207,8 @@ def test_a_stale_plan_is_rebuilt_while_another_serves(folder, trt, flavour, kern
     assert Detector.open(folder).status == dataclasses.replace(after, rebuild="none", message="")
 
 
-def test_a_rebuild_that_fails_is_said_and_not_repeated(folder, trt, flavour, kernels, rebuild):
-    install_plan(folder, flavour, version=older(flavour))
+def test_a_rebuild_that_fails_is_said_and_not_repeated(folder, trt, runtime_library, kernels, rebuild):
+    install_plan(folder, runtime_library, version=older(runtime_library))
     rebuilt = rebuild(succeeds=False)
     images = pictures(2)
     expected = by_onnxruntime(folder, images)
@@ -1170,17 +1218,17 @@ def test_a_rebuild_that_fails_is_said_and_not_repeated(folder, trt, flavour, ker
         status = detector.wait_for_rebuild()
     assert len(told) == 1
     assert (status.rebuild, status.backend) == ("failed", "onnxruntime")
-    assert "ended with status 1" in status.message and older(flavour) in status.message
+    assert "ended with status 1" in status.message and older(runtime_library) in status.message
     assert differences(detector.detect_batch(images), expected) == []
     with pytest.warns(RuntimeWarning, match="was not rebuilt"):
         assert Detector.open(folder).wait_for_rebuild().rebuild == "failed"
 
 
 def test_a_plan_of_a_model_that_was_replaced_meanwhile_does_not_take_over(
-    folder, trt, flavour, kernels, rebuild
+    folder, trt, runtime_library, kernels, rebuild
 ):
     """Its boxes would be decoded with the anchors that this detector was opened with."""
-    install_plan(folder, flavour, version=older(flavour))
+    install_plan(folder, runtime_library, version=older(runtime_library))
     rebuilt = rebuild()
     with pytest.warns(RuntimeWarning, match="the folder holds another model now: open it again"):
         detector = Detector.open(folder)
@@ -1192,9 +1240,9 @@ def test_a_plan_of_a_model_that_was_replaced_meanwhile_does_not_take_over(
     assert Detector.open(folder).status.plan == rebuilt.result.fingerprint
 
 
-def test_a_rebuild_that_leaves_an_unusable_plan_behind(folder, trt, flavour, kernels, rebuild):
-    install_plan(folder, flavour, version=older(flavour))
-    rebuilt = rebuild(content=TAGS[flavour] + b"no plan" * 9)
+def test_a_rebuild_that_leaves_an_unusable_plan_behind(folder, trt, runtime_library, kernels, rebuild):
+    install_plan(folder, runtime_library, version=older(runtime_library))
+    rebuilt = rebuild(content=TAGS[runtime_library] + b"no plan" * 9)
     with pytest.warns(RuntimeWarning):
         detector = Detector.open(folder)
         rebuilt.finish()
@@ -1203,8 +1251,8 @@ def test_a_rebuild_that_leaves_an_unusable_plan_behind(folder, trt, flavour, ker
     assert "cannot load it" in status.message
 
 
-def test_two_detectors_one_rebuild(folder, trt, flavour, kernels, rebuild):
-    install_plan(folder, flavour, version=older(flavour))
+def test_two_detectors_one_rebuild(folder, trt, runtime_library, kernels, rebuild):
+    install_plan(folder, runtime_library, version=older(runtime_library))
     rebuilt = rebuild()
     one, other = Detector.open(folder), Detector.open(folder)
     rebuilt.finish()  # a second build would wait at the gate for ever
@@ -1212,9 +1260,15 @@ def test_two_detectors_one_rebuild(folder, trt, flavour, kernels, rebuild):
         assert detector.wait_for_rebuild().plan == rebuilt.result.fingerprint
 
 
-def test_who_waited_for_another_plans_rebuild_starts_its_own(folder, trt, flavour, kernels, rebuild):
-    install_plan(folder, flavour, version=older(flavour), precision="fp16", built="2026-01-02T00:00:00+00:00")
-    install_plan(folder, flavour, version=older(flavour), precision="fp32")
+def test_who_waited_for_another_plans_rebuild_starts_its_own(folder, trt, runtime_library, kernels, rebuild):
+    install_plan(
+        folder,
+        runtime_library,
+        version=older(runtime_library),
+        precision="fp16",
+        built="2026-01-02T00:00:00+00:00",
+    )
+    install_plan(folder, runtime_library, version=older(runtime_library), precision="fp32")
     rebuilt = rebuild(precision="fp32")
     fp16 = Detector.open(folder, precision="fp16")  # holds the lock; what it builds is fp32
     fp32 = Detector.open(folder, precision="fp32")
@@ -1225,8 +1279,8 @@ def test_who_waited_for_another_plans_rebuild_starts_its_own(folder, trt, flavou
         assert fp16.wait_for_rebuild().rebuild == "failed"
 
 
-def test_a_closed_detector_is_not_brought_back(folder, trt, flavour, kernels, host, rebuild):
-    install_plan(folder, flavour, version=older(flavour))
+def test_a_closed_detector_is_not_brought_back(folder, trt, runtime_library, kernels, host, rebuild):
+    install_plan(folder, runtime_library, version=older(runtime_library))
     rebuilt = rebuild()
     detector, dropped = Detector.open(folder), Detector.open(folder)
     detector.close()
@@ -1239,23 +1293,27 @@ def test_a_closed_detector_is_not_brought_back(folder, trt, flavour, kernels, ho
     assert detector.status.backend == "closed" and trt.seen.plans == [] and nothing_is_left(host)
 
 
-def swap_under_a_call(folder: Path, flavour: str, host: Host, monkeypatch, rebuilt: Rebuild) -> list[str]:
+def swap_under_a_call(
+    folder: Path, runtime_library: str, host: Host, monkeypatch, rebuilt: Rebuild
+) -> list[str]:
     """One call is on the old plan while the new one takes over; how the answers differ, or an error."""
-    install_plan(folder, flavour, version=older(flavour))
-    old = install_plan(folder, flavour, precision="fp16", built="2025-01-01T00:00:00+00:00").fingerprint
+    install_plan(folder, runtime_library, version=older(runtime_library))
+    old = install_plan(
+        folder, runtime_library, precision="fp16", built="2025-01-01T00:00:00+00:00"
+    ).fingerprint
     images = pictures(9)
     expected = by_onnxruntime(folder, images)
     detector = Detector.open(folder)
     inside, go_on = threading.Event(), threading.Event()
-    in_turn = runtime.LoadedPlan._in_turn
+    in_turn = pipeline.Pipeline._in_turn
 
     def slow(self, function, *arguments):
-        if self.passport.fingerprint == old:
+        if self._network.passport.fingerprint == old:
             inside.set()
             assert go_on.wait(300)
         return in_turn(self, function, *arguments)
 
-    monkeypatch.setattr(runtime.LoadedPlan, "_in_turn", slow)
+    monkeypatch.setattr(pipeline.Pipeline, "_in_turn", slow)
     future = detector.submit_batch(images)
     assert inside.wait(300) and detector.status.plan == old
     rebuilt.finish()
@@ -1273,12 +1331,12 @@ def swap_under_a_call(folder: Path, flavour: str, host: Host, monkeypatch, rebui
     return found
 
 
-def test_a_swap_under_a_call(folder, trt, flavour, kernels, host, monkeypatch, rebuild):
-    assert swap_under_a_call(folder, flavour, host, monkeypatch, rebuild()) == []
+def test_a_swap_under_a_call(folder, trt, runtime_library, kernels, host, monkeypatch, rebuild):
+    assert swap_under_a_call(folder, runtime_library, host, monkeypatch, rebuild()) == []
 
 
 def test_a_swap_that_closes_the_old_plan_at_once_is_caught(
-    folder, trt, flavour, kernels, host, monkeypatch, rebuild
+    folder, trt, runtime_library, kernels, host, monkeypatch, rebuild
 ):
     take_over = detector_room._take_over
 
@@ -1289,12 +1347,12 @@ def test_a_swap_that_closes_the_old_plan_at_once_is_caught(
         return problem
 
     monkeypatch.setattr(detector_room, "_take_over", and_close)
-    (found,) = swap_under_a_call(folder, flavour, host, monkeypatch, rebuild())
+    (found,) = swap_under_a_call(folder, runtime_library, host, monkeypatch, rebuild())
     assert "the plan is closed" in found
 
 
-def test_many_threads_share_one_plan(folder, trt, flavour, kernels):
-    install_plan(folder, flavour)
+def test_many_threads_share_one_plan(folder, trt, runtime_library, kernels):
+    install_plan(folder, runtime_library)
     images = pictures(12)
     expected = by_onnxruntime(folder, images)
     detector = Detector.open(folder)
@@ -1318,13 +1376,13 @@ import sys
 from pathlib import Path
 import numpy as np
 from odtrt_lib import fuse
-from odtrt_lib.engine import passport, runtime
+from odtrt_lib.engine import passport, pipeline
 from odtrt_lib.errors import OdtrtError
 from odtrt_lib.spec import load_spec
 folder = Path(sys.argv[1])
 one = passport.passports(folder)[0]
 try:
-    runtime.load(folder, one, load_spec(folder / "spec.json"), np.load(folder / "anchors.npy"))
+    pipeline.load(folder, one, load_spec(folder / "spec.json"), np.load(folder / "anchors.npy"))
 except OdtrtError as error:
     print(type(error).__name__, error)
 """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,11 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from spec_cases import SPEC
 
+from odtrt_lib import tensors
+from odtrt_lib.bundle.serving import triton_config
 from odtrt_lib.errors import InputError, OdtrtError
 from odtrt_lib.export.pipeline import read_pipeline
+from odtrt_lib.folder import SPEC_PARTS, part_sha256
 from odtrt_lib.nms import postprocess
 from odtrt_lib.preprocess import preprocess
-from odtrt_lib.spec import MAX_SPEC_BYTES, Resizer, load_spec, problems
+from odtrt_lib.spec import FAMILIES, MAX_SPEC_BYTES, Resizer, load_spec, problems
 
 FUZZ = settings(
     derandomize=True,
@@ -54,12 +59,62 @@ VALUES += [
     "sigmoid",
     "softmax",
     "identity",
+    "ssd",
     "bilinear",
     "fixed_shape",
     [],
     {},
     [0.5, 1, 2],
 ]
+SCHEMA_1 = """\
+{
+  "schema": 1,
+  "name": "small",
+  "source": {
+    "pipeline_sha256": "0000000000000000000000000000000000000000000000000000000000000000",
+    "checkpoint": "ckpt-0",
+    "checkpoint_sha256": "1111111111111111111111111111111111111111111111111111111111111111",
+    "feature_extractor": "ssd_mobilenet_v2_keras",
+    "odapi_version": "2.8.0",
+    "tensorflow_version": "2.20.0"
+  },
+  "input": {
+    "height": 8,
+    "width": 8,
+    "resizer": {
+      "kind": "keep_aspect_ratio",
+      "min_dimension": 8,
+      "max_dimension": 8,
+      "pad_to_max_dimension": true,
+      "pad_value": [0.0, 0.0, 0.0],
+      "method": "bilinear"
+    },
+    "scale": [0.0078125, 0.0078125, 0.0078125],
+    "offset": [-1.0, -1.0, -1.0],
+    "batch": 1,
+    "name": "image"
+  },
+  "heads": {
+    "num_anchors": 5,
+    "num_classes": 2,
+    "background_column": true,
+    "box_encodings": "box_encodings",
+    "class_logits": "class_logits"
+  },
+  "box_coder": {"y_scale": 10.0, "x_scale": 10.0, "height_scale": 5.0, "width_scale": 5.0},
+  "scores": {"converter": "sigmoid", "logit_scale": 1.0},
+  "nms": {
+    "score_threshold": 0.25,
+    "iou_threshold": 0.6000000238418579,
+    "max_detections_per_class": 4,
+    "max_total_detections": 8,
+    "class_agnostic": false,
+    "change_coordinate_frame": true
+  },
+  "labels": [{"id": 1, "name": "bolt"}, {"id": 2, "name": "nut"}]
+}
+"""
+OF_SCHEMA_1 = json.loads(SCHEMA_1)
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**400), 10**400) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -141,7 +196,7 @@ class TestReader:
     @pytest.mark.parametrize(
         ("field", "value", "expected"),
         [
-            ("schema", 99, "schema 99, expected 1"),
+            ("schema", 99, "schema 99, expected 2 (or 1, of older versions)"),
             ("schema", True, "schema True"),
             ("schema", 1.0, "schema 1.0"),
             ("input", None, "spec.input: None, expected an object"),
@@ -165,14 +220,19 @@ class TestReader:
             ("input.resizer.min_dimension", 9, "expected 1 <= min_dimension <= max_dimension"),
             ("input.resizer.max_dimension", None, "expected 1 <= min_dimension <= max_dimension"),
             ("input.resizer.pad_value", [0, 0, math.inf], "expected a finite float32"),
-            ("heads.num_anchors", 2**30, "expected less than 2^31 scores"),
+            ("heads", None, "spec.heads: None, expected an object"),
+            ("heads.family", "yolo", "spec.heads.family: 'yolo' is unknown, expected ssd"),
+            ("heads.family", None, "spec.heads.family: None is unknown"),
+            ("heads.family", ["ssd"], "spec.heads.family: a list of 1 is unknown"),
+            ("heads.num_anchors", 2**30, "heads.num_anchors: 1073741824, expected less than 2^31 scores"),
             ("heads.num_anchors", -1, "expected 1 to"),
             ("heads.num_classes", 3, "labels: 2, expected one for each of heads.num_classes, 3"),
             ("heads.background_column", 1, "expected true or false"),
-            ("box_coder.y_scale", 1e-45, "expected a positive, finite float32"),
-            ("box_coder.y_scale", 10**400, "box_coder.y_scale: 1000"),
-            ("scores.logit_scale", 0, "scores.logit_scale: 0.0, expected a positive"),
-            ("scores.converter", "tanh", "expected sigmoid or softmax or identity"),
+            ("heads.box_coder", 1, "spec.heads.box_coder: 1, expected an object"),
+            ("heads.box_coder.y_scale", 1e-45, "expected a positive, finite float32"),
+            ("heads.box_coder.y_scale", 10**400, "heads.box_coder.y_scale: 1000"),
+            ("heads.scores.logit_scale", 0, "heads.scores.logit_scale: 0.0, expected a positive"),
+            ("heads.scores.converter", "tanh", "expected sigmoid or softmax or identity"),
             ("nms.score_threshold", math.inf, "expected a finite float32"),
             ("nms.iou_threshold", 2, "nms.iou_threshold: 2.0, expected 0 to 1"),
             ("nms.iou_threshold", -1, "nms.iou_threshold: -1.0, expected 0 to 1"),
@@ -198,6 +258,11 @@ class TestReader:
         assert "spec.nms.iou_threshold: missing field" in refused(path, data)
         assert "spec.nms.soft_nms_sigma: unknown field" in refused(path, set_to("nms.soft_nms_sigma", 0.1))
         assert "spec.nms: '\\x1b[31m': unknown field" in refused(path, set_to("nms.\x1b[31m", 0))
+        assert "spec.box_coder: unknown field" in refused(path, set_to("box_coder", {}))
+        for name in ("family", "box_coder", "num_anchors"):
+            data = as_json()
+            del data["heads"][name]
+            assert f"spec.heads.{name}: missing field" in refused(path, data)
 
     @pytest.mark.parametrize(
         ("content", "expected"),
@@ -236,6 +301,11 @@ class TestReader:
         for size in range(0, len(content), 5):
             refused(path, content[:size])
 
+    def test_a_cut_of_schema_1_is_refused(self, path):
+        content = SCHEMA_1.encode()
+        for size in range(0, len(content) - 3, 5):
+            refused(path, content[:size])
+
     @FUZZ
     @given(content=st.binary(max_size=60))
     def test_any_bytes_are_refused(self, path, content):
@@ -253,6 +323,102 @@ class TestReader:
             return
         assert in_floats(as_json(spec)) == in_floats(data)
         assert_serves(spec)
+
+    @FUZZ
+    @given(place=st.sampled_from(list(places(OF_SCHEMA_1))), value=st.sampled_from(VALUES) | ANY_JSON)
+    def test_any_value_in_any_place_of_schema_1_is_refused_or_serves(self, path, place, value):
+        path.write_text(json.dumps(changed(OF_SCHEMA_1, place, value)))
+        try:
+            spec = load_spec(path)
+        except InputError as error:
+            assert "\n" not in str(error)
+            return
+        assert_serves(spec)
+
+
+class TestSchema1:
+    """Written by odtrt until the heads got a family."""
+
+    def test_it_is_read_as_an_ssd(self, path):
+        path.write_text(SCHEMA_1)
+        assert load_spec(path) == SPEC
+        assert load_spec(path).heads.family == "ssd"
+
+    @pytest.mark.parametrize("name", ["family", "box_coder", "scores"])
+    def test_it_takes_no_field_of_todays(self, path, name):
+        data = changed(OF_SCHEMA_1, ["heads"], {**OF_SCHEMA_1["heads"], name: as_json()["heads"][name]})
+        assert f"spec.heads.{name}: unknown field" in refused(path, data)
+
+    @pytest.mark.parametrize("name", ["heads", "box_coder", "scores", "nms"])
+    def test_a_missing_part_is_named(self, path, name):
+        message = refused(path, {key: value for key, value in OF_SCHEMA_1.items() if key != name})
+        assert "spec." in message and "missing field" in message
+
+    @pytest.mark.parametrize("part", sorted(set(SPEC_PARTS.values())))
+    def test_records_keep_the_same_hash_over_either(self, part):
+        sections = {name: OF_SCHEMA_1[name] for name in part.partition(": ")[2].split(", ")}
+        expected = hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()
+        assert part_sha256(SCHEMA_1.encode(), part) == expected
+        assert part_sha256(SPEC.to_json().encode(), part) == expected
+
+    def test_another_setting_is_another_hash(self):
+        def hashes(path, value):
+            content = json.dumps(set_to(path, value)).encode()
+            return [part_sha256(content, SPEC_PARTS[model]) for model in ("heads.onnx", "detector.onnx")]
+
+        of_heads, of_detector = hashes("name", "other")
+        for path, value, changes_heads in (
+            ("heads.num_anchors", 6, True),
+            ("heads.family", "other", True),
+            ("heads.box_coder.y_scale", 9.0, False),
+            ("heads.scores.converter", "softmax", False),
+            ("nms.iou_threshold", 0.5, False),
+        ):
+            found = hashes(path, value)
+            assert (found[0] != of_heads) == changes_heads and found[1] != of_detector
+
+    @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"schema": 2}', b'{"schema": 2, "heads": {}}'])
+    def test_of_no_spec_there_is_no_hash(self, content):
+        assert part_sha256(content, SPEC_PARTS["heads.onnx"]) is None
+
+
+@dataclasses.dataclass(frozen=True)
+class PointHeads:
+    """A family of its own: no anchors, one output, nothing of SSD's."""
+
+    family: ClassVar[str] = "points"
+    num_anchors: ClassVar[int] = 0
+
+    num_classes: int
+    stride: int
+    heatmap: str = "heatmap"
+
+    def in_words(self):
+        return {"Stride": str(self.stride)}
+
+    def problems(self):
+        if self.stride != 4:
+            yield f"stride: {self.stride}, expected 4"
+
+
+def test_another_family_is_an_entry_in_two_tables(path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "points", PointHeads)
+    monkeypatch.setitem(
+        tensors._OUTPUTS,
+        "points",
+        lambda heads, batch: (tensors.Tensor(heads.heatmap, (batch, 2, 2, heads.num_classes)),),
+    )
+    spec = dataclasses.replace(SPEC, heads=PointHeads(2, 4))
+    path.write_text(spec.to_json())
+    assert load_spec(path) == spec
+    assert as_json(spec)["heads"] == {"family": "points", "num_classes": 2, "stride": 4, "heatmap": "heatmap"}
+    assert tensors.heads_tensors(spec).shapes == {"image": (1, 3, 8, 8), "heatmap": (1, 2, 2, 2)}
+    assert tensors.detector_tensors(spec) == tensors.detector_tensors(SPEC)
+    assert 'name: "heatmap"' in triton_config(spec, "heads", "onnxruntime_onnx")
+    assert all(part_sha256(path.read_bytes(), part) for part in SPEC_PARTS.values())
+    assert "spec.heads.stride: 5, expected 4" in refused(path, changed(as_json(spec), ("heads", "stride"), 5))
+    assert "missing field" in refused(path, changed(as_json(spec), ("heads", "family"), "ssd"))
+    assert "expected ssd or points" in refused(path, set_to("heads.family", "boxes"))
 
 
 def test_a_spec_and_its_parts_say_what_is_wrong_with_them():
@@ -349,7 +515,9 @@ class TestPipeline:
             nms=dataclasses.replace(
                 SPEC.nms, iou_threshold=iou, score_threshold=score, max_total_detections=most
             ),
-            scores=dataclasses.replace(SPEC.scores, logit_scale=scale),
+            heads=dataclasses.replace(
+                SPEC.heads, scores=dataclasses.replace(SPEC.heads.scores, logit_scale=scale)
+            ),
         )
         path.write_text(spec.to_json())
         assert load_spec(path) == spec

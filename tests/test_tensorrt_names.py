@@ -27,8 +27,8 @@ def inventory():
     return names.read_inventory()
 
 
-def _versions(inventory, owner, name, flavour="tensorrt"):
-    order = [version for version in inventory.versions if version[0] == flavour]
+def _versions(inventory, owner, name, runtime_library="tensorrt"):
+    order = [version for version in inventory.versions if version[0] == runtime_library]
     have = [version for kind, version in order if (kind, version) in inventory.of(owner, name)]
     return (have[0], have[-1]) if have else None
 
@@ -70,10 +70,10 @@ def test_odtrt_without_its_questions_is_caught(inventory):
 
 
 def test_covers_the_versions_that_odtrt_claims(inventory):
-    tensorrt = [version for flavour, version in inventory.versions if flavour == "tensorrt"]
+    tensorrt = [version for runtime_library, version in inventory.versions if runtime_library == "tensorrt"]
     minors = {tuple(map(int, version.split(".")[:2])) for version in tensorrt}
     assert minors == {(8, 5), (8, 6), *((10, n) for n in range(17)), *((11, n) for n in range(5))}
-    rtx = [version for flavour, version in inventory.versions if flavour == "tensorrt_rtx"]
+    rtx = [version for runtime_library, version in inventory.versions if runtime_library == "tensorrt_rtx"]
     assert [version[:3] for version in rtx] == ["1.4", "1.5", "1.6", "1.7"]
 
 
@@ -172,8 +172,8 @@ def test_inventory_agrees_with_the_real_library_that_is_installed(inventory):
         ),
         (  # only TensorRT-RTX has it, and the test is the wrong way round
             """
-            def f(flavour, trt):
-                if flavour != "tensorrt_rtx":
+            def f(runtime_library, trt):
+                if runtime_library != "tensorrt_rtx":
                     return trt.ComputeCapability
             """,
             "ComputeCapability",
@@ -290,8 +290,8 @@ def test_a_name_that_some_version_lacks_is_caught(inventory, snippet, message):
                 pass
         """,
         """
-        def f(flavour, trt):
-            if flavour == "tensorrt_rtx":
+        def f(runtime_library, trt):
+            if runtime_library == "tensorrt_rtx":
                 return trt.ComputeCapability
         """,
         """
@@ -322,7 +322,7 @@ def test_names_that_come_and_go_are_kept_exactly():
         ("tensorrt", "11.0"): {"(module)": ["Builder"], "Builder": ["build", "old"]},
         ("tensorrt_rtx", "1.4"): {"(module)": ["Builder"], "Builder": ["fast"]},
     }
-    rows = [{"flavour": flavour, "version": version} for flavour, version in listed]
+    rows = [{"runtime_library": runtime_library, "version": version} for runtime_library, version in listed]
     again = names.inventory_from(rows + names.inventory_rows(listed))
     for version, classes in listed.items():
         found = {

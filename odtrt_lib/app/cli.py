@@ -45,11 +45,12 @@ from odtrt_lib.errors import (
     shell_word,
 )
 from odtrt_lib.folder import require_folder
-from odtrt_lib.variants import ALLOWABLE, FLAVOURS, FORMS, HARDWARE_COMPATIBILITIES, PRECISIONS
+from odtrt_lib.variants import ALLOWABLE, FORMS, HARDWARE_COMPATIBILITIES, PRECISIONS, RUNTIME_LIBRARIES
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from odtrt_lib.app.demonstration import Picture
     from odtrt_lib.detector import Detections, Detector
     from odtrt_lib.folder import StageResult
 
@@ -91,7 +92,7 @@ else:
     Precision = _choice("Precision", PRECISIONS)
     Allowance = _choice("Allowance", ALLOWABLE)
     HardwareCompatibility = _choice("HardwareCompatibility", HARDWARE_COMPATIBILITIES)
-    BackendName = _choice("BackendName", ("auto", "onnxruntime", *FLAVOURS))
+    BackendName = _choice("BackendName", ("auto", "onnxruntime", *RUNTIME_LIBRARIES))
     Form = _choice("Form", (name for name in FORMS if name != "heads"))
 
 
@@ -350,21 +351,16 @@ def run(
     from odtrt_lib import engine
     from odtrt_lib import export as export_stage
     from odtrt_lib.app import demonstration
-    from odtrt_lib.plots import draw_detections
     from odtrt_lib.report import write_report
 
     _require_utf8(model, output, pipeline, label_map)
     named = demonstration.read_pictures(image)  # one that cannot be read is said now, not after the stages
     folder = output or _OUT / _model_name(model)
-    size = _parse_size(input_size)
-    results: Dict[str, StageResult] = {}
+    options: Any = {"pipeline": pipeline, "label_map": label_map, "input_size": _parse_size(input_size)}
+    results = {
+        "export": _work_on("export", lambda: export_stage.export(model, folder, force=force, **options))
+    }
     skipped: Dict[str, str] = {}
-    results["export"] = _work_on(
-        "export",
-        lambda: export_stage.export(
-            model, folder, pipeline=pipeline, label_map=label_map, input_size=size, force=force
-        ),
-    )
     _say_if_unnamed(folder)
     results["convert"] = _work_on("convert", lambda: convert_stage.convert(folder, force=force))
     try:
@@ -374,27 +370,38 @@ def run(
     except MissingDependencyError as error:
         skipped["engine"] = str(error)
         _say_skipped("engine", skipped["engine"])
-    drawn: List[Tuple[str, np.ndarray]] = []
-    detections: List[Detections] = []
     pictures = named or demonstration.unseen_scenes(folder)
     if pictures:
-        with _progress("detect"):
-            results["detect"], detections = demonstration.look_at(folder, pictures)
-        _say_done("detect", results["detect"])
-        drawn = [
-            (picture.title, draw_detections(picture.image, found, demonstration.MIN_SCORE))
-            for picture, found in zip(pictures, detections)
-        ]
-        _say_undrawable(name for found in detections for name in found.names)
+        results["detect"], detections, drawn = _detect_and_draw(folder, pictures)
     else:
+        detections, drawn = [], []
         skipped["detect"] = "no picture to look at; name one: `--image FILE`"
         _say_skipped("detect", skipped["detect"])
     page = write_report(folder, drawn, detections=detections, skipped=skipped)
     _print_stages(folder, results)
-    _out().print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
+    _say(f"report: {page}")
     if pictures and not named:
-        scenes = shell_word(demonstration.keep(folder, pictures))
-        _say_next(f"odtrt detect {shell_word(folder)} {scenes}/*.png")
+        _say_next(
+            f"odtrt detect {shell_word(folder)} {shell_word(demonstration.keep(folder, pictures))}/*.png"
+        )
+
+
+def _detect_and_draw(
+    folder: Path, pictures: Sequence[Picture]
+) -> Tuple[StageResult, List[Detections], List[Tuple[str, np.ndarray]]]:
+    """The detect stage of `run`: its record, what was found, and each picture's title and drawing."""
+    from odtrt_lib.app import demonstration
+    from odtrt_lib.plots import draw_detections
+
+    with _progress("detect"):
+        result, detections = demonstration.look_at(folder, pictures)
+    _say_done("detect", result)
+    drawn = [
+        (picture.title, draw_detections(picture.image, found, demonstration.MIN_SCORE))
+        for picture, found in zip(pictures, detections)
+    ]
+    _say_undrawable(name for found in detections for name in found.names)
+    return result, detections, drawn
 
 
 @app.command()
@@ -536,7 +543,7 @@ def plans(folder: Path = FolderArgument, plugin: Optional[Path] = PlanPluginOpti
         table.add_row(
             one.fingerprint,
             f"{one.model}, {one.precision}",
-            f"{passports.FLAVOURS[one.flavour]} {one.version}",
+            f"{passports.RUNTIME_LIBRARIES[one.runtime_library]} {one.version}",
             f"[{_VERDICT_COLOURS[verdict.word]}]{verdict.word}[/]",
             terminal.lines(verdict.reasons),
         )
@@ -578,11 +585,8 @@ def pack(
     with _progress("pack"):
         packed = bundle.pack(folder, target, triton=triton, deepstream=deepstream, force=force)
     how = "up to date, " if packed.is_up_to_date else ""
-    _out().print(
+    _say(
         f"{target}: {how}{len(packed.manifest.members)} files, {_size(target)}, SHA-256 {packed.sha256}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
     )
     if not packed.has_postprocessing:
         _out().print(
@@ -616,11 +620,8 @@ def unpack(
     target = output or Path(bundle.name[: -len(suffix)] if bundle.name.endswith(suffix) else bundle.stem)
     with _progress("unpack"):
         manifest = bundle_stage.unpack(bundle, target, force=force, expected_sha256=sha256)
-    _out().print(
+    _say(
         f"{target}: {len(manifest.members)} files, all as the manifest says",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
     )
     _say_next(f"cd {shell_word(target)} && python3 build_here.py")
 
@@ -679,14 +680,15 @@ def detect(
     _say_renamed(images, targets, unreadable)
     _say_undrawable(str(row["name"]) for row in found)
     seen_count = len(images) - len(unreadable)
-    _out().print(
-        f"{len(found)} detection{'s' * (len(found) != 1)} with a score of at least {min_score:g} in "
-        f"{seen_count} picture{'s' * (seen_count != 1)}, drawn in {output}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
+    how_many = f"{_plural(len(found), 'detection')} with a score of at least {min_score:g}"
+    _say(
+        f"{how_many} in {_plural(seen_count, 'picture')}, drawn in {output}",
     )
     _say_unreadable(unreadable, len(images))
+
+
+def _plural(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 @app.command(name="eval")
@@ -815,7 +817,7 @@ def zoo_get(
         message = f"SHA-256 {download.sha256}, taken on trust and recorded in {output / zoo.CHECKSUMS}"
     else:
         message = f"SHA-256 {download.sha256}, as expected"
-    _out().print(f"{download.path}: {message}", soft_wrap=True, markup=False, highlight=False)
+    _say(f"{download.path}: {message}")
     _say_next(f"odtrt run {shell_word(download.path)}")
 
 
@@ -879,11 +881,8 @@ def _say_unreadable(unreadable: Dict[Path, str], count: int) -> None:
 def _say_renamed(images: Sequence[Path], targets: Sequence[Path], unreadable: Dict[Path, str]) -> None:
     for path, target in zip(images, targets):
         if path not in unreadable and target.stem != path.stem:
-            _out().print(
+            _say(
                 f"– {path} is drawn in {target.name}: {path.stem}.jpg is another file",
-                soft_wrap=True,
-                markup=False,
-                highlight=False,
             )
 
 
@@ -892,12 +891,9 @@ def _say_undrawable(names: Iterable[str]) -> None:
 
     lacking = undrawable(names)
     if lacking:
-        _out().print(
+        _say(
             f"– drawn in other letters, because no font here has their own: {_some(lacking)}; install one, "
             "such as `apt install fonts-noto-core fonts-noto-cjk`",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
         )
 
 
@@ -999,13 +995,13 @@ def _say_backend(detector: Detector) -> None:
     status = detector.status
     lines = [status.description, *status.reasons, *([status.message] if status.message else [])]
     for line in lines:
-        _out().print(line, style="dim", soft_wrap=True, markup=False, highlight=False)
+        _say(line, style="dim")
 
 
 def _say_next(command: str) -> None:
     if command.startswith("odtrt ") and shutil.which("odtrt") is None:
         command = f"{sys.argv[0]}{command[len('odtrt') :]}"
-    _out().print(f"next: {command}", style="dim", soft_wrap=True, markup=False, highlight=False)
+    _say(f"next: {command}", style="dim")
 
 
 def _print_traceback_if_asked() -> None:
@@ -1042,11 +1038,16 @@ def _work_on(name: str, work: Callable[[], StageResult]) -> StageResult:
     return result
 
 
+def _say(line: object, style: Optional[str] = None) -> None:
+    """Prints a line as it is, however long, without markup."""
+    _out().print(line, style=style, soft_wrap=True, markup=False, highlight=False)
+
+
 def _say_done(name: str, result: StageResult) -> None:
     how = "up to date" if result.is_up_to_date else f"{result.record['seconds']:.1f} s"
     _out().print(f"[green]✓[/] {name}: {how}", soft_wrap=True, highlight=False)
     if result.note:
-        _out().print(result.note, soft_wrap=True, markup=False, highlight=False)
+        _say(result.note)
 
 
 def _say_skipped(name: str, reason: str) -> None:

@@ -17,12 +17,12 @@ from odtrt_lib import folder as folders
 from odtrt_lib.detector import Detections, Detector
 from odtrt_lib.errors import InputError
 from odtrt_lib.evaluate import coco_results, iou_matrix
+from odtrt_lib.plots import MIN_SCORE, confident
 from odtrt_lib.spec import load_spec
 
 if TYPE_CHECKING:
     from odtrt_lib.scenes import Scene
 
-MIN_SCORE = 0.3
 _SCENES = 4
 
 
@@ -138,18 +138,6 @@ def count_found(truth: Sequence[List[Dict[str, Any]]], detections: Sequence[Dete
         "objects_missed": count - right - wrong,
         "detections_where_no_object_is": nothing,
     }
-
-
-def confident(detections: Detections, min_score: float) -> Detections:
-    """The detections with at least ``min_score``; they come best first."""
-    count = int((detections.scores >= min_score).sum())
-    return dataclasses.replace(
-        detections,
-        boxes=detections.boxes[:count],
-        scores=detections.scores[:count],
-        class_ids=detections.class_ids[:count],
-        names=detections.names[:count],
-    )
 
 
 def as_rows(picture: str, detections: Detections) -> List[Dict[str, Any]]:

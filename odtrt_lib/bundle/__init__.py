@@ -1,7 +1,8 @@
 """Chapter 5: a model folder as one file to carry to the device, and what is done with it there.
 
-``archive`` packs and unpacks, ``install`` builds on the device, ``serving`` writes what Triton and DeepStream
-take. Importing it needs the standard library only, and so does unpacking.
+``archive`` packs and unpacks, ``install`` builds on the device, ``detecting`` shows what the detector finds
+there, ``serving`` writes what Triton and DeepStream take. Importing it needs the standard library only,
+and so does unpacking.
 """
 
 from odtrt_lib.bundle.archive import MANIFEST as MANIFEST
@@ -14,6 +15,8 @@ from odtrt_lib.bundle.archive import pack as pack
 from odtrt_lib.bundle.archive import run_archive as run_archive
 from odtrt_lib.bundle.archive import unpack as unpack
 from odtrt_lib.bundle.archive import verify as verify
+from odtrt_lib.bundle.detecting import open_here as open_here
+from odtrt_lib.bundle.detecting import run_detect as run_detect
 from odtrt_lib.bundle.install import build_here as build_here
 from odtrt_lib.bundle.install import missing_modules as missing_modules
 from odtrt_lib.bundle.install import run_build_here as run_build_here

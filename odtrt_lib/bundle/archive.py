@@ -1,12 +1,13 @@
 """Packs a model folder into one file for the device, and unpacks it there.
 
 ``pack`` writes a zip archive; ``python3 parts.odtrt.zip`` on the device unpacks it, ``python3 build_here.py``
-in the unpacked folder builds all that belongs to that machine. Neither needs TensorFlow, a network, or odtrt
+in the unpacked folder builds all that belongs to that machine, ``python3 detect.py`` shows what the detector
+finds in pictures, videos and cameras. None of them needs TensorFlow, a network, or odtrt
 installed: the archive carries the device side's source (all but :data:`WORKSTATION`) and runs itself.
 
 ::
 
-    manifest.json  LICENSE  README.txt  __main__.py  build_here.py
+    manifest.json  LICENSE  README.txt  __main__.py  build_here.py  detect.py
     model/         spec.json, anchors.npy, heads.onnx; detector.onnx and int8/ where the folder has them
     odtrt_lib/     the device side        plugins/    kernels and TensorRT plugin, to compile there
     triton/        on request: a Triton model repository
@@ -286,6 +287,12 @@ _README = """\
     python3 build_here.py --precision fp16 --image picture.jpg
     python3 build_here.py --plans     build nothing; say which plans are usable here, and why others are not
 
+To see what it finds:
+
+    python3 detect.py picture.jpg     or a folder of pictures: a table, and pictures with boxes in detections/
+    python3 detect.py --camera 0      a window or, without a screen, a page in the browser; ends with Ctrl-C
+    python3 detect.py video.mp4       the same; also rtsp://..., and --camera csi:0 on a Jetson
+
 From then on, in this folder, or with it in PYTHONPATH:
 
     from odtrt_lib.detector import Detector
@@ -297,11 +304,12 @@ From then on, in this folder, or with it in PYTHONPATH:
 What this machine needs:
 
     always                   Python 3.8 or newer, numpy, TensorRT's Python module (on a Jetson: JetPack's)
-    with an NVIDIA GPU       polygraphy
+    with an NVIDIA GPU       the CUDA runtime library, libcudart.so (on a Jetson: JetPack's)
     without one              onnxruntime; it detects then, and the plan is built but not run
     for --precision fp16     onnx and onnxconverter-common; not with TensorRT 8, which has a switch for it
     for the kernels          {compilers}
-    for --image              Pillow
+    for pictures             Pillow 10.1 or newer
+    for videos and cameras   OpenCV's Python module as well; JetPack has it
 
 Without the compilers numpy does what the kernels do, slower.
 
@@ -326,7 +334,7 @@ _SPLIT_FORM = """\
 The plan is that of model/heads.onnx; the post-processing follows it, in the kernels. build_here.py ends with
 the very line that works on this machine."""
 
-# Python 2 and 3.6 (JetPack 4) must be able to read these two.
+# Python 2 and 3.6 (JetPack 4) must be able to read these.
 _MAIN = '''\
 """Unpacks the archive that this file is in."""
 import sys
@@ -338,8 +346,8 @@ from odtrt_lib.bundle import run_archive
 
 sys.exit(run_archive(sys.argv))
 '''
-_BUILD_HERE = '''\
-"""Compiles, builds the plan for this machine and detects once. --help says more."""
+_SCRIPT = '''\
+"""{purpose} --help says more."""
 import sys
 
 if sys.version_info < (3, 8):
@@ -359,10 +367,18 @@ spec = importlib.util.spec_from_file_location(
 sys.modules["odtrt_lib"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["odtrt_lib"])
 
-from odtrt_lib.bundle import run_build_here
+from odtrt_lib.bundle import {run}
 
-sys.exit(run_build_here(sys.argv))
+sys.exit({run}(sys.argv))
 '''
+_SCRIPTS = {
+    "build_here.py": _SCRIPT.format(
+        purpose="Compiles, builds the plan for this machine and detects once.", run="run_build_here"
+    ),
+    "detect.py": _SCRIPT.format(
+        purpose="Shows what the detector finds in pictures, videos and cameras.", run="run_detect"
+    ),
+}
 
 
 def _model_files(folder: Path, spec: DetectorSpec) -> Tuple[Dict[str, str], Dict[str, Union[Path, bytes]]]:
@@ -473,7 +489,8 @@ def _device_side() -> Iterator[Tuple[str, Union[Path, bytes]]]:
             yield path.relative_to(checkout).as_posix(), path
     yield "LICENSE", require_source(checkout / "LICENSE")
     yield "__main__.py", _MAIN.encode()
-    yield "build_here.py", _BUILD_HERE.encode()
+    for script, text in _SCRIPTS.items():
+        yield script, text.encode()
 
 
 def _described(path: str, source: Union[Path, bytes]) -> Member:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.machinery
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Dict,
@@ -39,6 +40,7 @@ from odtrt_lib.bundle.archive import (
     strangers,
     verify,
 )
+from odtrt_lib.bundle.detecting import BUILT, DRAWN, detection_table
 from odtrt_lib.errors import (
     BuildError,
     CheckError,
@@ -46,6 +48,7 @@ from odtrt_lib.errors import (
     MissingDependencyError,
     one_line,
     printable,
+    shell_word,
 )
 from odtrt_lib.folder import (
     atomic_write,
@@ -57,6 +60,10 @@ from odtrt_lib.machine import this_machine
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.variants import PRECISIONS
 
+if TYPE_CHECKING:
+    from odtrt_lib.detector import Detections
+    from odtrt_lib.engine.passport import Passport
+
 _INSTALL_NUMPY = "`sudo apt install python3-numpy`, or `python3 -m pip install numpy`"
 
 
@@ -66,6 +73,7 @@ def build_here(
     precision: str = "fp32",
     memory: Optional[str] = None,
     image: Union[str, Path, None] = None,
+    output: Union[str, Path, None] = None,
     batch: Optional[Sequence[int]] = None,
     allow: Sequence[str] = (),
     version_compatible: bool = False,
@@ -77,6 +85,8 @@ def build_here(
     Compiles the kernels and, where there is a GPU, the CUDA kernels and the TensorRT plugin against this
     machine's own headers; builds the plan of ``detector.onnx`` where there is a plugin, and of ``heads.onnx``
     where there is none or Triton wants it; and runs the detector on ``image``, or, without one, on a pattern.
+    With an image it says what was found in it and writes it, with boxes, to the folder ``output``, by default
+    ``detections`` in the bundle; over no file but one that it drew before.
     precision, memory, batch, allow, version_compatible, force: of the plan and of its build, see
     :func:`odtrt_lib.engine.build`. say: is told, a line at a time, what was done and what could not be, and
     at last how the detector is opened here.
@@ -84,15 +94,78 @@ def build_here(
     Returns what ``built.json`` says: ``precision`` (of the plan, which may have given up fp32), ``plans``
     (model -> path in the folder), ``library`` and ``plugin`` (such paths, or None), ``serving`` (copies of
     plans for Triton and DeepStream), ``backend``, ``open`` (the Python expression that opens the detector
-    in this folder), ``image`` and ``detections``: ``class_id``, ``name``, ``score`` and ``box``,
-    ``[ymin, xmin, ymax, xmax]`` in pixels.
+    in this folder), ``image``, ``drawn`` (the picture with boxes, or None) and ``detections``: ``class_id``,
+    ``name``, ``score`` and ``box``, ``[ymin, xmin, ymax, xmax]`` in pixels.
 
     Raises InputError where the bundle is not as packed, an argument has another form or the folder cannot be
     written, MissingDependencyError naming every Python module that is missing and what installs it,
     BuildError where the compiler fails, what :func:`odtrt_lib.engine.build` and
     :class:`odtrt_lib.detector.Detector` raise, and CheckError where a detection cannot be one.
+
+    Long because its options, result and errors are described here.
     """
     folder = Path(folder)
+    spec = _open_bundle(folder, say)
+    if _can_find("numpy"):
+        _check_arguments(spec, precision, memory, batch, allow)
+    _require_modules(folder, precision, say)
+
+    from odtrt_lib.fonts import require_letters
+    from odtrt_lib.preprocess import load_image
+
+    pixels = _pattern(spec) if image is None else load_image(image)
+    if image is not None:
+        require_letters()
+    try:
+        library, plugin = _compile(folder, say)
+    except OSError as error:
+        raise cannot_write(folder / "plugins" / "build", error) from error
+    options = {
+        "precision": precision,
+        "batch": batch,
+        "memory": memory,
+        "version_compatible": version_compatible,
+        "allow": allow,
+        "force": force,
+    }
+    plans = _build_plans(folder, plugin, options, say)
+    serving = _serve_plans(folder, plans, say)
+    shown = "a pattern" if image is None else str(image)
+    found, backend, opening = _detect_once(folder, plans, pixels, shown, say)
+    drawn = None
+    if image is not None:
+        drawn = _show(Path(image), pixels, found, folder / DRAWN if output is None else Path(output), say)
+    else:
+        say(
+            "the pattern is computed from the pixels' positions, no photograph: what is found in it shows "
+            "that everything runs, and nothing else; --image FILE detects in a picture"
+        )
+    built = {
+        "precision": plans.passport.precision,
+        "plans": {name: _inside(path, folder) for name, path in plans.paths.items()},
+        "library": None if library is None else _inside(library, folder),
+        "plugin": None if plugin is None else _inside(plugin, folder),
+        "serving": [_inside(path, folder) for path in serving],
+        "backend": backend,
+        "open": opening,
+        "image": None if image is None else str(image),
+        "drawn": None if drawn is None else str(drawn),
+        "detections": [
+            {"class_id": int(class_id), "name": name, "score": float(score), "box": [float(x) for x in box]}
+            for class_id, name, score, box in zip(found.class_ids, found.names, found.scores, found.boxes)
+        ],
+    }
+    with atomic_write(folder / BUILT) as temporary:
+        temporary.write_text(json.dumps(built, indent=1) + "\n", encoding="utf-8")
+    say(f"to see more: python3 {shell_word(folder / 'detect.py')} PICTURE, or --camera 0")
+    say(f"next, in Python, in {folder}:")
+    say("from odtrt_lib.detector import Detector")
+    say(f"detector = {opening}")
+    return built
+
+
+def _open_bundle(folder: Path, say: Callable[[str], None]) -> DetectorSpec:
+    """Compares the folder with its manifest; the spec of its model, sealed."""
     manifest = verify(folder)
     say(f"{manifest.name}: {len(manifest.members)} files as packed by odtrt {manifest.odtrt}")
     others = strangers(folder, manifest)
@@ -103,123 +176,151 @@ def build_here(
     model = folder / MODEL
     if not recorded(model):  # another program unpacked it
         seal_model(model, manifest)
-    spec = load_spec(model / "spec.json")
-    if _can_find("numpy"):
-        _check_arguments(spec, precision, memory, batch, allow)
+    return load_spec(model / "spec.json")
+
+
+def _require_modules(folder: Path, precision: str, say: Callable[[str], None]) -> None:
     missing = missing_modules(precision)
     for name, advice in missing.items():
         say(f"missing: {name} ({advice})")
     if missing:
         raise MissingDependencyError(f"{folder}: nothing was built; install first: {', '.join(missing)}")
 
-    from odtrt_lib import engine
-    from odtrt_lib.detector import Detector
-    from odtrt_lib.engine.passport import passports
-    from odtrt_lib.preprocess import load_image
 
-    pixels = _pattern(spec) if image is None else load_image(image)
-    try:
-        library, plugin = _compile(folder, say)
-    except OSError as error:
-        raise cannot_write(folder / "plugins" / "build", error) from error
-    is_fused = plugin is not None and (model / "detector.onnx").is_file()
-    served = "detector.onnx" if is_fused else "heads.onnx"
-    plans = {}
+@dataclasses.dataclass(frozen=True)
+class _Plans:
+    """The plans of this machine. paths: model -> plan. passports: the same, -> its passport.
+
+    served: the model whose plan the detector runs. plugin: the library inside that plan, or None.
+    """
+
+    paths: Dict[str, Path]
+    passports: Dict[str, Passport]
+    served: str
+    plugin: Optional[Path]
+
+    @property
+    def passport(self) -> Passport:
+        """Of the plan that the detector runs."""
+        return self.passports[self.served]
+
+
+def _build_plans(
+    folder: Path, plugin: Optional[Path], options: Mapping[str, Any], say: Callable[[str], None]
+) -> _Plans:
+    """Builds the plan that the detector runs, and that of ``heads.onnx`` if Triton is to serve it.
+
+    options: arguments of :func:`odtrt_lib.engine.build`.
+    """
+    from odtrt_lib import engine
+
+    model = folder / MODEL
+    used = plugin if (model / "detector.onnx").is_file() else None
+    served = "heads.onnx" if used is None else "detector.onnx"
+    results = {}
     for name in ("heads.onnx", "detector.onnx"):
         if name == served or (name == "heads.onnx" and (folder / "triton").is_dir()):
-            plans[name] = engine.build(
-                model,
-                precision=precision,
-                plugin=plugin if name == "detector.onnx" else None,
-                batch=batch,
-                memory=memory,
-                version_compatible=version_compatible,
-                allow=allow,
-                force=force,
-                progress=_in_tenths(name, say),
-            )
-    paths = {}
-    for name, result in plans.items():
+            inside = plugin if name == "detector.onnx" else None
+            results[name] = engine.build(model, plugin=inside, progress=_in_tenths(name, say), **options)
+    paths: Dict[str, Path] = {}
+    for name, result in results.items():
         paths[name] = next(model / output for output in result.record["outputs"] if output.endswith(".plan"))
         say(f"{paths[name]}: {'up to date' if result.is_up_to_date else 'built'} from {name}")
-    passport_of = {one.plan: one for one in passports(model)}
-    passport = passport_of[paths[served].name]
-    if passport.precision != precision:
-        say(f"{served}: the plan is {passport.precision}; the memory did not suffice for {precision}")
-    serving = _place_plans(folder, paths, passport.flavour, say)
+    passport_of = {one.plan: one for one in engine.passport.passports(model)}
+    plans = _Plans(paths, {name: passport_of[path.name] for name, path in paths.items()}, served, used)
+    if plans.passport.precision != options["precision"]:
+        say(
+            f"{served}: the plan is {plans.passport.precision}; the memory did not suffice for "
+            f"{options['precision']}"
+        )
+    return plans
+
+
+def _serve_plans(folder: Path, plans: _Plans, say: Callable[[str], None]) -> List[Path]:
+    """Copies the plans to where Triton and nvinfer look for them; says if Triton's batch is too large."""
+    serving = _place_plans(folder, plans.paths, plans.passport.runtime_library, say)
     for configuration in sorted({path.parent.parent / "config.pbtxt" for path in serving}):
         if configuration.is_file():
-            sizes = passport_of[paths["heads.onnx"].name].settings["batch_min_opt_max"]
+            sizes = plans.passports["heads.onnx"].settings["batch_min_opt_max"]
             _compare_batch(configuration, sizes[-1], say)
+    return serving
+
+
+def _detect_once(
+    folder: Path, plans: _Plans, pixels: Any, shown: str, say: Callable[[str], None]
+) -> Tuple[Detections, str, str]:
+    """Opens the detector as this machine can, and checks what it finds in ``pixels``, uint8 [H, W, 3].
+
+    shown: how messages call the image. Returns the detections, the backend, and the Python expression that
+    opens the detector in ``folder``.
+    """
+    from odtrt_lib.detector import Detector
 
     # Not "auto", which would serve with ONNX Runtime where the new plan does not run.
     has_gpu = this_machine().gpu is not None
-    backend = passport.flavour if has_gpu else "onnxruntime"
-    used = plugin if is_fused else None
-    with Detector.open(model, backend, plugin=used, precision=passport.precision) as detector:
+    backend = plans.passport.runtime_library if has_gpu else "onnxruntime"
+    used, precision = plans.plugin, plans.passport.precision
+    with Detector.open(folder / MODEL, backend, plugin=used, precision=precision) as detector:
         found = detector.detect(pixels)
         _check_detections(found, pixels.shape[:2], detector.spec)
-    shown = "a pattern" if image is None else str(image)
-    if has_gpu:
-        say(f"check: {len(found.scores)} detections in {shown}, made by the plan of {served} with {backend}")
-    else:
-        say(f"no NVIDIA GPU here: the plan of {served} was built but not run")
-        say(f"check: {len(found.scores)} detections in {shown}, made by ONNX Runtime on the CPU")
-    if image is None:
-        say(
-            "the pattern is computed from the pixels' positions, no photograph: what is found in it shows "
-            "that everything runs, and nothing else; --image FILE detects in a picture"
-        )
     opening = f'Detector.open("{MODEL}")'
     if has_gpu:
-        library_there = "" if used is None else f'plugin="{_inside(used, folder)}", '
-        opening = f'Detector.open("{MODEL}", {library_there}precision="{passport.precision}")'
-    built = {
-        "precision": passport.precision,
-        "plans": {name: _inside(path, folder) for name, path in paths.items()},
-        "library": None if library is None else _inside(library, folder),
-        "plugin": None if plugin is None else _inside(plugin, folder),
-        "serving": [_inside(path, folder) for path in serving],
-        "backend": backend,
-        "open": opening,
-        "image": None if image is None else str(image),
-        "detections": [
-            {"class_id": int(class_id), "name": name, "score": float(score), "box": [float(x) for x in box]}
-            for class_id, name, score, box in zip(found.class_ids, found.names, found.scores, found.boxes)
-        ],
-    }
-    with atomic_write(folder / "built.json") as temporary:
-        temporary.write_text(json.dumps(built, indent=1) + "\n", encoding="utf-8")
-    say(f"next, in Python, in {folder}:")
-    say("from odtrt_lib.detector import Detector")
-    say(f"detector = {opening}")
-    return built
+        plugin_there = "" if used is None else f'plugin="{_inside(used, folder)}", '
+        opening = f'Detector.open("{MODEL}", {plugin_there}precision="{precision}")'
+        say(
+            f"check: {len(found.scores)} detections in {shown}, made by the plan of {plans.served} with "
+            f"{backend}"
+        )
+    else:
+        say(f"no NVIDIA GPU here: the plan of {plans.served} was built but not run")
+        say(f"check: {len(found.scores)} detections in {shown}, made by ONNX Runtime on the CPU")
+    return found, backend, opening
+
+
+def _has_cuda_runtime() -> bool:
+    try:
+        from odtrt_lib import cuda
+
+        cuda.library()
+    except ImportError:
+        return True  # without numpy nobody knows
+    except MissingDependencyError:
+        return False
+    return True
 
 
 def missing_modules(precision: str) -> Dict[str, str]:
-    """The Python modules that ``build_here`` lacks here, each with what installs it.
+    """The Python modules and libraries that ``build_here`` lacks here, each with what installs it.
 
-    Polygraphy gives a plan its device memory, ONNX Runtime takes the GPU's place where there is none, and
-    onnx writes half precision into the model for a TensorRT with typed networks (9 and newer). Which part
+    The CUDA runtime gives a plan its device memory, ONNX Runtime takes the GPU's place where there is none,
+    and onnx writes half precision into the model for a TensorRT with typed networks (9 and newer). Which part
     needs what is the table of :mod:`odtrt_lib.requirements`; of detection only --image needs Pillow.
     """
     missing = {}
     if not _can_find("numpy"):
         missing["numpy"] = _INSTALL_NUMPY
-    flavour = next((name for name in ("tensorrt", "tensorrt_rtx") if _can_find(name)), None)
-    if flavour is None:
+    runtime_library = next((name for name in ("tensorrt", "tensorrt_rtx") if _can_find(name)), None)
+    if runtime_library is None:
         missing["TensorRT's Python module"] = (
             "on a Jetson `sudo apt install nvidia-jetpack`, and make virtual environments with "
             "--system-site-packages; on a PC `python3 -m pip install tensorrt`"
         )
     needs = dict.fromkeys(requirements.modules(requirements.BUILD), "to build a plan")
     if this_machine().gpu is not None:
-        needs.update(dict.fromkeys(requirements.modules(requirements.RUN_A_PLAN), "to run a plan"))
+        if not _has_cuda_runtime():
+            missing["the CUDA runtime library libcudart.so"] = (
+                "to run a plan: on a Jetson `sudo apt install nvidia-jetpack`, on a PC the CUDA toolkit; put "
+                "its lib64 into LD_LIBRARY_PATH"
+            )
     else:
         needs.update(dict.fromkeys(requirements.modules(requirements.DETECT), "to detect without a GPU"))
         del needs["PIL"]
     half = requirements.modules(requirements.HALF_PRECISION)
-    if precision == "fp16" and not all(map(_can_find, half)) and not _has_half_precision_flag(flavour):
+    if (
+        precision == "fp16"
+        and not all(map(_can_find, half))
+        and not _has_half_precision_flag(runtime_library)
+    ):
         needs.update(dict.fromkeys(half, "for fp16"))
     del needs["numpy"]  # is first, with an installation of its own
     for module, purpose in needs.items():
@@ -231,6 +332,36 @@ def missing_modules(precision: str) -> Dict[str, str]:
 
 def run_build_here(arguments: Sequence[str]) -> int:
     """``python3 build_here.py``: :func:`build_here` for the folder that the script is in. The exit status."""
+    options = _parser().parse_args(arguments[1:])
+    folder = Path(arguments[0]).resolve().parent
+
+    def say(line: str) -> None:
+        print(printable(line), flush=True)
+
+    def work() -> Optional[int]:
+        if options.needs:
+            return _tell_needs(options.precision, say)
+        if options.plans:
+            _tell_plans(folder, say)
+            return None
+        build_here(
+            folder,
+            precision=options.precision,
+            memory=options.memory,
+            image=options.image,
+            output=options.output,
+            batch=_parse_batches(options.batches),
+            allow=options.allow,
+            version_compatible=options.version_compatible,
+            force=options.force,
+            say=say,
+        )
+        return None
+
+    return exit_status(work, folder)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python3 build_here.py",
         description="Compiles the kernels, builds the plan for this machine, and detects once as a check.",
@@ -259,32 +390,13 @@ def run_build_here(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--force", action="store_true", help="build the plan again, even if nothing changed")
     parser.add_argument("--image", help="a JPEG, PNG or BMP file to detect in; needs Pillow")
-    options = parser.parse_args(arguments[1:])
-    folder = Path(arguments[0]).resolve().parent
-
-    def say(line: str) -> None:
-        print(printable(line), flush=True)
-
-    def work() -> Optional[int]:
-        if options.needs:
-            return _tell_needs(options.precision, say)
-        if options.plans:
-            _tell_plans(folder, say)
-            return None
-        build_here(
-            folder,
-            precision=options.precision,
-            memory=options.memory,
-            image=options.image,
-            batch=_parse_batches(options.batches),
-            allow=options.allow,
-            version_compatible=options.version_compatible,
-            force=options.force,
-            say=say,
-        )
-        return None
-
-    return exit_status(work, folder)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        help="where that picture goes, with boxes (default: detections, here)",
+    )
+    return parser
 
 
 def _check_arguments(
@@ -376,14 +488,14 @@ def _tell_plans(folder: Path, say: Callable[[str], None]) -> None:
         raise InputError(f"{model / passport.PLANS}: no plan that can be used; run build_here.py first")
 
 
-def _has_half_precision_flag(flavour: Optional[str]) -> bool:
+def _has_half_precision_flag(runtime_library: Optional[str]) -> bool:
     """Asked in a process of its own, because a builder should be the first to load TensorRT."""
     question = (
         f"import sys; sys.path.insert(0, {IMPORT_PATH!r}); "
-        f"import {flavour} as trt; from odtrt_lib.engine.builder import is_weakly_typed; "
+        f"import {runtime_library} as trt; from odtrt_lib.engine.builder import is_weakly_typed; "
         "sys.exit(not is_weakly_typed(trt))"
     )
-    if flavour is None:
+    if runtime_library is None:
         return False
     return subprocess.run([sys.executable, "-c", question], stderr=subprocess.DEVNULL).returncode == 0
 
@@ -489,7 +601,7 @@ def _reason(log: Path) -> str:
 
 
 def _place_plans(
-    folder: Path, plans: Mapping[str, Path], flavour: str, say: Callable[[str], None]
+    folder: Path, plans: Mapping[str, Path], runtime_library: str, say: Callable[[str], None]
 ) -> List[Path]:
     """Copies the plans to where Triton and nvinfer look for them."""
     wanted = [
@@ -501,8 +613,8 @@ def _place_plans(
         wanted.append((folder / "deepstream" / "detector.plan", "detector.onnx"))
     placed = []
     for target, model in wanted:
-        if flavour != "tensorrt":
-            say(f"{target}: not written; it must be a plan of TensorRT, and this one is {flavour}'s")
+        if runtime_library != "tensorrt":
+            say(f"{target}: not written; it must be a plan of TensorRT, and this one is {runtime_library}'s")
         elif model not in plans:
             say(f"{target}: not written; it must be a plan of {model}, which needs the plugin")
         else:
@@ -528,6 +640,21 @@ def _pattern(spec: DetectorSpec) -> Any:
     height, width = spec.input.height, spec.input.width
     y, x, c = np.ogrid[:height, :width, :3]
     return ((x * x * 3 + y * y * 5 + x * y * (c + 1)) // 32 % 256).astype(np.uint8)
+
+
+def _show(image: Path, pixels: Any, found: Any, output: Path, say: Callable[[str], None]) -> Path:
+    """Says what was found, and draws it into a copy of the picture; its path."""
+    from odtrt_lib.plots import MIN_SCORE, confident, draw_detections
+    from odtrt_lib.written_files import drawing_targets, write_drawing
+
+    shown = confident(found, MIN_SCORE)
+    say(f"with a score of at least {MIN_SCORE:g}: {len(shown.names)} of them")
+    for line in detection_table(shown):
+        say(f"    {line}")
+    target = drawing_targets([image], output)[0]
+    write_drawing(target, draw_detections(pixels, shown))
+    say(f"drawn in {target}")
+    return target
 
 
 def _check_detections(found: Any, size: Tuple[int, int], spec: DetectorSpec) -> None:

@@ -20,6 +20,7 @@ from odtrt_lib.folder import (
     require,
 )
 from odtrt_lib.spec import DetectorSpec
+from odtrt_lib.tensors import heads_tensors
 
 
 def triton_config(spec: DetectorSpec, name: str, platform: str) -> str:
@@ -33,12 +34,7 @@ def triton_config(spec: DetectorSpec, name: str, platform: str) -> str:
     """
     from odtrt_lib.engine import DYNAMIC_BATCH
 
-    network, heads = spec.input, spec.heads
-    tensors = (
-        ("input", network.name, (3, network.height, network.width)),
-        ("output", heads.box_encodings, (heads.num_anchors, 4)),
-        ("output", heads.class_logits, (heads.num_anchors, heads.num_columns)),
-    )
+    network, tensors = spec.input, heads_tensors(spec)
     lines = [
         f"# {comment(spec.name)}: written by odtrt {__version__} from spec.json.",
         f"# `{comment(network.name)}` is what odtrt_lib.preprocess.preprocess makes of an image;",
@@ -51,10 +47,11 @@ def triton_config(spec: DetectorSpec, name: str, platform: str) -> str:
         f'platform: "{platform}"',
         f"max_batch_size: {DYNAMIC_BATCH[-1] if network.batch is None else 0}",
     ]
-    for kind, tensor, shape in tensors:
-        dims = shape if network.batch is None else (network.batch, *shape)
-        text = ", ".join(map(str, dims))
-        lines.append(f"{kind} {{\n  name: {_quoted(tensor)}\n  data_type: TYPE_FP32\n  dims: [ {text} ]\n}}")
+    for kind, members in (("input", tensors.inputs), ("output", tensors.outputs)):
+        for tensor in members:
+            dims = ", ".join(str(size) for size in tensor.shape if size is not None)
+            lines += [f"{kind} {{", f"  name: {_quoted(tensor.name)}"]
+            lines += ["  data_type: TYPE_FP32", f"  dims: [ {dims} ]", "}"]
     return "\n".join(lines) + "\n"
 
 

@@ -381,24 +381,40 @@ def _to_nchw(graph: Graph) -> None:
             node.attrs["axis"] = _TO_NCHW.index(node.attrs["axis"] % 4)
             compute_in_nchw(node, [twins[id(tensor)] for tensor in node.inputs])
         elif node.op == "Pad" and id(node.inputs[0]) in twins and isinstance(node.inputs[1], gs.Constant):
-            before, after = node.inputs[1].values.reshape(2, 4)
-            amounts = np.concatenate([before[_TO_NCHW], after[_TO_NCHW]])
-            pads = gs.Constant(f"{node.name}/pads", amounts)
+            pads = _pads_in_nchw(node.inputs[1], f"{node.name}/pads")
             compute_in_nchw(node, [twins[id(node.inputs[0])], pads, *node.inputs[2:]])
-        elif _is_spatial_mean(node) and id(node.inputs[0]) in twins:
-            keeps = node.attrs.get("keepdims", 1)
-            reshape = node if keeps else _only_consumer(node.outputs[0])
-            if reshape is not None and (keeps or _puts_channels_last(reshape)):
-                node.attrs["keepdims"] = 1
-                axes = node.inputs[1:]
-                if axes:
-                    axes = [gs.Constant(f"{node.name}/axes", np.array([2, 3]))]
-                else:
-                    node.attrs["axes"] = [2, 3]
-                result = reshape.outputs[0]
-                reshape.outputs.clear()
-                node.outputs = [result]
-                compute_in_nchw(node, [twins[id(node.inputs[0])], *axes])
+        elif _is_spatial_mean(node) and id(node.inputs[0]) in twins and _keep_dimensions(node):
+            compute_in_nchw(node, [twins[id(node.inputs[0])], *_mean_axes_in_nchw(node)])
+
+
+def _keep_dimensions(node: Node) -> bool:
+    """Makes a mean over height and width give [B, 1, 1, C], with a reshape after it in it; False if not."""
+    keeps = node.attrs.get("keepdims", 1)
+    reshape = node if keeps else _only_consumer(node.outputs[0])
+    if reshape is None or not (keeps or _puts_channels_last(reshape)):
+        return False
+    node.attrs["keepdims"] = 1
+    result = reshape.outputs[0]
+    reshape.outputs.clear()
+    node.outputs = [result]
+    return True
+
+
+def _mean_axes_in_nchw(node: Node) -> list[Tensor]:
+    """The inputs that name the axes, for a twin; none if they are an attribute, which is changed here."""
+    import onnx_graphsurgeon as gs
+
+    if node.inputs[1:]:
+        return [gs.Constant(f"{node.name}/axes", np.array([2, 3]))]
+    node.attrs["axes"] = [2, 3]
+    return []
+
+
+def _pads_in_nchw(pads: Constant, name: str) -> Constant:
+    import onnx_graphsurgeon as gs
+
+    before, after = pads.values.reshape(2, 4)
+    return gs.Constant(name, np.concatenate([before[_TO_NCHW], after[_TO_NCHW]]))
 
 
 def _constant_in_nchw(constant: Constant, name: str) -> Constant | None:

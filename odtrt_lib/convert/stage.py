@@ -25,6 +25,7 @@ from odtrt_lib.convert.rewrite import INPUT, OUTPUTS, serialize, to_onnx
 from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, UnsupportedError, one_line
 from odtrt_lib.export import noise, odapi
 from odtrt_lib.spec import DetectorSpec, load_spec
+from odtrt_lib.tensors import heads_tensors
 
 if TYPE_CHECKING:
     pass
@@ -79,7 +80,7 @@ def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> fold
     """Writes ``folder/heads.onnx`` from ``folder/frozen.pb`` and proves that they agree.
 
     The input of ``heads.onnx`` is ``image``, float32 ``[batch, 3, height, width]``; its outputs are
-    ``box_encodings`` and ``class_logits`` as in ``spec.HeadsSpec``. A batch that is dynamic in
+    ``box_encodings`` and ``class_logits`` as in ``spec.SsdHeads``. A batch that is dynamic in
     ``frozen.pb`` stays dynamic. The same ``frozen.pb``, opset and versions give the same bytes.
 
     opset: one of :data:`OPSETS`. force: convert even if ``heads.onnx`` is up to date.
@@ -202,13 +203,13 @@ def _compare(frozen: Any, onnx_path: Path, spec: DetectorSpec, images: int) -> P
     pictures = _test_images(spec, images)
     yardstick = noise.measure(frozen, pictures, spec.input.batch)
     candidate = _run_onnx(onnx_path, noise.batches(pictures.transpose(0, 3, 1, 2), spec.input.batch), images)
-    for name, columns in zip(OUTPUTS, (4, spec.heads.num_columns), strict=True):
-        expected = (spec.heads.num_anchors, columns)
+    for name, tensor in zip(OUTPUTS, heads_tensors(spec).outputs, strict=True):
+        expected = tensor.shape[1:]
         for side, outputs in (("frozen.pb", yardstick.exact), ("heads.onnx", candidate)):
             if outputs[name].shape[1:] != expected:
                 raise InputError(
                     f"{onnx_path.name}: {name} in {side} is {list(outputs[name].shape)}, spec.json says "
-                    f"[batch, {expected[0]}, {expected[1]}]; run `odtrt export` again"
+                    f"[batch, {', '.join(map(str, expected))}]; run `odtrt export` again"
                 )
     distances = noise.compare(yardstick, candidate)
 

@@ -21,7 +21,7 @@ from typing import Any, Deque, List, MutableSequence, Tuple
 
 from odtrt_lib.errors import MissingDependencyError, one_line
 from odtrt_lib.tensors import DOMAIN, PLUGIN, PLUGIN_VERSION
-from odtrt_lib.variants import FLAVOURS
+from odtrt_lib.variants import RUNTIME_LIBRARIES
 
 # Overrides the builder's TF32 setting; a plan loads only where it has the value that it had at the build.
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
@@ -32,17 +32,17 @@ _KEPT: List[Any] = []
 _RTX_FOLDERS: List[Any] = []
 
 
-def import_library(flavour: str) -> ModuleType:
+def import_library(runtime_library: str) -> ModuleType:
     """The module ``tensorrt`` or ``tensorrt_rtx``; MissingDependencyError where it cannot be imported."""
-    if flavour == "tensorrt_rtx" and flavour not in sys.modules:
+    if runtime_library == "tensorrt_rtx" and runtime_library not in sys.modules:
         with contextlib.suppress(OSError):
             let_rtx_find_itself()
     try:
-        return importlib.import_module(flavour)
+        return importlib.import_module(runtime_library)
     except (ImportError, OSError) as error:
         raise MissingDependencyError(
-            f"{FLAVOURS[flavour]} cannot be imported ({one_line(error)}): install `{flavour}`, "
-            "or choose another backend"
+            f"{RUNTIME_LIBRARIES[runtime_library]} cannot be imported ({one_line(error)}): install "
+            f"`{runtime_library}`, or choose another backend"
         ) from error
 
 
@@ -52,9 +52,9 @@ def available_runtimes() -> List[Tuple[str, str]]:
     ``tensorrt`` is the full library, ``tensorrt_rtx`` TensorRT-RTX, which also builds without a GPU.
     """
     found = []
-    for flavour in FLAVOURS:
+    for runtime_library in RUNTIME_LIBRARIES:
         with contextlib.suppress(MissingDependencyError):
-            found.append((flavour, import_library(flavour).__version__))
+            found.append((runtime_library, import_library(runtime_library).__version__))
     return found
 
 

@@ -65,12 +65,12 @@ class Request:
     task: ``build``, or ``half_precision``: write :data:`HALF_PRECISION_MODEL` from ``onnx``.
     onnx: what the parser reads. name: how messages call it. tensors: name -> [shape, type] of every input and
     output that the network must have, -1 for a dynamic batch. batch: smallest, best-tuned and largest of a
-    dynamic batch, or None. settings: see :data:`SETTINGS`. data_limit: bytes for RLIMIT_DATA, or None.
+    dynamic batch, or None. settings: see :func:`known_settings`. data_limit: bytes for RLIMIT_DATA, or None.
     timing_cache: its file, or None. progress: the number of a file to write to. who: library and version.
     """
 
     task: str
-    flavour: str
+    runtime_library: str
     who: str
     onnx: str
     name: str
@@ -89,10 +89,6 @@ class Request:
     data_limit: Optional[int]
     progress: Optional[int]
     again: str
-
-
-# The settings that lower a build's memory and leave what was asked as it is, and how each is probed.
-SETTINGS = ("workspace_mib", "tactic_sources", "optimization_level", "frugal_heap")
 
 
 def main(path: Union[str, Path]) -> None:
@@ -151,9 +147,9 @@ def is_workspace_too_small(text: str, workspace_mib: Optional[int]) -> bool:
 
 
 def _build(request: Request) -> Dict[str, Any]:
-    if request.plugin is not None and request.flavour == "tensorrt_rtx":
+    if request.plugin is not None and request.runtime_library == "tensorrt_rtx":
         let_rtx_find_itself()
-    trt: Any = importlib.import_module(request.flavour)
+    trt: Any = importlib.import_module(request.runtime_library)
     tell = _teller(request.progress)
     refusals: List[str] = []
     recorder = error_recorder(trt, refusals)
@@ -176,7 +172,7 @@ def _build(request: Request) -> Dict[str, Any]:
             return {"error": "MemoryError", "message": f"{request.who}: {reason}"}
         raise BuildError(f"{request.name}: {request.who} refuses {reason}")
     _check_network(trt, network, request)
-    counts, computing = _layers_of_network(network)
+    in_network = _layers_of_network(network)
     cache_note, cache, cache_start = _configure(trt, builder, network, config, request)
     has_monitor = hasattr(config, "progress_monitor")
     if has_monitor:
@@ -192,18 +188,9 @@ def _build(request: Request) -> Dict[str, Any]:
     if cache is not None:
         cache_note = _store_timing_cache(config, cache, cache_start, str(request.timing_cache), cache_note)
     tell({"phase": "counting layers", "fraction": 1.0})
-    counted_in, note = "network", "no GPU here to load the plan on"
-    if request.can_load_plans:
-        found, note = _layers_of_engine(trt, logger, plan, request)
-        if found is not None:
-            counts, computing = found
-            counted_in = "engine"
     return {
         "layers": network.num_layers,
-        "layers_by_precision": counts,
-        "computing_by_precision": computing,
-        "layers_counted_in": counted_in,
-        "layers_note": note,
+        **_layers_by_precision(trt, logger, plan, request, in_network),
         "timing_cache": cache_note,
         "progress_monitor": has_monitor,
         "builder": {
@@ -225,8 +212,29 @@ def _refused_to_build(request: Request, refusals: List[str]) -> Dict[str, Any]:
     raise BuildError(f"{request.name}: {request.who} parsed the model but cannot build it: {reasons}")
 
 
+def _layers_by_precision(
+    trt: Any,
+    logger: Any,
+    plan: Any,
+    request: Request,
+    in_network: Tuple[Dict[str, int], Dict[str, int]],
+) -> Dict[str, Any]:
+    """The layers as the engine has them if it can be loaded here, else as the network has them."""
+    (counts, computing), counted_in, note = in_network, "network", "no GPU here to load the plan on"
+    if request.can_load_plans:
+        found, note = _layers_of_engine(trt, logger, plan, request)
+        if found is not None:
+            (counts, computing), counted_in = found, "engine"
+    return {
+        "layers_by_precision": counts,
+        "computing_by_precision": computing,
+        "layers_counted_in": counted_in,
+        "layers_note": note,
+    }
+
+
 def known_settings(config: Any) -> List[str]:
-    """Which of :data:`SETTINGS` this library has."""
+    """Names of the settings that lower a build's memory and leave the plan as it was asked for."""
     known = ["frugal_heap"]
     if hasattr(config, "set_memory_pool_limit"):
         known.append("workspace_mib")
@@ -276,7 +284,7 @@ def _configure(
 
 def _demand_compatibility(trt: Any, config: Any, request: Request) -> None:
     if request.version_compatible:
-        if request.flavour == "tensorrt_rtx" or not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
+        if request.runtime_library == "tensorrt_rtx" or not hasattr(trt.BuilderFlag, "VERSION_COMPATIBLE"):
             raise UnsupportedError(
                 f"{request.who} makes no version-compatible plans; build on each version instead, "
                 "without --version-compatible"
@@ -287,10 +295,10 @@ def _demand_compatibility(trt: Any, config: Any, request: Request) -> None:
     if request.hardware_compatibility != "none":
         levels = getattr(trt, "HardwareCompatibilityLevel", None)
         name = request.hardware_compatibility.upper()
-        if request.flavour == "tensorrt_rtx" or levels is None or not hasattr(levels, name):
+        if request.runtime_library == "tensorrt_rtx" or levels is None or not hasattr(levels, name):
             instead = (
                 "its plans run on several GPU architectures anyway; name them with --gpu"
-                if request.flavour == "tensorrt_rtx"
+                if request.runtime_library == "tensorrt_rtx"
                 else "build on each GPU instead"
             )
             raise UnsupportedError(
@@ -579,7 +587,7 @@ def _trtexec(trt: Any, config: Any, request: Request) -> str:
     takes of the memory settings is not documented, and they are left out; with a plugin there is no line. A
     file called ``.fp16.onnx`` is what :func:`odtrt_lib.engine.half_precision` makes of the model.
     """
-    is_rtx = request.flavour == "tensorrt_rtx"
+    is_rtx = request.runtime_library == "tensorrt_rtx"
     if is_rtx and request.plugin is not None:
         return ""
     model = Path(request.name).name

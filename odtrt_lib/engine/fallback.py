@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
 from odtrt_lib.engine import builder
+from odtrt_lib.engine.passport import PluginIdentity
 from odtrt_lib.engine.watch import NO_MEMORY, UNTOUCHED_RLIMIT_ALLOWANCE, Progress, RunResult, run
 from odtrt_lib.errors import BuildError
 from odtrt_lib.machine import MIB, Machine
 from odtrt_lib.spec import DetectorSpec
 from odtrt_lib.tensors import detector_tensors, heads_tensors
-from odtrt_lib.variants import FLAVOURS, Variant
+from odtrt_lib.variants import RUNTIME_LIBRARIES, Variant
 
 _WRITE_HALF = "write half precision into the ONNX"
 
@@ -24,9 +25,9 @@ _WRITE_HALF = "write half precision into the ONNX"
 class FallbackStep:
     """What is tried next when a build ran out of memory. It keeps the settings of the steps before it.
 
-    setting: one of :data:`odtrt_lib.engine.builder.SETTINGS` and its value; a library without it skips the
-    step. allowance: one of :data:`odtrt_lib.variants.ALLOWABLE`, which changes the plan; it is made only if
-    it was allowed.
+    setting: one of :func:`odtrt_lib.engine.builder.known_settings` and its value; a library without it skips
+    the step. allowance: one of :data:`odtrt_lib.variants.ALLOWABLE`, which changes the plan; it is made only
+    if it was allowed.
     """
 
     name: str
@@ -54,23 +55,38 @@ _FRUGAL_HEAP = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Attempt:
-    """What all attempts at one plan share."""
+class BuildJob:
+    """One plan to build: what it is built from, checked, and what was asked for.
+
+    of_spec: the part of ``spec.json`` that goes into the plan -> its SHA-256. weights: how many elements of
+    each ONNX type the model's weights have. library: the plugin's identity. identity: what the plan's
+    fingerprint covers, see :func:`odtrt_lib.engine.stage.fingerprint`. limit: bytes of host memory, or None.
+    progress: is told the phase and how much of it is done, 0 to 1.
+    """
 
     folder: Path
     model_file: Path
     variant: Variant
     spec: DetectorSpec
-    identity: Dict[str, Any]
+    spec_sha256: str
+    of_spec: Dict[str, Optional[str]]
+    weights: Dict[str, int]
     machine: Machine
     plugin: Optional[Path]
+    library: Optional[PluginIdentity]
+    identity: Dict[str, Any]
     limit: Optional[int]
-    is_half: bool
     progress: Progress
 
     @property
+    def is_half(self) -> bool:
+        """Whether the model's weights are half precision already."""
+        return self.weights.get("FLOAT16", 0) > self.weights.get("FLOAT", 0)
+
+    @property
     def who(self) -> str:
-        return f"{FLAVOURS[self.identity['flavour']]} {self.identity['version']}"
+        """The library and its version, for messages."""
+        return f"{RUNTIME_LIBRARIES[self.identity['runtime_library']]} {self.identity['version']}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +113,7 @@ def reduced(identity: Mapping[str, Any], allowed: Sequence[str]) -> Dict[str, An
     return changed
 
 
-def build_with_fallback(attempt: Attempt, out: Path, allow: Sequence[str]) -> Outcome:
+def build_with_fallback(job: BuildJob, out: Path, allow: Sequence[str]) -> Outcome:
     """Tries the steps of :data:`FALLBACK` in order until a plan is built.
 
     out: a folder for the attempts' files. Raises BuildError if the library refuses the model, or if no step
@@ -109,31 +125,31 @@ def build_with_fallback(attempt: Attempt, out: Path, allow: Sequence[str]) -> Ou
     used: List[str] = []
     half_model: Optional[Path] = None
     for number, step in enumerate(FALLBACK):
-        if not _applies(step, attempt, knows, allow):
+        if not _applies(step, job, knows, allow):
             continue
         if step.setting is not None:
             settings[step.setting[0]] = step.setting[1]
         if step.allowance is not None:
             used.append(step.allowance)
-        identity = reduced(attempt.identity, used)
+        identity = reduced(job.identity, used)
         place = out / f"attempt-{number}"
         place.mkdir()
         if attempts:
-            attempt.progress(f"out of memory; next: {step.name}", 0.0)
-        if attempt.limit is not None:
-            settings.setdefault("workspace_mib", attempt.limit // MIB)
-        source = attempt.model_file
-        if _needs_half_model(attempt, identity):
+            job.progress(f"out of memory; next: {step.name}", 0.0)
+        if job.limit is not None:
+            settings.setdefault("workspace_mib", job.limit // MIB)
+        source = job.model_file
+        if _needs_half_model(job, identity):
             if half_model is None:
-                result = _run(attempt, _request(attempt, identity, place, "half_precision", source, {}))
+                result = _run(job, _request(job, identity, place, "half_precision", source, {}))
                 attempts.append(_described(_WRITE_HALF, {}, result))
                 _raise_refusal(result)
                 if result.out_of_memory:
                     break  # no step changes what it needs
-                _raise_without_answer(attempt, result)
+                _raise_without_answer(job, result)
                 half_model = place / builder.HALF_PRECISION_MODEL
             source = half_model
-        result = _run(attempt, _request(attempt, identity, place, "build", source, settings))
+        result = _run(job, _request(job, identity, place, "build", source, settings))
         knows = result.knows or knows
         attempts.append(_described(step.name, dict(settings), result))
         _raise_refusal(result)
@@ -141,38 +157,36 @@ def build_with_fallback(attempt: Attempt, out: Path, allow: Sequence[str]) -> Ou
             answer = result.answer
             return Outcome(place.name, step.name, identity, dict(settings), answer, attempts, half_model)
         if not result.out_of_memory:
-            _raise_without_answer(attempt, result)
+            _raise_without_answer(job, result)
         if builder.is_workspace_too_small(result.outcome, settings.get("workspace_mib")):
             del settings["workspace_mib"]  # smaller than any tactic needs
-    _raise_out_of_memory(attempt, attempts, allow)
+    _raise_out_of_memory(job, attempts, allow)
 
 
-def _applies(
-    step: FallbackStep, attempt: Attempt, knows: Optional[Sequence[str]], allow: Sequence[str]
-) -> bool:
+def _applies(step: FallbackStep, job: BuildJob, knows: Optional[Sequence[str]], allow: Sequence[str]) -> bool:
     """Whether the step can change anything here. knows: the settings that the library has, once known."""
     if step.setting is not None:
         name, value = step.setting
         if knows is not None and name not in knows:
             return False
-        if name == "workspace_mib" and attempt.limit is not None and attempt.limit // MIB <= value:
+        if name == "workspace_mib" and job.limit is not None and job.limit // MIB <= value:
             return False
     if step.allowance is not None:
-        changes = reduced(attempt.identity, [step.allowance]) != attempt.identity
+        changes = reduced(job.identity, [step.allowance]) != job.identity
         return step.allowance in allow and changes
     return True
 
 
-def _needs_half_model(attempt: Attempt, identity: Mapping[str, Any]) -> bool:
+def _needs_half_model(job: BuildJob, identity: Mapping[str, Any]) -> bool:
     """Strongly typed networks take half precision from the ONNX model, others from a builder flag."""
-    if identity["precision"] != "fp16" or attempt.is_half:
+    if identity["precision"] != "fp16" or job.is_half:
         return False
-    return not builder.is_weakly_typed(importlib.import_module(identity["flavour"]))
+    return not builder.is_weakly_typed(importlib.import_module(identity["runtime_library"]))
 
 
-def _run(attempt: Attempt, request: builder.Request) -> RunResult:
+def _run(job: BuildJob, request: builder.Request) -> RunResult:
     variables = _FRUGAL_HEAP if request.settings.get("frugal_heap") else {}
-    return run(request, attempt.limit, attempt.progress, variables)
+    return run(request, job.limit, job.progress, variables)
 
 
 def _raise_refusal(result: RunResult) -> None:
@@ -181,27 +195,27 @@ def _raise_refusal(result: RunResult) -> None:
         raise error
 
 
-def _raise_without_answer(attempt: Attempt, result: RunResult) -> None:
+def _raise_without_answer(job: BuildJob, result: RunResult) -> None:
     if result.answer is None:
-        raise BuildError(f"{attempt.model_file}: {attempt.who} {result.outcome}")
+        raise BuildError(f"{job.model_file}: {job.who} {result.outcome}")
 
 
 def _raise_out_of_memory(
-    attempt: Attempt, attempts: Sequence[Mapping[str, Any]], allow: Sequence[str]
+    job: BuildJob, attempts: Sequence[Mapping[str, Any]], allow: Sequence[str]
 ) -> NoReturn:
     tried = "; ".join(
         f"{one['name']}: {one['outcome'][len(NO_MEMORY) :]} (peak {one['peak_rss_mb'] or 0:.0f} MiB)"
         for one in attempts
         if one["outcome"].startswith(NO_MEMORY)
     )
-    limit = "" if attempt.limit is None else f" of {attempt.limit / MIB:.0f} MiB"
-    advice = ["raise the limit (--memory)" if attempt.limit is not None else "free memory or add swap"]
-    if "fp32" not in allow and attempt.identity["precision"] == "fp32":
+    limit = "" if job.limit is None else f" of {job.limit / MIB:.0f} MiB"
+    advice = ["raise the limit (--memory)" if job.limit is not None else "free memory or add swap"]
+    if "fp32" not in allow and job.identity["precision"] == "fp32":
         advice.append("allow half precision (--allow fp32), which changes the numbers")
-    if "dynamic_batch" not in allow and attempt.identity["batch"] is not None:
+    if "dynamic_batch" not in allow and job.identity["batch"] is not None:
         advice.append("allow a fixed batch (--allow dynamic_batch)")
     raise BuildError(
-        f"{attempt.model_file}: {attempt.who} does not get by with the memory{limit}; {tried}. "
+        f"{job.model_file}: {job.who} does not get by with the memory{limit}; {tried}. "
         f"What helps: {', or '.join(advice)}"
     )
 
@@ -219,46 +233,46 @@ def _described(name: str, settings: Mapping[str, Any], result: RunResult) -> Dic
 
 
 def _request(
-    attempt: Attempt,
+    job: BuildJob,
     identity: Mapping[str, Any],
     place: Path,
     task: str,
     source: Path,
     settings: Mapping[str, Any],
 ) -> builder.Request:
-    is_rtx = identity["flavour"] == "tensorrt_rtx"
+    is_rtx = identity["runtime_library"] == "tensorrt_rtx"
     targets = identity["compute_capabilities"]
-    has_driver = attempt.machine.gpu is not None or attempt.machine.driver is not None
-    has_data_limit = attempt.limit is not None and not has_driver
-    data_limit = (attempt.limit or 0) + UNTOUCHED_RLIMIT_ALLOWANCE if has_data_limit else None
+    has_driver = job.machine.gpu is not None or job.machine.driver is not None
+    has_data_limit = job.limit is not None and not has_driver
+    data_limit = (job.limit or 0) + UNTOUCHED_RLIMIT_ALLOWANCE if has_data_limit else None
     return builder.Request(
         task=task,
-        flavour=identity["flavour"],
-        who=attempt.who,
+        runtime_library=identity["runtime_library"],
+        who=job.who,
         onnx=str(source.resolve()),
-        name=str(attempt.model_file),
+        name=str(job.model_file),
         folder=str(place.resolve()),
         precision=identity["precision"],
-        image=attempt.spec.input.name,
-        tensors=_expected_tensors(attempt.spec, attempt.variant),
+        image=job.spec.input.name,
+        tensors=_expected_tensors(job.spec, job.variant),
         batch=identity["batch"],
         settings=dict(settings),
-        plugin=None if attempt.plugin is None else str(attempt.plugin),
+        plugin=None if job.plugin is None else str(job.plugin),
         version_compatible=identity["version_compatible"],
         hardware_compatibility=identity["hardware_compatibility"],
         compute_capabilities=[] if targets == ["default"] else list(targets),
-        timing_cache=None if is_rtx else str(timing_cache_file(identity, attempt.machine)),
-        can_load_plans=attempt.machine.gpu is not None,
+        timing_cache=None if is_rtx else str(timing_cache_file(identity, job.machine)),
+        can_load_plans=job.machine.gpu is not None,
         data_limit=data_limit,
         progress=None,
-        again=f"run `odtrt {attempt.variant.command}` again",
+        again=f"run `odtrt {job.variant.command}` again",
     )
 
 
 def timing_cache_file(identity: Mapping[str, Any], machine: Machine) -> Path:
     """Where the timings of one library version on one GPU are kept, for all models of this user."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    name = f"{identity['flavour']}-{identity['version']}-{machine.gpu or 'no-gpu'}"
+    name = f"{identity['runtime_library']}-{identity['version']}-{machine.gpu or 'no-gpu'}"
     return Path(root) / "odtrt" / "timing" / (re.sub(r"[^A-Za-z0-9.-]+", "_", name) + ".cache")
 
 

@@ -33,10 +33,13 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 from odtrt_lib.errors import CheckError, InputError, one_line
 from odtrt_lib.folder import atomic_write, cannot_write, exclusive, sha256, sync
 from odtrt_lib.machine import Machine
-from odtrt_lib.variants import FLAVOURS, HARDWARE_COMPATIBILITIES
+from odtrt_lib.variants import HARDWARE_COMPATIBILITIES, RUNTIME_LIBRARIES
 
 PLANS = "plans"
 SCHEMA_VERSION = 2
+JSON_KEYS = {"runtime_library": "flavour"}
+"""Fields that have an older name in passports and in what fingerprints hash: field -> key there."""
+
 BUILD_PLUGIN = (
     "run `make plugin`, or `make plugin ARCH=all` where there is no GPU, with nvcc and TensorRT's headers"
 )
@@ -66,7 +69,8 @@ class PluginIdentity:
 class Passport:
     """Everything that is known about one plan.
 
-    model: the ONNX file in the folder that it was built from. version: the library's, e.g. ``10.3.0``.
+    model: the ONNX file in the folder that it was built from. runtime_library: a key of
+    :data:`odtrt_lib.variants.RUNTIME_LIBRARIES`; version: that library's, e.g. ``10.3.0``.
     compute_capabilities: TensorRT-RTX's targets, ``("default",)`` or e.g. ``("8.6", "8.9")``; ``()`` for
     TensorRT. settings: the builder's, of the attempt that succeeded. layers: how many run in which precision.
     attempts: each step that was tried, with name, settings, outcome, seconds and memory. trtexec: the
@@ -80,7 +84,7 @@ class Passport:
     model: str
     onnx_sha256: str
     spec_sha256: str
-    flavour: str
+    runtime_library: str
     version: str
     precision: str
     version_compatible: bool
@@ -101,8 +105,13 @@ class Passport:
 
         Besides the fields it has ``check``, the SHA-256 of the others, by which a damaged one is known.
         """
-        fields = dataclasses.asdict(self)
+        fields = with_json_keys(dataclasses.asdict(self))
         return json.dumps({**fields, "check": _checksum(fields)}, indent=1, allow_nan=False) + "\n"
+
+
+def with_json_keys(fields: Mapping[str, Any]) -> Dict[str, Any]:
+    """The fields under the keys that they have in JSON, see :data:`JSON_KEYS`."""
+    return {JSON_KEYS.get(name, name): value for name, value in fields.items()}
 
 
 def plan_name(fingerprint: str, plan_sha256: str) -> str:
@@ -321,6 +330,7 @@ def _parse(data: Any, name: str) -> Passport:
     if data.get("check") != _checksum(data):
         raise ValueError("altered or damaged: its fields do not go with their checksum `check`")
     values = _fields(data, _PASSPORT_FIELDS, "")
+    values.update({name: values.pop(key) for name, key in JSON_KEYS.items()})
     values["machine"] = Machine(**_fields(values["machine"], _MACHINE_FIELDS, "machine."))
     if values["plugin"] is not None:
         values["plugin"] = PluginIdentity(**_fields(values["plugin"], _PLUGIN_FIELDS, "plugin."))
@@ -405,7 +415,10 @@ _PASSPORT_FIELDS: Dict[str, _Check] = {
     "model": ("a file name", lambda value: _is_text(value) and _MODEL.match(value) is not None),
     "onnx_sha256": _DIGEST,
     "spec_sha256": _DIGEST,
-    "flavour": (f"one of {', '.join(FLAVOURS)}", lambda value: isinstance(value, str) and value in FLAVOURS),
+    JSON_KEYS["runtime_library"]: (
+        f"one of {', '.join(RUNTIME_LIBRARIES)}",
+        lambda value: isinstance(value, str) and value in RUNTIME_LIBRARIES,
+    ),
     "version": ("a version like 10.3.0", _matches(_VERSION)),
     "precision": _TEXT,
     "version_compatible": ("true or false", lambda value: isinstance(value, bool)),

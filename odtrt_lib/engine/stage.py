@@ -41,7 +41,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from odtrt_lib.engine import builder, passport
 from odtrt_lib.engine.bindings import TF32_OVERRIDE, available_runtimes
-from odtrt_lib.engine.fallback import Attempt, Outcome, build_with_fallback, reduced
+from odtrt_lib.engine.fallback import BuildJob, Outcome, build_with_fallback, reduced
 from odtrt_lib.engine.watch import Progress
 from odtrt_lib.errors import CheckError, InputError, MissingDependencyError
 from odtrt_lib.folder import (
@@ -55,13 +55,13 @@ from odtrt_lib.folder import (
     staging,
     write_record,
 )
-from odtrt_lib.machine import MIB, Machine, free_memory, this_machine
+from odtrt_lib.machine import MIB, free_memory, this_machine
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.variants import (
     ALLOWABLE,
-    FLAVOURS,
     HARDWARE_COMPATIBILITIES,
     PRECISIONS,
+    RUNTIME_LIBRARIES,
     Variant,
     models,
 )
@@ -82,11 +82,11 @@ _IN_WORDS = {"fp16": "half precision"}
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """The name of a plan: 16 hexadecimal digits of the SHA-256 over all that its meaning depends on.
 
-    identity: JSON values: model, flavour, version, precision, onnx_sha256, plugin, batch, the compatibility
-    modes, the compute capabilities, for TensorRT the GPU's name and compute capability, and where it is set
-    :data:`TF32_OVERRIDE`.
+    identity: JSON values: model, runtime_library, version, precision, onnx_sha256, plugin, batch, the
+    compatibility modes, the compute capabilities, for TensorRT the GPU's name and compute capability, and
+    where it is set :data:`TF32_OVERRIDE`.
     """
-    text = json.dumps(dict(identity), sort_keys=True)
+    text = json.dumps(passport.with_json_keys(identity), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -155,78 +155,35 @@ def build(
     BuildError, naming the node, where TensorRT refuses the model or the plugin, and naming every step with
     its peak where memory does not suffice, CheckError where the network is not the one that ``spec.json``
     describes, or half precision was asked for and the layers run in single precision.
+
+    Long because its options and errors are described here.
     """
     started = time.perf_counter()
     _check_arguments(precision, hardware_compatibility, allow)
     limit = None if memory is None else parse_memory(memory)
-    wanted = _wanted(Path(folder), precision, plugin)
-    identity = {
-        **wanted.identity,
-        "batch": _batch_profile(wanted.spec, batch),
+    tell: Progress = progress or (lambda phase, fraction: None)
+    job = _job(Path(folder), precision, plugin, limit, tell)
+    options = {
+        "batch": _batch_profile(job.spec, batch),
         "version_compatible": version_compatible,
         "hardware_compatibility": hardware_compatibility,
-        "compute_capabilities": _targets(wanted.identity["flavour"], compute_capabilities),
+        "compute_capabilities": _targets(job.identity["runtime_library"], compute_capabilities),
     }
-    tell: Progress = progress or (lambda phase, fraction: None)
-    with _one_build_at_a_time(wanted.model_file, tell):
-        finished = None if force else _finished(wanted, identity, allow)
+    job = dataclasses.replace(job, identity={**job.identity, **options})
+    with _one_build_at_a_time(job.model_file, tell):
+        finished = None if force else _finished(job, allow)
         if finished is not None:
             return StageResult(finished, True)
-        attempt = Attempt(
-            folder=wanted.folder,
-            model_file=wanted.model_file,
-            variant=wanted.variant,
-            spec=wanted.spec,
-            identity=identity,
-            machine=wanted.machine,
-            plugin=wanted.plugin,
-            limit=limit,
-            is_half=wanted.is_half,
-            progress=tell,
-        )
-        with staging(wanted.folder) as out:
-            outcome = build_with_fallback(attempt, out, allow)
-            _require_precision(wanted.model_file, outcome)
-            if sha256(wanted.model_file) != identity["onnx_sha256"]:
-                raise InputError(
-                    f"{wanted.model_file}: changed during the build; nothing was written: build again"
-                )
-            described = _described(wanted, outcome, fingerprint(identity), limit, out, started)
-            weights = _weights_of_half(outcome) or wanted.weights
-            passport.install(wanted.folder, out / outcome.place / builder.PLAN, described)
-            for place in out.iterdir():
-                shutil.rmtree(place)
-        checks = _checks(outcome.answer, weights)
-        return StageResult(_record(wanted.folder, described, checks), False)
+        return StageResult(_build(job, allow, started), False)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """What a plan is built from, checked. identity: what of it the fingerprint covers.
+def _job(
+    folder: Path, precision: str, plugin: Union[str, Path, None], limit: Optional[int], progress: Progress
+) -> BuildJob:
+    """Reads and checks the model folder, the plugin and the library that is installed here.
 
-    of_spec: the part of ``spec.json`` that goes into the plan -> its SHA-256. weights: how many elements of
-    each ONNX type the model's weights have.
+    The identity has no options yet: batch, compatibility, compute capabilities.
     """
-
-    folder: Path
-    model_file: Path
-    variant: Variant
-    spec: DetectorSpec
-    spec_sha256: str
-    of_spec: Dict[str, Optional[str]]
-    weights: Dict[str, int]
-    machine: Machine
-    plugin: Optional[Path]
-    library: Optional[passport.PluginIdentity]
-    identity: Dict[str, Any]
-
-    @property
-    def is_half(self) -> bool:
-        return self.weights.get("FLOAT16", 0) > self.weights.get("FLOAT", 0)
-
-
-def _wanted(folder: Path, precision: str, plugin: Union[str, Path, None]) -> _Wanted:
-    """Reads and checks the model folder, the plugin and the library that is installed here."""
     variant = Variant(precision, "heads" if plugin is None else "plugin")
     library_file = None if plugin is None else Path(plugin).resolve()
     if library_file is not None and not library_file.is_file():
@@ -237,11 +194,11 @@ def _wanted(folder: Path, precision: str, plugin: Union[str, Path, None]) -> _Wa
     if hashlib.sha256(spec_content).hexdigest() != hashes["spec.json"]:
         raise InputError(f"{folder}: the model was replaced meanwhile; build again")
     part = models()[variant.file].spec_part
-    flavour, version = _preferred_runtime()
+    runtime_library, version = _preferred_runtime()
     machine = this_machine()
     library = None if library_file is None else passport.plugin_identity(library_file)
     tf32_override = {"tf32_override": os.environ[TF32_OVERRIDE]} if TF32_OVERRIDE in os.environ else {}
-    found = _Wanted(
+    job = BuildJob(
         folder=folder,
         model_file=model_file,
         variant=variant,
@@ -254,24 +211,39 @@ def _wanted(folder: Path, precision: str, plugin: Union[str, Path, None]) -> _Wa
         library=library,
         identity={
             "model": variant.file,
-            "flavour": flavour,
+            "runtime_library": runtime_library,
             "version": version,
             "precision": precision,
             "onnx_sha256": hashes[variant.file],
             "plugin": None if library is None else dataclasses.asdict(library),
-            "gpu": [machine.gpu, machine.compute_capability] if flavour == "tensorrt" else None,
+            "gpu": [machine.gpu, machine.compute_capability] if runtime_library == "tensorrt" else None,
             **tf32_override,
         },
+        limit=limit,
+        progress=progress,
     )
-    if found.is_half and precision != "fp16":
+    if job.is_half and precision != "fp16":
         raise InputError(f"{model_file}: its weights are half precision already; build it with fp16")
-    return found
+    return job
 
 
-def _described(
-    wanted: _Wanted, outcome: Outcome, asked: str, limit: Optional[int], out: Path, started: float
-) -> passport.Passport:
-    """The passport of the plan that was built. asked: the fingerprint of what was asked for."""
+def _build(job: BuildJob, allow: Sequence[str], started: float) -> Dict[str, Any]:
+    """Builds and installs the plan; returns its record."""
+    with staging(job.folder) as out:
+        outcome = build_with_fallback(job, out, allow)
+        _require_precision(job.model_file, outcome)
+        if sha256(job.model_file) != job.identity["onnx_sha256"]:
+            raise InputError(f"{job.model_file}: changed during the build; nothing was written: build again")
+        described = _described(job, outcome, out, started)
+        weights = _weights_of_half(outcome) or job.weights
+        passport.install(job.folder, out / outcome.place / builder.PLAN, described)
+        for place in out.iterdir():
+            shutil.rmtree(place)
+    return _record(job.folder, described, _checks(outcome.answer, weights))
+
+
+def _described(job: BuildJob, outcome: Outcome, out: Path, started: float) -> passport.Passport:
+    """The passport of the plan that was built."""
     identity, answer = outcome.identity, outcome.answer
     plan = out / outcome.place / builder.PLAN
     name, digest = fingerprint(identity), sha256(plan)
@@ -281,25 +253,25 @@ def _described(
         plan=passport.plan_name(name, digest),
         plan_sha256=digest,
         plan_bytes=plan.stat().st_size,
-        model=wanted.variant.file,
+        model=job.variant.file,
         onnx_sha256=identity["onnx_sha256"],
-        spec_sha256=wanted.spec_sha256,
-        flavour=identity["flavour"],
+        spec_sha256=job.spec_sha256,
+        runtime_library=identity["runtime_library"],
         version=identity["version"],
         precision=identity["precision"],
         version_compatible=identity["version_compatible"],
         hardware_compatibility=identity["hardware_compatibility"],
         compute_capabilities=tuple(identity["compute_capabilities"]),
-        plugin=wanted.library,
-        machine=wanted.machine,
+        plugin=job.library,
+        machine=job.machine,
         settings={
-            "batch_min_opt_max": list(identity["batch"] or (wanted.spec.input.batch,) * 3),
+            "batch_min_opt_max": list(identity["batch"] or (job.spec.input.batch,) * 3),
             "fallback_step": outcome.step,
-            "asked": asked,
-            "memory_limit_mb": None if limit is None else round(limit / MIB, 1),
+            "asked": fingerprint(job.identity),
+            "memory_limit_mb": None if job.limit is None else round(job.limit / MIB, 1),
             **answer["builder"],
             **tf32_override,
-            **wanted.of_spec,
+            **job.of_spec,
             **outcome.settings,
             "timing_cache": answer["timing_cache"] or _NO_TIMING_CACHE,
             "layers_counted_in": answer["layers_counted_in"],
@@ -382,9 +354,9 @@ def _batch_profile(spec: DetectorSpec, batch: Optional[Sequence[int]]) -> Option
     return profile
 
 
-def _targets(flavour: str, compute_capabilities: Optional[Sequence[str]]) -> List[str]:
+def _targets(runtime_library: str, compute_capabilities: Optional[Sequence[str]]) -> List[str]:
     wanted = list(compute_capabilities or ())
-    if flavour == "tensorrt_rtx":
+    if runtime_library == "tensorrt_rtx":
         wanted = wanted or ["default"]
     elif wanted == ["default"]:
         wanted = []
@@ -400,7 +372,7 @@ def _preferred_runtime() -> Tuple[str, str]:
     found = available_runtimes()
     if not found:
         raise MissingDependencyError(
-            f"no TensorRT can be imported (looked for {' and '.join(FLAVOURS)}): {_INSTALL_TENSORRT}"
+            f"no TensorRT can be imported (looked for {' and '.join(RUNTIME_LIBRARIES)}): {_INSTALL_TENSORRT}"
         )
     return found[0]
 
@@ -408,28 +380,28 @@ def _preferred_runtime() -> Tuple[str, str]:
 # ---- What is there already ---------------------------------------------------------------------------------
 
 
-def _finished(wanted: _Wanted, identity: Mapping[str, Any], allow: Sequence[str]) -> Optional[Dict[str, Any]]:
+def _finished(job: BuildJob, allow: Sequence[str]) -> Optional[Dict[str, Any]]:
     """The record of an intact plan that answers this call, one that made use of ``allow`` included."""
-    asked = fingerprint(identity)
+    asked = fingerprint(job.identity)
     for count in range(len(ALLOWABLE) + 1):
         used = [name for name in ALLOWABLE[:count] if name in allow]
-        found = _intact(wanted, fingerprint(reduced(identity, used)), asked)
+        found = _intact(job, fingerprint(reduced(job.identity, used)), asked)
         if found is not None:
             return found
     return None
 
 
-def _intact(wanted: _Wanted, name: str, asked: str) -> Optional[Dict[str, Any]]:
+def _intact(job: BuildJob, name: str, asked: str) -> Optional[Dict[str, Any]]:
     """The record of the intact plan ``name`` if it answers ``asked`` and was compared with this spec."""
-    folder = wanted.folder
+    folder = job.folder
     try:
         known = passport.read(folder / passport.PLANS / f"{name}.json")
     except InputError:
         return None
     if asked not in (name, known.settings.get("asked")):
         return None
-    is_of_spec = wanted.of_spec.items() <= known.settings.items()
-    if known.spec_sha256 != wanted.spec_sha256 and not is_of_spec:
+    is_of_spec = job.of_spec.items() <= known.settings.items()
+    if known.spec_sha256 != job.spec_sha256 and not is_of_spec:
         return None
     if passport.verify(folder, known) is not None:
         return None
@@ -452,7 +424,7 @@ def _record(folder: Path, described: passport.Passport, checks: Mapping[str, Any
         inputs={described.model: described.onnx_sha256},
         settings={
             "model": described.model,
-            "flavour": described.flavour,
+            "runtime_library": described.runtime_library,
             "version": described.version,
             "precision": described.precision,
             "compute_capabilities": list(described.compute_capabilities),
@@ -464,7 +436,7 @@ def _record(folder: Path, described: passport.Passport, checks: Mapping[str, Any
             f"{passport.PLANS}/{described.plan}",
             f"{passport.PLANS}/{described.fingerprint}.json",
         ],
-        versions={described.flavour: described.version},
+        versions={described.runtime_library: described.version},
         seconds=described.seconds,
         peak_rss_mb=max(peaks, default=0.0),
         checks=checks,

@@ -160,7 +160,7 @@ def draw_heads(spec: DetectorSpec, anchors: np.ndarray) -> Iterator[Heads]:
     carriers = np.flatnonzero((anchors[:, 2:] > 0).all(axis=1))
     most = len(carriers)
     part = (0.6, 0.75)
-    scales = np.array(dataclasses.astuple(spec.box_coder), np.float32)
+    scales = np.array(dataclasses.astuple(spec.heads.box_coder), np.float32)
     for fill, boxes in (
         ((1.0, 1.0), _overlapping(spec)),
         ((1.0, 1.0), _around_the_threshold(spec)),
@@ -176,7 +176,7 @@ def draw_heads(spec: DetectorSpec, anchors: np.ndarray) -> Iterator[Heads]:
         encodings[rows] = _encode(corners, anchors[rows].astype(np.float64)) * scales
         for row, box in zip(rows, boxes, strict=True):
             logits[row] = _logits_of(spec, box)
-        logits *= np.float32(spec.scores.logit_scale)
+        logits *= np.float32(spec.heads.scores.logit_scale)
         yield Heads(encodings[np.newaxis], logits[np.newaxis], fill)
 
 
@@ -292,7 +292,7 @@ def _compare_decoded(
     theirs: Mapping[str, np.ndarray], heads: Heads, spec: DetectorSpec, anchors: np.ndarray
 ) -> float:
     expected = theirs["raw_detection_boxes"]
-    found = decode_boxes(heads.box_encodings, anchors, spec.box_coder)
+    found = decode_boxes(heads.box_encodings, anchors, spec.heads.box_coder)
     errors = np.abs(found - expected) / np.maximum(1, np.abs(expected))
     worst = float(errors.max())
     if not worst <= LIMIT:
@@ -303,7 +303,7 @@ def _compare_decoded(
 
 def _compare_scores(theirs: Mapping[str, np.ndarray], heads: Heads, spec: DetectorSpec) -> float:
     worst = float(
-        np.abs(convert_scores(heads.class_logits, spec.scores) - theirs["raw_detection_scores"]).max()
+        np.abs(convert_scores(heads.class_logits, spec.heads.scores) - theirs["raw_detection_scores"]).max()
     )
     if not worst <= LIMIT:
         raise _fail(f"the scores of the same logits differ by {worst:.2g} (scores)")
@@ -367,7 +367,7 @@ def _around_the_threshold(spec: DetectorSpec) -> list[_Box]:
     if threshold == 0:
         scores = [1e-6]
     scores += [score for score in np.linspace(0.03, 0.93, 7) if abs(score - threshold) > 0.01]
-    if spec.scores.converter != "identity":
+    if spec.heads.scores.converter != "identity":
         scores = [min(score, 1 - 1e-6) for score in scores if score > 0]
     return [
         _Box(corners, i % spec.heads.num_classes, score)
@@ -414,7 +414,7 @@ def _grid(count: int, top: float) -> list[tuple[float, float, float, float]]:
 def _ranked(spec: DetectorSpec, boxes: list[tuple[tuple[float, float, float, float], int]]) -> list[_Box]:
     """With scores above the threshold that fall from box to box in equal steps."""
     low = max(0.0, spec.nms.score_threshold)
-    top = low + 1 if spec.scores.converter == "identity" else max(_TOP, (1 + low) / 2)
+    top = low + 1 if spec.heads.scores.converter == "identity" else max(_TOP, (1 + low) / 2)
     steps = np.linspace(top, low + 0.05 * (top - low), max(2, len(boxes)))
     return [
         _Box(corners, column, score) for (corners, column), score in zip(boxes, steps.tolist(), strict=False)
@@ -432,7 +432,7 @@ def _encode(corners: np.ndarray, anchors: np.ndarray) -> np.ndarray:
 
 def _quiet_logits(generator: np.random.Generator, spec: DetectorSpec, shape: tuple[int, int]) -> np.ndarray:
     """Logits, before the scale, whose scores are below the threshold; float32."""
-    threshold, converter = spec.nms.score_threshold, spec.scores.converter
+    threshold, converter = spec.nms.score_threshold, spec.heads.scores.converter
     if converter == "identity":
         return np.float32(threshold - 1) - generator.random(shape, np.float32)
     if converter == "sigmoid" and threshold > 1e-20:
@@ -448,13 +448,13 @@ def _logits_of(spec: DetectorSpec, box: _Box) -> np.ndarray:
     """A row of logits, before the scale, that gives a class its score and the others next to none."""
     columns, background = spec.heads.num_columns, int(spec.heads.background_column)
     own = box.column + background
-    if spec.scores.converter == "identity":
+    if spec.heads.scores.converter == "identity":
         row = np.full(columns, spec.nms.score_threshold - 1.5)
         row[own] = box.score
         return row
     row = np.full(columns, _NEVER)
     score = min(max(box.score, 1e-30), 1 - 1e-7)
-    if spec.scores.converter == "sigmoid":
+    if spec.heads.scores.converter == "sigmoid":
         row[own] = math.log(score) - math.log1p(-score)
         return row
     rest = 0 if background else (own + 1) % columns

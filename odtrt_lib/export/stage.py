@@ -34,7 +34,7 @@ from odtrt_lib.folder import (
     sha256,
     staging,
 )
-from odtrt_lib.spec import DetectorSpec, HeadsSpec, InputSpec, Source, problems
+from odtrt_lib.spec import DetectorSpec, InputSpec, Source, SsdHeads, problems
 
 OUTPUTS = ("frozen.pb", "anchors.npy", "spec.json")
 _OF_THE_NETWORK = ("frozen.pb", "anchors.npy")
@@ -117,7 +117,7 @@ def export(
 
     frozen.pb: a TensorFlow GraphDef without variables. Input ``image``: float32
         ``[batch, height, width, 3]``, resized and normalised. Outputs ``box_encodings`` and
-        ``class_logits``, see :class:`odtrt_lib.spec.HeadsSpec`.
+        ``class_logits``, see :class:`odtrt_lib.spec.SsdHeads`.
     anchors.npy: float32 ``[num_anchors, 4]``, (ycenter, xcenter, height, width), normalised.
 
     source, pipeline: see :func:`find_model`; label_map: see :func:`odtrt_lib.export.pipeline.read_pipeline`.
@@ -140,8 +140,7 @@ def export(
     odapi.regenerate_protos()
     settings = read_pipeline(files.pipeline, label_map)
     size = _network_size(settings, input_size)
-    if batch is not None and batch < 1:
-        raise InputError(f"batch {batch}: expected at least 1, or none for a dynamic batch")
+    _check_batch(batch)
     inputs = {"pipeline.config": sha256(files.pipeline), "checkpoint": _checkpoint_sha256(files.checkpoint)}
     options = _options(files, settings, size, batch)
     note = f"checkpoint: {files.checkpoint} ({files.choice})"
@@ -164,6 +163,11 @@ def export(
         (out / "spec.json").write_text(spec.to_json(), encoding="utf-8")
         record = stage.record(out, OUTPUTS, versions, checks)
     return StageResult(record, False, note)
+
+
+def _check_batch(batch: int | None) -> None:
+    if batch is not None and batch < 1:
+        raise InputError(f"batch {batch}: expected at least 1, or none for a dynamic batch")
 
 
 def _options(
@@ -321,9 +325,13 @@ def _spec(
             tensorflow_version=versions["tensorflow"],
         ),
         input=InputSpec(height, width, settings.resizer, network.scale, network.offset, network.batch),
-        heads=HeadsSpec(len(network.anchors), settings.num_classes, settings.background_column),
-        box_coder=settings.box_coder,
-        scores=settings.scores,
+        heads=SsdHeads(
+            len(network.anchors),
+            settings.num_classes,
+            settings.background_column,
+            settings.box_coder,
+            settings.scores,
+        ),
         nms=settings.nms,
         labels=settings.labels,
     )

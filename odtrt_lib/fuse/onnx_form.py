@@ -15,7 +15,7 @@ Limits:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional, Tuple
+from typing import TYPE_CHECKING, Dict, Optional, Tuple
 
 import numpy as np
 
@@ -54,20 +54,8 @@ def with_onnx_nms(heads: onnx.ModelProto, spec: DetectorSpec, anchors: np.ndarra
     scores = _scores_by_class(graph, logits, spec)  # [B, C, N]
     rivals = add(graph, "ReduceMax", [scores], axes=[1], keepdims=1) if nms.class_agnostic else scores
     num_rows = 1 if nms.class_agnostic else spec.heads.num_classes
-    most_of_a_row = most if nms.class_agnostic else nms.max_detections_per_class
 
-    selected = add(
-        graph,
-        "NonMaxSuppression",
-        [
-            boxes,
-            rivals,
-            np.array([most_of_a_row], np.int64),
-            np.array([nms.iou_threshold], np.float32),
-            np.array([nms.score_threshold], np.float32),
-        ],
-        dtype=np.int64,
-    )  # [selected, 3]: image, row, anchor
+    selected = _selected(graph, boxes, rivals, spec)
     nothing = add(graph, "Expand", [_constant(_NOT_SELECTED), add(graph, "Shape", [rivals], np.int64)])
     left = add(graph, "ScatterND", [nothing, selected, add(graph, "GatherND", [rivals, selected])])
     left = add(graph, "Where", [_has_area(graph, clipped), left, _constant(_NOT_SELECTED)])
@@ -93,30 +81,52 @@ def with_onnx_nms(heads: onnx.ModelProto, spec: DetectorSpec, anchors: np.ndarra
         "classes": add(graph, "Where", [is_real, own_classes, np.array(0, np.int64)], np.int64),
     }
     if count < most:
-        for name, tensor in found.items():
-            zero = np.array(0, np.int64 if name == "classes" else np.float32)
-            rank = 3 if name == "boxes" else 2
-            padding = np.zeros((2, rank), np.int64)
-            padding[1, 1] = most - count
-            found[name] = add(graph, "Pad", [tensor, padding.ravel(), zero], zero.dtype)
+        found = _padded(graph, found, most - count)
     ones = add(graph, "Cast", [is_real], np.int32, to=6)
-    outputs = output_variables(spec, encodings.shape[0])
-    sources = {"num_detections": (ones, "ReduceSum"), **{name: (found[name], "") for name in found}}
-    for output in outputs:
-        tensor, reduction = sources[output.name]
-        if reduction:
-            append(graph, "ReduceSum", [tensor, np.array([1], np.int64)], [output], keepdims=0)
+    graph.outputs = output_variables(spec, encodings.shape[0])
+    for output in graph.outputs:
+        if output.name == "num_detections":
+            append(graph, "ReduceSum", [ones, np.array([1], np.int64)], [output], keepdims=0)
         elif output.dtype == np.int32:
-            append(graph, "Cast", [tensor], [output], to=6)
+            append(graph, "Cast", [found[output.name]], [output], to=6)
         else:
-            append(graph, "Identity", [tensor], [output])
-    graph.outputs = outputs
+            append(graph, "Identity", [found[output.name]], [output])
     return export_detector(graph, heads)
+
+
+def _selected(graph: Graph, boxes: Variable, scores: Variable, spec: DetectorSpec) -> Variable:
+    """NonMaxSuppression's selection, int64 [selected, 3]: image, row of ``scores``, anchor."""
+    nms = spec.nms
+    most = nms.max_total_detections if nms.class_agnostic else nms.max_detections_per_class
+    return add(
+        graph,
+        "NonMaxSuppression",
+        [
+            boxes,
+            scores,
+            np.array([most], np.int64),
+            np.array([nms.iou_threshold], np.float32),
+            np.array([nms.score_threshold], np.float32),
+        ],
+        dtype=np.int64,
+    )
+
+
+def _padded(graph: Graph, found: Dict[str, Variable], more: int) -> Dict[str, Variable]:
+    """The tensors ``boxes``, ``scores`` and ``classes`` with ``more`` rows of zeros."""
+    padded = {}
+    for name, tensor in found.items():
+        zero = np.array(0, np.int64 if name == "classes" else np.float32)
+        rank = 3 if name == "boxes" else 2
+        padding = np.zeros((2, rank), np.int64)
+        padding[1, 1] = more
+        padded[name] = add(graph, "Pad", [tensor, padding.ravel(), zero], zero.dtype)
+    return padded
 
 
 def _decode(graph: Graph, encodings: Variable, spec: DetectorSpec, anchors: np.ndarray) -> Variable:
     """``odtrt_lib.nms.decode_boxes`` in ONNX: float32 [B, N, 4]."""
-    coder = spec.box_coder
+    coder = spec.heads.box_coder
     centre, size = anchors[:, :2].astype(np.float32), anchors[:, 2:].astype(np.float32)
     halves = [
         add(
@@ -141,11 +151,11 @@ def _decode(graph: Graph, encodings: Variable, spec: DetectorSpec, anchors: np.n
 def _scores_by_class(graph: Graph, logits: Variable, spec: DetectorSpec) -> Variable:
     """``odtrt_lib.nms.convert_scores`` without the background, as float32 [B, C, N]."""
     scores = logits
-    if spec.scores.logit_scale != 1:
-        scores = add(graph, "Mul", [scores, np.array(1.0 / spec.scores.logit_scale, np.float32)])
-    if spec.scores.converter == "sigmoid":
+    if spec.heads.scores.logit_scale != 1:
+        scores = add(graph, "Mul", [scores, np.array(1.0 / spec.heads.scores.logit_scale, np.float32)])
+    if spec.heads.scores.converter == "sigmoid":
         scores = add(graph, "Sigmoid", [scores])
-    elif spec.scores.converter == "softmax":
+    elif spec.heads.scores.converter == "softmax":
         scores = add(graph, "Softmax", [scores], axis=2)
     if spec.heads.background_column:
         limits = (1, spec.heads.num_columns, 2)

@@ -21,10 +21,10 @@ def plugin_attributes(spec: DetectorSpec) -> Dict[str, Any]:
 
     Raises InputError where ``spec`` asks for more than the plugin does.
     """
-    nms, coder = spec.nms, spec.box_coder
-    if spec.scores.converter not in SCORE_CONVERTERS:
+    nms, coder, scores = spec.nms, spec.heads.box_coder, spec.heads.scores
+    if scores.converter not in SCORE_CONVERTERS:
         raise InputError(
-            f"score converter {spec.scores.converter!r} is unknown; expected one of "
+            f"score converter {scores.converter!r} is unknown; expected one of "
             f"{', '.join(SCORE_CONVERTERS)}: run `odtrt export` again"
         )
     if not 1 <= nms.max_total_detections <= MOST_DETECTIONS:
@@ -34,8 +34,8 @@ def plugin_attributes(spec: DetectorSpec) -> Dict[str, Any]:
         )
     return {
         "background_column": int(spec.heads.background_column),
-        "score_converter": SCORE_CONVERTERS[spec.scores.converter],
-        "logit_factor": float(np.float32(1.0 / spec.scores.logit_scale)),
+        "score_converter": SCORE_CONVERTERS[scores.converter],
+        "logit_factor": float(np.float32(1.0 / scores.logit_scale)),
         "box_scales": [coder.y_scale, coder.x_scale, coder.height_scale, coder.width_scale],
         "score_threshold": nms.score_threshold,
         "iou_threshold": nms.iou_threshold,

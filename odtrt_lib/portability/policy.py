@@ -37,7 +37,7 @@ from odtrt_lib.folder import (
     recorded,
 )
 from odtrt_lib.machine import Machine, this_machine
-from odtrt_lib.variants import FLAVOURS
+from odtrt_lib.variants import RUNTIME_LIBRARIES
 
 # How often best_plan reads the folder again while plans are being replaced; three times were once too few.
 _MOST_LOOKS = 20
@@ -78,12 +78,12 @@ class Verdict:
 class Environment:
     """Where a plan is to run.
 
-    flavour, version: of the installed TensorRT, None where there is none. tf32_override: what the environment
-    variable NVIDIA_TF32_OVERRIDE is, None where it is not set.
+    runtime_library, version: of the installed TensorRT, None where there is none. tf32_override: what the
+    environment variable NVIDIA_TF32_OVERRIDE is, None where it is not set.
     """
 
     machine: Machine
-    flavour: Optional[str]
+    runtime_library: Optional[str]
     version: Optional[str]
     plugin: Optional[PluginIdentity] = None
     tf32_override: Optional[str] = None
@@ -116,7 +116,7 @@ class PlanCheck:
     @cached_property
     def header_version(self) -> Optional[str]:
         """The version in the plan's header; None where it is not understood, as before TensorRT 8.6."""
-        is_known = self.passport.flavour == "tensorrt_rtx" or self.built >= (8, 6)
+        is_known = self.passport.runtime_library == "tensorrt_rtx" or self.built >= (8, 6)
         return passports.plan_version(self._plan) if is_known else None
 
     @cached_property
@@ -157,17 +157,17 @@ class PlanCheck:
         return version_order(self.here.version or "")
 
     @property
-    def is_same_flavour(self) -> bool:
-        return self.here.version is not None and self.here.flavour == self.passport.flavour
+    def is_same_runtime_library(self) -> bool:
+        return self.here.version is not None and self.here.runtime_library == self.passport.runtime_library
 
     @property
     def is_tensorrt(self) -> bool:
         """Whether TensorRT built the plan and is installed: its version rules apply."""
-        return self.is_same_flavour and self.passport.flavour == "tensorrt"
+        return self.is_same_runtime_library and self.passport.runtime_library == "tensorrt"
 
     @property
     def is_rtx(self) -> bool:
-        return self.is_same_flavour and self.passport.flavour == "tensorrt_rtx"
+        return self.is_same_runtime_library and self.passport.runtime_library == "tensorrt_rtx"
 
     @property
     def step(self) -> int:
@@ -182,7 +182,7 @@ class PlanCheck:
     @property
     def gpu_is_compared(self) -> bool:
         """Whether TensorRT built the plan on a known GPU and there is one here."""
-        return self.passport.flavour == "tensorrt" and self.has_gpu and self.built_on_known_gpu
+        return self.passport.runtime_library == "tensorrt" and self.has_gpu and self.built_on_known_gpu
 
     @property
     def has_gpu(self) -> bool:
@@ -243,8 +243,8 @@ class PlanCheck:
     def words(self) -> Dict[str, Any]:
         """What the sentences of :data:`POLICY` name."""
         built, here, plan = self.passport.machine, self.here.machine, self.passport
-        library = FLAVOURS[plan.flavour]
-        library_here = FLAVOURS.get(self.here.flavour or "", "no TensorRT")
+        library = RUNTIME_LIBRARIES[plan.runtime_library]
+        library_here = RUNTIME_LIBRARIES.get(self.here.runtime_library or "", "no TensorRT")
         return {
             "plan": plan.plan,
             "size": self.plan_bytes,
@@ -403,7 +403,7 @@ POLICY: Tuple[Rule, ...] = (
         _REBUILD,
         "built on {built_system}, this is {system}: such a plan does not move between systems",
         "SM114",
-        lambda case: case.passport.flavour == "tensorrt" and not _is_same_system(case),
+        lambda case: case.passport.runtime_library == "tensorrt" and not _is_same_system(case),
     ),
     Rule(
         "other architecture, RTX",
@@ -412,7 +412,7 @@ POLICY: Tuple[Rule, ...] = (
         "built on {built_system}, this is {system}: NVIDIA promises Windows and Linux, not other processors",
         "RTX",
         lambda case: (
-            case.passport.flavour == "tensorrt_rtx"
+            case.passport.runtime_library == "tensorrt_rtx"
             and case.passport.machine.architecture != case.here.machine.architecture
         ),
     ),
@@ -427,12 +427,12 @@ POLICY: Tuple[Rule, ...] = (
         blocks_rebuild=True,
     ),
     Rule(
-        "other flavour",
+        "other library",
         "TensorRT instead of TensorRT-RTX, or the reverse",
         _REBUILD,
         "built by {built_by}, here is {installed}: neither reads the other's plans",
         "odtrt",
-        lambda case: case.here.version is not None and not case.is_same_flavour,
+        lambda case: case.here.version is not None and not case.is_same_runtime_library,
     ),
     Rule(
         "same version",
@@ -440,7 +440,7 @@ POLICY: Tuple[Rule, ...] = (
         _OK,
         "built by {built_by}, which is installed here: it loads",
         "EC11",
-        lambda case: case.is_same_flavour and case.step == 0,
+        lambda case: case.is_same_runtime_library and case.step == 0,
     ),
     Rule(
         "other version, RTX",
@@ -512,7 +512,9 @@ POLICY: Tuple[Rule, ...] = (
         _REBUILD,
         "the passport does not say on which GPU the plan was built: it may not fit {gpu}",
         "odtrt",
-        lambda case: case.passport.flavour == "tensorrt" and case.has_gpu and not case.built_on_known_gpu,
+        lambda case: (
+            case.passport.runtime_library == "tensorrt" and case.has_gpu and not case.built_on_known_gpu
+        ),
     ),
     Rule(
         "same GPU",
@@ -601,7 +603,7 @@ POLICY: Tuple[Rule, ...] = (
         _OK,
         "built for compute capability {targets}, this is {gpu}: it loads and is finished for this GPU then",
         "RTX",
-        lambda case: case.passport.flavour == "tensorrt_rtx" and case.has_gpu and case.rtx_covers,
+        lambda case: case.passport.runtime_library == "tensorrt_rtx" and case.has_gpu and case.rtx_covers,
     ),
     Rule(
         "GPU not among the targets, RTX",
@@ -609,7 +611,7 @@ POLICY: Tuple[Rule, ...] = (
         _REBUILD,
         "built for compute capability {targets}, this is {gpu}: TensorRT-RTX does not load it",
         "RTX",
-        lambda case: case.passport.flavour == "tensorrt_rtx" and case.has_gpu and not case.rtx_covers,
+        lambda case: case.passport.runtime_library == "tensorrt_rtx" and case.has_gpu and not case.rtx_covers,
     ),
     Rule(
         "older driver",
@@ -672,10 +674,10 @@ def this_environment(plugin: Union[str, Path, None] = None) -> Environment:
 
     Raises InputError where ``plugin`` cannot be read.
     """
-    flavour, version = next(iter(available_runtimes()), (None, None))
+    runtime_library, version = next(iter(available_runtimes()), (None, None))
     identity = None if plugin is None else passports.plugin_identity(plugin)
     override = os.environ.get(TF32_OVERRIDE)
-    return Environment(this_machine(), flavour, version, identity, override)
+    return Environment(this_machine(), runtime_library, version, identity, override)
 
 
 def check(folder: Union[str, Path], passport: Passport, here: Environment) -> Verdict:

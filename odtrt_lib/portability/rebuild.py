@@ -213,11 +213,11 @@ def _settings(folder: Path, passport: Passport, here: Environment) -> Dict[str, 
         settings["batch"] = built["batch_min_opt_max"]
     if passport.machine.gpu == here.machine.gpu and built.get("memory_limit_mb"):
         settings["memory"] = f"{built['memory_limit_mb']}MiB"
-    if here.flavour == "tensorrt":
+    if here.runtime_library == "tensorrt":
         settings["version_compatible"] = passport.version_compatible
         if here.machine.l4t is None and (capability is None or version_order(capability) >= (8, 0)):
             settings["hardware_compatibility"] = passport.hardware_compatibility
-    elif passport.flavour == "tensorrt_rtx" and passport.compute_capabilities != ("default",):
+    elif passport.runtime_library == "tensorrt_rtx" and passport.compute_capabilities != ("default",):
         is_target = capability is None or capability in passport.compute_capabilities
         settings["compute_capabilities"] = list(passport.compute_capabilities) if is_target else [capability]
     elif capability is not None and version_order(capability) < (8, 0):
