@@ -212,10 +212,10 @@ def load(folder: str, fingerprint: str, damage: str, plugin: str) -> None:
     here = portability.this_environment(plugin if paper.plugin is not None else None)
     verdict = verdict_on(Path(folder), paper, data, here)
     tell({"verdict": verdict.word, "says": verdict.reasons[0] if verdict.reasons else ""})
-    if here.flavour is None:
+    if here.runtime_library is None:
         tell({"loads": False, "message": "no TensorRT can be imported"})
         return
-    trt: Any = import_library(here.flavour)
+    trt: Any = import_library(here.runtime_library)
     logger, errors, warnings = said_by(trt)
     is_same_interface = trt.__version__.startswith("8.5") and hasattr(trt, "get_plugin_registry")
     if paper.plugin is not None and is_same_interface:
@@ -286,9 +286,10 @@ def outcome(make: Callable[[], Any], errors: List[str], warnings: List[str]) -> 
 
 def timing_cache(cache: str, _: str) -> None:
     """Whether this environment's builder takes the cache of another."""
-    flavour, version = engine.available_runtimes()[0]
-    trt: Any = import_library(flavour)
-    own = engine.timing_cache_file({"flavour": flavour, "version": version}, this_machine()).name
+    name, version = engine.available_runtimes()[0]
+    trt: Any = import_library(name)
+    identity = {"runtime_library": name, "version": version}
+    own = engine.timing_cache_file(identity, this_machine()).name
     verdict = "own" if Path(cache).name == own else "apart"
     tell({"verdict": verdict, "says": f"here it is {own}"})
     logger, errors, warnings = said_by(trt)
