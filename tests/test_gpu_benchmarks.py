@@ -169,7 +169,7 @@ def on_a_gpu(monkeypatch, tmp_path):
 @pytest.fixture
 def tensorrt_gpu(on_a_gpu, monkeypatch, tmp_path):
     script = on_a_gpu("tensorrt_gpu")
-    here = SimpleNamespace(flavour="tensorrt", version="8.5.2.2")
+    here = SimpleNamespace(runtime_library="tensorrt", version="8.5.2.2")
     monkeypatch.setattr(script.portability, "this_environment", lambda: here)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
