@@ -55,6 +55,7 @@ MOST_WAITING = 16
 """Calls of :meth:`Detector.submit` that may be unfinished; the next one waits. From callbacks: twice that."""
 
 _POLL_SECONDS = 0.5
+_NO_GPU = "no NVIDIA GPU here: no plan runs, ONNX Runtime does"
 _HEADS = FORMS["heads"].file
 
 
@@ -187,19 +188,14 @@ class Detector:
         back to ONNX Runtime instead, and :attr:`status` says why.
         """
         folder = Path(folder)
-        if backend not in BACKENDS:
-            raise InputError(f"backend {backend!r} is unknown; expected one of: {', '.join(BACKENDS)}")
-        if precision not in (None, *PRECISIONS):
-            raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-        if plugin is not None and not Path(plugin).is_file():
-            raise InputError(f"{plugin}: not found; {BUILD_PLUGIN}")
+        _check_choices(backend, plugin, precision)
         if backend == "onnxruntime":
             return cls(*_open_onnxruntime(folder))
         here = _here(backend, plugin)
         if here is None:
+            has_plans = any((folder / PLANS).glob("*.json"))
             detector = cls(*_open_onnxruntime(folder))
-            if any((folder / PLANS).glob("*.json")):
-                detector._serving.reasons = ("no NVIDIA GPU here: no plan runs, ONNX Runtime does",)
+            detector._serving.reasons = (_NO_GPU,) if has_plans else ()
             return detector
         wanted = _Wanted(folder, here, plugin, precision, switches)
         spec, anchors = _read_contract(folder)
@@ -209,19 +205,14 @@ class Detector:
             raise InputError(f"{folder}: the model was replaced while it was opened; open it again")
         if backend != "auto":
             if found.backend is None:
-                raise InputError(
-                    f"{folder}: no plan that {backend} {here.version} can use here: "
-                    f"{'; '.join(found.reasons)}"
-                )
+                reasons = "; ".join(found.reasons)
+                raise InputError(f"{folder}: no plan that {backend} {here.version} can use here: {reasons}")
             return cls(spec, anchors, found.backend)
         is_started = found.stale is not None and _start_rebuild(wanted, found.stale)
-        serving = found.backend
-        if serving is None:
-            try:
-                spec, anchors, serving = _open_onnxruntime(folder)
-            except MissingDependencyError as error:
-                raise MissingDependencyError(f"{error}; {'; '.join(found.reasons)}") from error
-        detector = cls(spec, anchors, serving)
+        if found.backend is not None:
+            detector = cls(spec, anchors, found.backend)
+        else:
+            detector = cls(*_open_onnxruntime_instead(folder, found.reasons))
         detector._serving.reasons = found.reasons
         if found.stale is not None:
             _watch_rebuild(detector, wanted, found.stale, is_started)
@@ -342,6 +333,15 @@ class Detector:
         return detections
 
 
+def _check_choices(backend: str, plugin: Union[str, Path, None], precision: Optional[str]) -> None:
+    if backend not in BACKENDS:
+        raise InputError(f"backend {backend!r} is unknown; expected one of: {', '.join(BACKENDS)}")
+    if precision not in (None, *PRECISIONS):
+        raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if plugin is not None and not Path(plugin).is_file():
+        raise InputError(f"{plugin}: not found; {BUILD_PLUGIN}")
+
+
 def _read_contract(folder: Path) -> Tuple[DetectorSpec, np.ndarray]:
     files = sealed(folder, "spec.json", "anchors.npy")
     spec = load_spec(folder / "spec.json", files["spec.json"])
@@ -363,6 +363,16 @@ def _open_onnxruntime(folder: Path) -> Tuple[DetectorSpec, np.ndarray, Backend]:
     spec = load_spec(folder / "spec.json", files["spec.json"])
     anchors = load_anchors(folder / "anchors.npy", spec, files["anchors.npy"])
     return spec, anchors, _run_by_onnxruntime(folder / _HEADS, spec, anchors, files[_HEADS])
+
+
+def _open_onnxruntime_instead(
+    folder: Path, reasons: Sequence[str]
+) -> Tuple[DetectorSpec, np.ndarray, Backend]:
+    """reasons: why no plan serves."""
+    try:
+        return _open_onnxruntime(folder)
+    except MissingDependencyError as error:
+        raise MissingDependencyError(f"{error}; {'; '.join(reasons)}") from error
 
 
 def _run_by_onnxruntime(path: Path, spec: DetectorSpec, anchors: np.ndarray, model: bytes) -> Backend:
