@@ -50,6 +50,7 @@ from typing import Any
 
 import numpy as np
 from gpu_times import free_device_mb
+from recorded_heads import ARITHMETIC
 
 from odtrt_lib import engine, portability
 from odtrt_lib.anchors import load_anchors
@@ -64,9 +65,6 @@ from odtrt_lib.results import write_results
 from odtrt_lib.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
-# Arithmetic: the plan's precision, and the IoU and the score tolerance that its detections are held to.
-# TF32 rounds to 10 bits as FP16 does, but only the factors of a product.
-ARITHMETIC = {"FP32": ("fp32", 0.99, 1e-3), "TF32": ("fp32", 0.95, 0.01), "FP16": ("fp16", 0.9, 0.05)}
 SURE = 0.3
 SAMPLING = Sampling(warmup=20, min_count=30, max_count=1000, seconds=2.5)
 BATCH = 8

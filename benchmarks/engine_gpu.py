@@ -47,23 +47,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from backends_gpu import ARITHMETIC, in_a_process
+from backends_gpu import in_a_process
 from gpu_times import free_device_mb, whole_frame
+from recorded_heads import (
+    ARITHMETIC,
+    LARGEST_RELATIVE_ERROR,
+    WHOLE_IMAGE,
+    differences,
+    is_exact,
+    same_detections,
+)
 
 from odtrt_lib import engine
 from odtrt_lib.anchors import load_anchors
 from odtrt_lib.engine import builder, passport
-from odtrt_lib.evaluate import agreement
 from odtrt_lib.latency import Sampling, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import postprocess
 from odtrt_lib.results import write_results
-from odtrt_lib.spec import DetectorSpec, load_spec
+from odtrt_lib.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
-LARGEST_RELATIVE_ERROR = {"FP32": 1e-3, "TF32": 2e-2, "FP16": 2e-2}
 SAMPLING = Sampling(warmup=50, min_count=50, max_count=500, seconds=7.5)
-WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
 
 
 def main(arguments: list[str]) -> int:
@@ -167,13 +172,8 @@ def run(folder: Path, arithmetic: str) -> dict[str, Any]:
         row["postprocessing"], row["postprocessing_is_exact"] = plan.postprocessing, None
         if plan.postprocessing == "on the GPU":
             found_on_gpu = plan.run_prepared(reference["image"], [whole_frame(spec)])
-            row["postprocessing_is_exact"] = all(
-                np.array_equal(getattr(found_on_gpu, name), getattr(found_on_cpu, name))
-                for name in ("num_detections", "boxes", "scores", "classes", "anchors")
-            )
-        count = found_on_cpu.num_detections[0]
-        own = {name: getattr(found_on_cpu, name)[0, :count] for name in ("boxes", "scores", "classes")}
-        agrees, counts = same_detections(reference, own, spec, arithmetic)
+            row["postprocessing_is_exact"] = is_exact(found_on_gpu, found_on_cpu)
+        agrees, counts = same_detections(reference, found_on_cpu, spec, arithmetic)
         row.update(counts)
         row.update(time_calls(plan.run_again, SAMPLING).row())
     finally:
@@ -187,50 +187,6 @@ def run(folder: Path, arithmetic: str) -> dict[str, Any]:
         and (agrees or not is_trained)
     )
     return row
-
-
-def differences(heads: tuple[np.ndarray, np.ndarray], reference: Any) -> dict[str, float]:
-    """The largest differences from the recorded heads, as shares of the largest value there."""
-    found = {}
-    for name, array, key in zip(("boxes", "logits"), heads, ("box_encodings", "class_logits"), strict=True):
-        expected = reference[key].astype(np.float64)
-        difference = np.abs(array[:, reference["anchors"]] - expected)
-        worst = float(difference.max()) if np.isfinite(difference).all() else float("inf")
-        found[f"{name}_relative_err"] = min(worst / float(np.abs(expected).max()), 1e9)
-    return found
-
-
-def same_detections(
-    reference: Any, own: Any, spec: DetectorSpec, arithmetic: str
-) -> tuple[bool, dict[str, float]]:
-    """Whether the detections agree, and how many of ONNX Runtime's there are and were found."""
-    _, iou, tolerance = ARITHMETIC[arithmetic]
-    compared = agreement(
-        coco_form(reference),
-        coco_form(own),
-        score_threshold=spec.nms.score_threshold,
-        iou=iou,
-        score_tolerance=tolerance,
-        max_detections=spec.nms.max_total_detections,
-    )
-    return compared.agrees, {
-        "detections": compared.references,
-        "matched": compared.matched,
-        "at_threshold": compared.at_threshold,
-        "missing": len(compared.missing),
-        "extra": len(compared.extra),
-        "max_score_difference": compared.max_score_difference,
-    }
-
-
-def coco_form(found: Any) -> list[dict[str, Any]]:
-    """Detections of one image in COCO's results form, boxes in shares of it."""
-    ymin, xmin, ymax, xmax = found["boxes"].astype(np.float64).T
-    boxes = np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=1)
-    return [
-        {"image_id": 0, "category_id": int(column), "bbox": box.tolist(), "score": float(score)}
-        for column, box, score in zip(found["classes"], boxes, found["scores"], strict=True)
-    ]
 
 
 if __name__ == "__main__":

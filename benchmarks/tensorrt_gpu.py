@@ -48,11 +48,18 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import numpy as np
 from gpu_times import free_device_mb, graph_times, whole_frame
+from recorded_heads import (
+    ARITHMETIC,
+    LARGEST_RELATIVE_ERROR,
+    WHOLE_IMAGE,
+    differences,
+    is_exact,
+    same_detections,
+)
 
 from odtrt_lib import engine, portability
 from odtrt_lib.detector import Detector, load_anchors
 from odtrt_lib.engine import passport
-from odtrt_lib.evaluate import agreement
 from odtrt_lib.latency import Sampling, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import postprocess
@@ -60,15 +67,10 @@ from odtrt_lib.results import write_results
 from odtrt_lib.spec import DetectorSpec, load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
-# precision, IoU and score tolerance of a pair of detections. TF32 rounds a product's factors as FP16 does.
-ARITHMETIC = {"FP32": ("fp32", 0.99, 1e-3), "TF32": ("fp32", 0.95, 0.01), "FP16": ("fp16", 0.9, 0.05)}
-LARGEST_RELATIVE_ERROR = {"FP32": 1e-3, "TF32": 2e-2, "FP16": 2e-2}
 FORMS = ("split", "fused")
-CALLS_IN_GRAPH = 20
 SAMPLING = Sampling(warmup=30, min_count=20, max_count=300, seconds=4.0)
 ROW_TIMEOUT_SECONDS = 570
 NOT_FINISHED = "not finished"
-WHOLE_IMAGE = np.array([[0, 0, 1, 1]], np.float32)
 
 
 def main(arguments: List[str]) -> int:
@@ -315,53 +317,10 @@ def heads_against(
     reference: Any, plan: Any, detections: Any, anchors: np.ndarray, spec: DetectorSpec
 ) -> Dict[str, Any]:
     heads = plan.infer(reference["image"])
-    row: Dict[str, Any] = {}
-    for name, array, key in zip(("boxes", "logits"), heads, ("box_encodings", "class_logits")):
-        expected = reference[key].astype(np.float64)
-        difference = np.abs(array[:, reference["anchors"]] - expected)
-        worst = float(difference.max()) if np.isfinite(difference).all() else float("inf")
-        row[f"{name}_relative_err"] = min(worst / float(np.abs(expected).max()), 1e9)
     on_cpu = postprocess(*heads, anchors, spec, WHOLE_IMAGE)
-    fields = ("num_detections", "boxes", "scores", "classes", "anchors")
-    row["postprocessing_is_exact"] = all(
-        np.array_equal(getattr(detections, name), getattr(on_cpu, name)) for name in fields
-    )
+    row: Dict[str, Any] = dict(differences(heads, reference))
+    row["postprocessing_is_exact"] = is_exact(detections, on_cpu)
     return row
-
-
-def same_detections(
-    reference: Any, detections: Any, spec: DetectorSpec, arithmetic: str
-) -> Tuple[bool, Dict[str, Any]]:
-    """Whether the detections agree, and how many of ONNX Runtime's there are and were found."""
-    _, iou, tolerance = ARITHMETIC[arithmetic]
-    count = int(detections.num_detections[0])
-    own = {name: getattr(detections, name)[0, :count] for name in ("boxes", "scores", "classes")}
-    compared = agreement(
-        coco_form(reference),
-        coco_form(own),
-        score_threshold=spec.nms.score_threshold,
-        iou=iou,
-        score_tolerance=tolerance,
-        max_detections=spec.nms.max_total_detections,
-    )
-    return compared.agrees, {
-        "detections": compared.references,
-        "matched": compared.matched,
-        "at_threshold": compared.at_threshold,
-        "missing": len(compared.missing),
-        "extra": len(compared.extra),
-        "max_score_difference": compared.max_score_difference,
-    }
-
-
-def coco_form(found: Any) -> List[Dict[str, Any]]:
-    """Detections of one image in COCO's results form, boxes in shares of it."""
-    ymin, xmin, ymax, xmax = np.asarray(found["boxes"], np.float64).T
-    boxes = np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=1)
-    return [
-        {"image_id": 0, "category_id": int(column), "bbox": box.tolist(), "score": float(score)}
-        for column, box, score in zip(found["classes"], boxes, found["scores"])
-    ]
 
 
 def detect_times(folder: Path, found: passport.Passport, plugin: Optional[Path]) -> Dict[str, float]:

@@ -135,17 +135,24 @@ def staging(folder: Union[str, Path]) -> Iterator[Path]:
     way, or the disk is full.
     """
     folder = Path(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with workplace(folder, _STAGING) as temporary:
+        with made(folder), workplace(folder, _STAGING) as temporary:
             yield temporary
             commit(temporary, folder)
-        made = []
     except OSError as error:
         raise cannot_write(folder, error) from error
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Makes a folder and those above it; if the block fails, what this call made of them goes again."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+        absent = []
     finally:
-        for path in made:
+        for path in absent:
             with contextlib.suppress(OSError):
                 path.rmdir()
 

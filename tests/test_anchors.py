@@ -126,7 +126,7 @@ def test_an_absent_file(path):
 def test_a_spec_of_many_anchors_takes_no_memory(path):
     path.write_bytes(with_header(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**31 - 1}, 4), }}"))
     spec = dataclasses.replace(SPEC, heads=dataclasses.replace(SPEC.heads, num_anchors=2**31 - 1))
-    with pytest.raises(InputError, match="80 bytes of anchors, expected 34359738352"):
+    with pytest.raises(InputError, match=r"80 bytes.* 34359738352"):
         load_anchors(path, spec)
 
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+import tensorrt_names as names
 
 from odtrt_lib import boards
 
 ROOT = Path(__file__).resolve().parent.parent
-_SPEC = importlib.util.spec_from_file_location("tensorrt_names", ROOT / "benchmarks" / "tensorrt_names.py")
-names = importlib.util.module_from_spec(_SPEC)
-sys.modules["tensorrt_names"] = names
-_SPEC.loader.exec_module(names)
 
 
 @pytest.fixture(scope="module")

@@ -197,7 +197,7 @@ def test_a_name_in_the_manifest_does_not_act_on_the_terminal(monkeypatch, capsys
 def test_a_bundle_never_replaces_a_file_that_it_packs(tmp_path):
     model_folder(tmp_path / "tiny")
     before = (tmp_path / "tiny" / "heads.onnx").read_bytes()
-    with pytest.raises(InputError, match="is read by this command"):
+    with pytest.raises(InputError, match=r"heads\.onnx: is read"):
         bundle.pack(tmp_path / "tiny", tmp_path / "tiny" / "heads.onnx", force=True)
     assert (tmp_path / "tiny" / "heads.onnx").read_bytes() == before
 
@@ -310,7 +310,7 @@ def test_a_detector_without_its_fused_form_travels_too(tmp_path):
     [
         (lambda f: (f / "heads.onnx").unlink(), r"heads\.onnx: not found; run `odtrt convert`"),
         (lambda f: (f / "spec.json").write_text("{"), r"spec\.json: not JSON"),
-        (lambda f: (f / "anchors.npy").write_bytes(b"no"), r"anchors\.npy: not a numpy array"),
+        (lambda f: (f / "anchors.npy").write_bytes(b"no"), r"anchors\.npy: .*numpy"),
         (
             lambda f: np.save(f / "anchors.npy", np.zeros((3, 4), np.float32)),
             r"anchors\.npy: float32 \[3, 4\]",
@@ -405,15 +405,15 @@ def other_detector(folder):
         (lambda f: (f / "frozen.pb").write_bytes(b"no file of a bundle"), None),
         (
             lambda f: export_again(f, "frozen.pb", b"newer"),
-            r"heads\.onnx: made from another frozen\.pb than the one beside it; run `odtrt convert` again",
+            r"heads\.onnx: made from another frozen\.pb .*`odtrt convert`",
         ),
         (
             lambda f: export_again(f, "anchors.npy", anchors_file()),
-            r"detector\.onnx: made from another anchors\.npy than the one beside it; run `odtrt fuse` again",
+            r"detector\.onnx: made from another anchors\.npy .*`odtrt fuse`",
         ),
         (
             lambda f: export_again(f, "spec.json", other_threshold()),
-            r"detector\.onnx: made from another spec\.json than the one beside it; run `odtrt fuse` again",
+            r"detector\.onnx: made from another spec\.json .*`odtrt fuse`",
         ),
         (lambda f: export_again(f, "spec.json", renamed()), None),
     ],
@@ -550,7 +550,7 @@ def test_an_unpacked_model_is_sealed_and_an_upgrade_seals_the_new_one(folder, ar
     heads = target / "model" / "heads.onnx"
     heads.write_bytes(heads.read_bytes()[:-1] + b"!")
     message = one_line_error(lambda: sealed(target / "model", "heads.onnx"))
-    assert "heads.onnx: damaged or changed" in message and message.endswith("unpack the bundle again")
+    assert "heads.onnx: damaged or changed" in message and "unpack" in message
     other = shutil.copytree(folder, tmp_path / "other")
     other_weights(other)
     (other / "detector.onnx").unlink()
@@ -569,7 +569,7 @@ def test_an_upgrade_through_a_link_or_over_a_folder_changes_nothing(archive, tmp
     (target / "model").symlink_to(outside)
     before = contents(outside)
     message = one_line_error(lambda: bundle.unpack(archive, target, force=True))
-    assert f"{target / 'model'}: a link, expected a folder; nothing was changed" in message
+    assert f"{target / 'model'}: a link" in message
     assert contents(outside) == before
     (target / "model").unlink()
     outside.rename(target / "model")
@@ -577,7 +577,7 @@ def test_an_upgrade_through_a_link_or_over_a_folder_changes_nothing(archive, tmp
     (target / "README.txt").mkdir()
     before = contents(target)
     message = one_line_error(lambda: bundle.unpack(archive, target, force=True))
-    assert "README.txt: a folder, expected a file; nothing was changed" in message
+    assert "README.txt: a folder" in message
     assert contents(target) == before
 
 
@@ -586,7 +586,7 @@ def test_a_folder_with_other_things_is_not_written_over(archive, tmp_path):
     (tmp_path / "home" / "thesis.tex").write_text("mine")
     for force in (False, True):
         message = one_line_error(lambda force=force: bundle.unpack(archive, tmp_path / "home", force=force))
-        assert "was not unpacked from a bundle" in message
+        assert "not unpacked" in message
     assert contents(tmp_path / "home") == {"thesis.tex": b"mine"}
 
 
@@ -631,11 +631,11 @@ def forged_list_of_old_files(out, outside):
 @pytest.mark.parametrize(
     ("obstacle", "named"),
     [
-        (linked_folder, "model: a link, expected a folder"),
-        (linked_far_below, "kernels: a link, expected a folder"),
-        (file_for_folder, "odtrt_lib: a file, expected a folder"),
-        (folder_for_file, "zoo.py: a folder, expected a file"),
-        (forged_list_of_old_files, "old: a link, expected a folder"),
+        (linked_folder, "model: a link"),
+        (linked_far_below, "kernels: a link"),
+        (file_for_folder, "odtrt_lib: a file"),
+        (folder_for_file, "zoo.py: a folder"),
+        (forged_list_of_old_files, "old: a link"),
     ],
 )
 def test_what_is_in_the_way_is_found_before_anything_changes(folder, archive, tmp_path, obstacle, named):
@@ -646,7 +646,7 @@ def test_what_is_in_the_way_is_found_before_anything_changes(folder, archive, tm
     other = other_bundle(folder, tmp_path)
     before = contents(tmp_path)
     message = one_line_error(lambda: bundle.unpack(other, out, force=True))
-    assert f"{named}; nothing was changed" in message
+    assert named in message and "nothing was changed" in message
     assert contents(tmp_path) == before
 
 
@@ -680,7 +680,7 @@ def test_weights_outside_of_the_model_are_not_left_behind(folder, tmp_path):
     onnx.save(model, copy / "heads.onnx", save_as_external_data=True, size_threshold=0, location="weights")
     seal(copy)
     message = one_line_error(lambda: bundle.pack(copy, tmp_path / "a.zip"))
-    assert "heads.onnx: its weights lie in other files" in message and not (tmp_path / "a.zip").exists()
+    assert "heads.onnx: its weights" in message and not (tmp_path / "a.zip").exists()
 
 
 def test_an_empty_folder_may_be_there(archive, unpacked, tmp_path):
@@ -701,7 +701,7 @@ def test_a_plain_unzip_is_verified_too(archive, tmp_path):
     content[200] ^= 1
     anchors.write_bytes(content)
     message = one_line_error(lambda: bundle.build_here(tmp_path / "out"))
-    assert f"{anchors}: not the file that was packed" in message
+    assert f"{anchors}: not the file" in message
     anchors.unlink()
     assert f"{anchors}: not found" in one_line_error(lambda: bundle.verify(tmp_path / "out"))
 
@@ -859,7 +859,7 @@ def test_an_archive_forged_without_a_change_is_taken(archive, unpacked, tmp_path
         ("[" * 100_000, "not JSON"),
         ("[]", "schema 'list', expected 1"),
         ('{"schema": 1, "odtrt": "", "name": "", "spec_sha256": "", "members": [7]}', "'7' is no member"),
-        (" " * (1 << 23), "is too large to be one"),
+        (" " * (1 << 23), "too large"),
     ],
 )
 def test_a_manifest_that_is_none(archive, tmp_path, manifest, said):
@@ -897,9 +897,9 @@ def test_an_encrypted_member_is_refused(tmp_path, archive):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "cannot be read (No such file or directory)"),
-        (b"", "damaged, or no bundle"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "damaged, or no bundle"),
+        (None, "cannot be read (No such"),
+        (b"", "damaged"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "damaged"),
         (b"PK\5\6" + bytes(18), "has no manifest.json"),
     ],
 )
@@ -1364,8 +1364,8 @@ def test_no_file_in_the_folder_stands_in_for_one_of_pythons_modules(archive, tmp
     done = subprocess.run([sys.executable, out / "build_here.py"], capture_output=True, text=True)
     assert not (tmp_path / "ran").exists()
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "argparse.py: not from this bundle, and Python would take it" in done.stderr
-    assert "not from this bundle: 'argparse.py', 'numpy.py', 'odtrt_lib/mine.py', 'typing.py'" in done.stdout
+    assert "argparse.py: not from this bundle" in done.stderr
+    assert "bundle: 'argparse.py', 'numpy.py', 'odtrt_lib/mine.py', 'typing.py'" in done.stdout
 
 
 def test_a_folder_that_was_used_has_no_strangers_but_the_users(archive, tmp_path):
@@ -1387,10 +1387,10 @@ def test_a_folder_that_was_used_has_no_strangers_but_the_users(archive, tmp_path
 
 def test_a_python_that_is_too_old_is_told_so(archive, unpacked):
     python = python_of("3.6")
-    for script in (archive, unpacked / "build_here.py"):
+    for script in (archive, unpacked / "build_here.py", unpacked / "detect.py"):
         done = subprocess.run([python, script], capture_output=True, text=True)
         assert done.returncode == 1
-        assert done.stderr == "error: Python 3.6 is too old, expected 3.8 or newer\n"
+        assert re.fullmatch(r"error: Python 3\.6 .*3\.8.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("module", ["numpy", "onnxruntime", "onnx", "onnxconverter_common"])
@@ -1536,7 +1536,7 @@ def test_plans_says_of_each_whether_it_may_be_used(archive, tmp_path, monkeypatc
     bundle.unpack(archive, tmp_path / "out")
     model, script = tmp_path / "out" / "model", str(tmp_path / "out" / "build_here.py")
     assert bundle.run_build_here([script, "--plans"]) == 1
-    assert "no plan that can be used; run build_here.py first" in capsys.readouterr().err
+    assert "run build_here.py" in capsys.readouterr().err
 
     content = b"ftrt" + bytes(20) + bytes((10, 3, 0, 26)) + bytes(5000)
     made = faults.describe(
@@ -1598,7 +1598,7 @@ def test_ctrl_c_ends_the_compiler_and_leaves_nothing_half_written(archive, tmp_p
         running.kill()
     assert running.returncode == 130
     assert errors == "interrupted; nothing half-written is left\n"
-    assert output.splitlines()[-1] == "compiling; the first time this may take minutes"
+    assert output.splitlines()[-1].startswith("compiling")
     after = {name: content for name, content in contents(tmp_path / "out").items() if ".pyc" not in name}
     assert after == before
 
@@ -1683,8 +1683,8 @@ def test_the_line_that_opens_the_detector_is_the_one_that_was_tried(
     assert said[-1] == f"detector = {built['open']}"
     eval(built["open"], {"Detector": Opened})
     assert opened[1] == opened[0] == ((out / "model").resolve(), plugin if has_plugin else None, "fp16")
-    assert any("the memory did not suffice for fp32" in line for line in said)
-    assert any(line.startswith("the pattern is computed") for line in said)
+    assert any("memory" in line and "fp32" in line for line in said)
+    assert any(line.startswith("the pattern") for line in said)
     assert not any("no NVIDIA GPU" in line for line in said)
 
 
@@ -1713,7 +1713,7 @@ def test_plans_of_tensorrt_go_where_triton_and_nvinfer_look(archive, tmp_path):
     del plans["detector.onnx"]
     placed = install._place_plans(tmp_path / "out", plans, "tensorrt", said.append)
     assert [path.name for path in placed] == ["model.plan"]
-    assert len(said) == 1 and "it must be a plan of detector.onnx, which needs the plugin" in said[0]
+    assert len(said) == 1 and "a plan of detector.onnx" in said[0]
 
 
 @pytest.mark.parametrize(("largest", "is_told"), [(8, False), (4, True)])
@@ -1723,7 +1723,7 @@ def test_a_plan_for_smaller_batches_than_triton_is_told_of_is_said(tmp_path, lar
     path.write_text(bundle.triton_config(detector, "tiny", "tensorrt_plan"))
     install._compare_batch(path, largest, said.append)
     assert bool(said) == is_told
-    assert not is_told or "max_batch_size is 8, but the plan takes 4 at most" in said[0]
+    assert not is_told or re.search("max_batch_size is 8,.* 4 ", said[0])
 
 
 @pytest.mark.parametrize(
@@ -1743,7 +1743,7 @@ def test_detections_that_cannot_be_right_are_caught(broken):
         return Detections(np.float32(boxes), np.float32(scores), np.array([1]), ("a nut",))
 
     install._check_detections(detections(), (16, 24), SPEC)
-    with pytest.raises(CheckError, match="1 detections that cannot be right"):
+    with pytest.raises(CheckError, match=r"1 detections .*cannot"):
         install._check_detections(detections(**broken), (16, 24), SPEC)
 
 
@@ -1774,14 +1774,18 @@ def test_the_plugin_is_compiled_and_its_plan_built(archive, tmp_path, monkeypatc
     assert sizes["detector.onnx"] > sizes["heads.onnx"]
 
 
-def device_environment(path):
-    """A virtual environment with what a device has, linked from this one: no TensorFlow, typer or odtrt."""
+TO_DETECT = ("numpy", "onnxruntime", "pillow")
+TO_BUILD = (
+    *TO_DETECT, "onnx", "onnxconverter-common", "protobuf",
+    "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs",
+)  # fmt: skip
+
+
+def device_environment(path, packages=TO_BUILD):
+    """A virtual environment with these and what they need, linked from this one: no TensorFlow or odtrt."""
     venv.create(path, with_pip=False, symlinks=True)
     site = next(path.glob("lib/python3*/site-packages"))
-    wanted = [
-        "numpy", "onnx", "onnxruntime", "onnxconverter-common", "pillow", "protobuf",
-        "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs",
-    ]  # fmt: skip
+    wanted = list(packages)
     linked = set()
     while wanted:
         name = re.sub(r"[-_.]+", "-", wanted.pop()).lower()
@@ -1799,6 +1803,222 @@ def device_environment(path):
         requires = [text for text in distribution.requires or [] if "extra ==" not in text]
         wanted += [re.match(r"[\w.-]+", text).group() for text in requires]
     return path / "bin" / "python"
+
+
+def told_rows(lines):
+    """(name, score, box) of each row of a table that a command printed."""
+    row = re.compile(r"\s+(\S.*?) +(\d\.\d{3})  \[ *(\d+), +(\d+), +(\d+), +(\d+)\]")
+    matches = [match for match in map(row.fullmatch, lines) if match]
+    return [(match[1], match[2], tuple(map(int, match.groups()[2:]))) for match in matches]
+
+
+def expected_rows(found, min_score=0.3):
+    """The same rows by Python's own rounding, from a Detector's answer."""
+    return [
+        (
+            name.replace("\n", r"\n"),
+            format(float(score), ".3f"),
+            tuple(int(format(float(side), ".0f")) for side in box),
+        )
+        for name, score, box in zip(found.names, found.scores, found.boxes, strict=True)
+        if score >= min_score
+    ]
+
+
+def assert_same_rows(found, expected):
+    """To the last digits that are shown, in which processors may differ."""
+    assert [name for name, _, _ in found] == [name for name, _, _ in expected]
+    for (_, score, box), (_, expected_score, expected_box) in zip(found, expected, strict=True):
+        assert float(score) == pytest.approx(float(expected_score), abs=0.0011)
+        assert box == pytest.approx(expected_box, abs=1)
+
+
+def check_drawn(path, image, found, min_score=0.3):
+    """The picture in ``path`` is ``image`` but for lines along every box, and labels."""
+    from PIL import Image
+
+    drawn = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert drawn.shape == image.shape
+    change = np.abs(drawn - image).max(2)
+    height, width = change.shape
+    assert np.median(change) < 8, "most pixels are the picture's"
+    boxes = found.boxes[found.scores >= min_score]
+    for top, left, bottom, right in np.clip(boxes, 0, [height - 1, width - 1] * 2).round().astype(int):
+        rows, columns = slice(top, bottom + 1), slice(left, right + 1)
+        for side in (
+            *(change[max(y - 1, 0) : y + 2, columns].max(0) for y in (top, bottom)),
+            *(change[rows, max(x - 1, 0) : x + 2].max(1) for x in (left, right)),
+        ):
+            assert np.mean(side > 32) > 0.9, (top, left, bottom, right)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A smooth picture in a folder, twice."""
+    from PIL import Image
+
+    y, x = np.mgrid[:240, :400]
+    image = np.stack([x / 2, y, (x + y) / 3], -1).astype(np.uint8)
+    folder = tmp_path_factory.mktemp("pictures")
+    Image.fromarray(image).save(folder / "a.png")
+    Image.fromarray(image[:, ::-1]).save(folder / "b.png")
+    return folder, image
+
+
+@pytest.fixture(scope="module")
+def detect_on_device(archive, tmp_path_factory):
+    """Runs detect.py of a fresh bundle where there are only these packages."""
+    place = tmp_path_factory.mktemp("device")
+    bundle.unpack(archive, place / "tiny")
+    pythons = {}
+
+    def run(*arguments, packages=TO_DETECT):
+        if packages not in pythons:
+            pythons[packages] = device_environment(place / f"environment{len(pythons)}", packages)
+        quiet = {"PATH": os.environ["PATH"], "HOME": str(place), "LANG": "C.UTF-8"}
+        command = [pythons[packages], "tiny/detect.py", *map(str, arguments)]
+        return subprocess.run(command, cwd=place, env=quiet, capture_output=True, text=True, check=False)
+
+    return run, place
+
+
+def test_detect_py_tells_and_draws_what_the_detector_finds(detect_on_device, pictures, tmp_path):
+    from odtrt_lib.detector import Detector
+
+    (run, place), (folder, image) = detect_on_device, pictures
+    before = contents(folder)
+    found = Detector.open(place / "tiny" / "model", "onnxruntime").detect(image)
+    assert len(expected_rows(found)) > 3
+    done = run(folder / "a.png")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"tiny one: ONNX Runtime [\d.]+ on the CPU", lines[0])
+    assert lines[1] == f"{folder / 'a.png'}: drawn in {place / 'tiny' / 'detections' / 'a.jpg'}"
+    assert told_rows(lines) == expected_rows(found)
+    check_drawn(place / "tiny" / "detections" / "a.jpg", image, found)
+    assert lines[-1] == f"{len(expected_rows(found))} detections with a score of at least 0.3; pictures: 1"
+
+    done = run(folder, "--min-score", "0.95", "-o", tmp_path / "drawn")
+    assert done.returncode == 0, done.stderr
+    strong = expected_rows(found, 0.95)
+    assert 0 < len(strong) < len(expected_rows(found))
+    assert told_rows(done.stdout.splitlines())[: len(strong)] == strong
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["a.jpg", "b.jpg"]
+    check_drawn(tmp_path / "drawn" / "a.jpg", image, found, 0.95)
+    assert contents(folder) == before
+
+
+def test_detect_py_never_draws_over_a_picture_that_it_was_given(detect_on_device, pictures, tmp_path):
+    from PIL import Image
+
+    (run, _), (_, image) = detect_on_device, pictures
+    Image.fromarray(image).save(tmp_path / "a.jpg")
+    before = (tmp_path / "a.jpg").read_bytes()
+    for _ in range(2):
+        done = run(tmp_path / "a.jpg", "-o", tmp_path)
+        assert done.returncode == 0 and f"drawn in {tmp_path / 'a-2.jpg'}" in done.stdout, done.stderr
+    assert (tmp_path / "a.jpg").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.jpg", "a.jpg"]
+
+
+def test_detect_py_names_what_it_cannot_use_and_goes_on(detect_on_device, pictures, tmp_path):
+    (run, _), (folder, _) = detect_on_device, pictures
+    shutil.copy(folder / "a.png", tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((folder / "a.png").read_bytes()[:100])
+    done = run(tmp_path, "-o", tmp_path / "drawn")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and f"error: {tmp_path / 'bad.png'}: damaged" in done.stderr
+    assert told_rows(done.stdout.splitlines()) and (tmp_path / "drawn" / "good.jpg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--camera", "0"], 1, "error: camera 0: needs OpenCV"),
+        (["--camera", "csi:0"], 1, "error: camera csi:0: needs OpenCV"),
+        (["rtsp://127.0.0.1/x"], 1, "error: rtsp://127.0.0.1/x: needs OpenCV"),
+        (["tiny/README.txt"], 1, "error: tiny/README.txt: needs OpenCV"),
+        (["nowhere.png"], 1, "error: nowhere.png: not found"),
+        (["tiny/model"], 1, "error: tiny/model: no picture in this folder"),
+        (["tiny/README.txt", "tiny/model"], 1, "error: tiny/README.txt: a video; expected only pictures"),
+        ([], 2, "error: name what to detect in"),
+        (["a.png", "--camera", "0"], 2, "error: name what to detect in"),
+        (["a.mp4", "--frames", "0"], 2, "--frames: '0': expected a number of at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_detect_py_refuses_in_one_line(detect_on_device, arguments, status, said):
+    done = detect_on_device[0](*arguments)
+    assert done.returncode == status and said in done.stderr.splitlines()[-1]
+    assert status == 2 or done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_detect_py_goes_through_a_video(detect_on_device, pictures, tmp_path):
+    from test_sources import write_video
+
+    (run, _), (_, image) = detect_on_device, pictures
+    video = write_video(tmp_path / "v.avi", [image] * 5)
+    with_opencv = (*TO_DETECT, "opencv-python-headless")
+    done = run(video, packages=with_opencv)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    name, page, end = done.stdout.splitlines()
+    assert name.startswith("tiny one: ONNX Runtime")
+    assert re.fullmatch(rf"{video}: see http://127\.0\.0\.1:\d+/; Ctrl-C ends this", page)
+    figures = r"\d+\.\d FPS; detection p50 \d+\.\d\d ms, p99 \d+\.\d\d ms"
+    assert re.fullmatch(rf"{video}: 5 frames; {figures}", end)
+    done = run(video, "--frames", 2, packages=with_opencv)
+    assert done.returncode == 0 and re.search(rf"\n{video}: 2 frames; {figures}\n$", done.stdout)
+    video.write_text("cut off")
+    done = run(video, packages=with_opencv)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {video}: OpenCV cannot read it")
+
+
+@pytest.mark.parametrize(
+    ("built", "asked"),
+    [
+        (None, {}),
+        ({"backend": "onnxruntime", "plans": {"heads.onnx": "p"}}, {}),
+        ({"backend": "tensorrt", "plans": {"heads.onnx": "p"}}, {"plugin": None, "precision": "fp16"}),
+        ({"backend": "tensorrt", "plans": {"detector.onnx": "p"}}, {"plugin": "x/l.so", "precision": "fp16"}),
+    ],
+    ids=["not built", "no GPU", "split", "fused"],
+)
+def test_detect_py_opens_the_detector_that_was_built(tmp_path, monkeypatch, built, asked):
+    from odtrt_lib.detector import Detector
+
+    opened = []
+    monkeypatch.setattr(Detector, "open", lambda *where, **how: opened.append((where, how)))
+    if built is not None:
+        built = {"precision": "fp16", "plugin": "x/l.so", **built}
+        (tmp_path / "built.json").write_text(json.dumps(built))
+    bundle.open_here(tmp_path)
+    if asked.get("plugin"):
+        asked = {**asked, "plugin": tmp_path / asked["plugin"]}
+    assert opened == [((tmp_path / "model",), asked)]
+    (tmp_path / "built.json").write_text('{"plans": 1}')
+    assert "built.json: damaged; run build_here.py again" in one_line_error(
+        lambda: bundle.open_here(tmp_path)
+    )
+
+
+def test_letters_need_a_newer_pillow_and_it_is_said_before_the_work(unpacked, monkeypatch, without_a_gpu):
+    from PIL import ImageFont
+
+    def load_default():
+        """Pillow 10.0's, which takes no size."""
+
+    monkeypatch.setattr(ImageFont, "load_default", load_default)
+    monkeypatch.setattr(install, "_compile", lambda *_: pytest.fail("compiled"))
+    picture = Path(unpacked) / "pattern.png"
+    from PIL import Image
+
+    Image.fromarray(install._pattern(SPEC)).save(picture)
+    work = lambda: bundle.build_here(unpacked, image=picture, say=lambda line: None)  # noqa: E731
+    message = one_line_error(work, MissingDependencyError)
+    picture.unlink()
+    assert "cannot draw letters" in message and "`python3 -m pip install --upgrade pillow`" in message
 
 
 @pytest.fixture(scope="module")
@@ -1851,6 +2071,11 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
         assert sum(line.startswith(f"missing: {missing}") for line in done.stdout.splitlines()) == 1
     built = json.loads((device / "parts" / "built.json").read_text())
     assert built["library"] is None and built["backend"] == "onnxruntime"
+    assert told_rows(done.stdout.splitlines()) == expected_rows(expected)
+    page = told_rows((ROOT / "book" / "setup_device.md").read_text().splitlines())
+    assert_same_rows(page, expected_rows(expected, 0.5))
+    assert built["drawn"] == str(device.resolve() / "parts" / "detections" / "scene.jpg")
+    check_drawn(built["drawn"], image, expected)
     found = built["detections"]
     np.testing.assert_allclose([row["box"] for row in found[:5]], expected.boxes[:5], atol=0.05)
     np.testing.assert_allclose([row["score"] for row in found[:5]], expected.scores[:5], atol=1e-4)
@@ -1858,6 +2083,11 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
     done = on_device("parts/build_here.py", "--image", "scene.png")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "missing" not in done.stdout
+    table = told_rows(done.stdout.splitlines())
+    assert table == expected_rows(expected)
+    done_again = on_device("parts/detect.py", "scene.png", "-o", "drawn")
+    assert done_again.returncode == 0 and told_rows(done_again.stdout.splitlines()) == table
+    check_drawn(device / "drawn" / "scene.jpg", image, expected)
     built = json.loads((device / "parts" / "built.json").read_text())
     assert built["library"] == "plugins/build/libodtrt.so"
     plan = device / "parts" / built["plans"]["heads.onnx"]
@@ -1868,7 +2098,7 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
     ]
     assert hashlib.sha256(plan.read_bytes()).hexdigest() in {entry["plan_sha256"] for entry in described}
     assert built["serving"] == [], "Triton and nvinfer do not load TensorRT-RTX's plans"
-    assert done.stdout.count("not written; it must be a plan of TensorRT") == 2
+    assert done.stdout.count("not written; ") == 2
     rows = [
         {"class_id": int(c), "name": n, "score": float(s), "box": [float(x) for x in b]}
         for c, n, s, b in zip(
@@ -1882,10 +2112,10 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
     (device / "parts").rename(device / "moved")
     done = on_device("moved/build_here.py")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "up to date from heads.onnx" in done.stdout
+    assert re.search(r"\.plan: up to date .*heads\.onnx", done.stdout)
     lines = done.stdout.splitlines()
-    assert "no NVIDIA GPU here: the plan of heads.onnx was built but not run" in lines
-    assert any(re.match(r"check: \d+ detections in a pattern, made by ONNX Runtime", line) for line in lines)
+    assert any(line.startswith("no NVIDIA GPU here") and "heads.onnx" in line for line in lines)
+    assert any(re.match(r"check: \d+ detections .*ONNX Runtime", line) for line in lines)
     assert lines[-3] == f"next, in Python, in {device / 'moved'}:"
     program = "; ".join([*lines[-2:], "print(detector.status.backend)"])
     done = subprocess.run(

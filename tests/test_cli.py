@@ -7,6 +7,7 @@ its own tests, and the whole path is run for real in the end-to-end test.
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,11 @@ PARTS = dataclasses.replace(
     heads=dataclasses.replace(SPEC.heads, num_classes=len(scenes.PARTS_CLASSES)),
     labels=tuple(spec.Label(i, name) for i, name in enumerate(scenes.PARTS_CLASSES, 1)),
 )
+
+
+def is_line(text, *facts):
+    """Whether a message is one line that has the facts, in this order."""
+    return text.count("\n") == 1 and re.search(".*".join(map(re.escape, facts)), text) is not None
 
 
 def odtrt(capsys, *arguments):
@@ -147,7 +153,7 @@ class TestRun:
         (tmp_path / "street.png").write_bytes(b"no picture")
         status, _, err = odtrt(capsys, "run", "my_model", "--image", tmp_path / "street.png")
         assert status == 1
-        assert "street.png: damaged, or not an image" in err
+        assert "street.png: damaged" in err
         assert not stages.calls
 
     def test_all_stages_and_the_report(self, capsys, stages, tmp_path):
@@ -205,7 +211,7 @@ class TestRun:
     def test_without_a_picture_detection_is_left_out(self, capsys, stages):
         status, out, _ = odtrt(capsys, "run", "my_model")
         assert status == 0
-        assert "– detect: skipped: no picture to look at; name one: `--image FILE`" in out
+        assert re.search("– detect: skipped: .*`--image FILE`", out)
         assert not Path("out/my_model/detections.json").exists()
 
     def test_a_model_of_the_shipped_parts_looks_at_unseen_scenes(self, capsys, stages, monkeypatch):
@@ -230,13 +236,13 @@ class TestRun:
 
     def test_a_missing_picture_is_noticed_before_the_work(self, capsys, stages):
         status, _, err = odtrt(capsys, "run", "my_model", "--image", "nowhere.jpg")
-        assert (status, err) == (1, "error: nowhere.jpg: not found; expected a picture\n")
+        assert status == 1 and is_line(err, "error: nowhere.jpg: not found", "picture")
         assert stages.calls == {}
 
     @pytest.mark.parametrize("size", ["512", "axb", "512x", "-1x5"])
     def test_a_malformed_size(self, capsys, stages, size):
         status, _, err = odtrt(capsys, "run", "my_model", "--input-size", size)
-        assert (status, err) == (1, f"error: --input-size {size}: expected height x width, such as 512x640\n")
+        assert status == 1 and is_line(err, f"error: --input-size {size}: ", "height x width")
 
     @pytest.mark.parametrize(
         ("model", "name"),
@@ -265,14 +271,14 @@ class TestSingleStages:
         status, out, _ = odtrt(capsys, "export", "my_model", "--batch", "dynamic")
         assert status == 0
         assert stages.calls["export"]["batch"] is None
-        assert "checkpoint: train/ckpt-3 (the one that train/checkpoint names)\n" in out
+        assert re.search(r"checkpoint: train/ckpt-3 \(.*train/checkpoint", out)
         assert "next: odtrt convert out/my_model" in out
 
     @pytest.mark.parametrize("batch", ["0", "-1", "many", "1.5"])
     def test_a_malformed_batch(self, capsys, stages, batch):
         status, _, err = odtrt(capsys, "export", "my_model", f"--batch={batch}")
         assert (status, stages.calls) == (1, {})
-        assert err == f"error: --batch {batch}: expected a number of at least 1, or `dynamic`\n"
+        assert is_line(err, f"error: --batch {batch}: ", "`dynamic`")
 
     @pytest.mark.parametrize("is_decisive", [True, False])
     def test_a_gate_that_rounding_made_blind_is_named(self, capsys, stages, monkeypatch, is_decisive):
@@ -286,10 +292,7 @@ class TestSingleStages:
         monkeypatch.setattr(convert, "convert", convert_blindly)
         status, out, _ = odtrt(capsys, "convert", "out/my_model")
         assert status == 0
-        said = (
-            "convert: parity is not decisive: these weights magnify rounding so much that a kernel wrong by"
-        )
-        assert (said in " ".join(out.split())) is not is_decisive
+        assert ("convert: parity is not decisive" in " ".join(out.split())) is not is_decisive
 
     def test_convert_and_build(self, capsys, stages):
         odtrt(capsys, "export", "my_model")
@@ -338,35 +341,32 @@ class TestSingleStages:
     def test_malformed_batches(self, capsys, stages, tmp_path, sizes):
         status, _, err = odtrt(capsys, "build", tmp_path, "--batches", sizes)
         assert (status, stages.calls) == (1, {})
-        assert (
-            err
-            == f"error: --batches {sizes}: expected the smallest, the best and the largest, such as 1,4,8\n"
-        )
+        assert is_line(err, f"error: --batches {sizes}: ", "smallest", "largest", "1,4,8")
 
     def test_an_earlier_stage_is_named(self, capsys, tmp_path):
         status, _, err = odtrt(capsys, "build", tmp_path)
         assert status == 1
-        assert err == f"error: {tmp_path}/heads.onnx: not found; run `odtrt convert` first, which writes it\n"
+        assert is_line(err, f"error: {tmp_path}/heads.onnx: not found", "`odtrt convert`")
 
     @pytest.mark.parametrize("command", ["run", "export", "convert"])
     def test_an_old_python_is_told_to_go_elsewhere(self, capsys, stages, monkeypatch, command):
         monkeypatch.setattr(cli, "_PYTHON_OF_TENSORFLOW", (9, 0))
         status, _, err = odtrt(capsys, command, "my_model")
         assert (status, stages.calls) == (1, {})
-        assert "export and convert need 9.0 or newer: run them on another machine" in err
+        assert is_line(err, "export and convert", "9.0")
 
     @pytest.mark.parametrize("command", [("export",), ("run",), ("convert",), ("export", "model", "-o")])
     def test_a_path_that_tensorflow_cannot_open_is_called_that(self, capsys, stages, command):
         status, _, err = odtrt(capsys, *command, os.fsdecode(b"mod\xe8le"))
         assert (status, stages.calls) == (1, {})
-        assert err.startswith(r"error: mod\xe8le: its name has bytes that are not UTF-8")
+        assert is_line(err, r"error: mod\xe8le: ", "UTF-8")
 
 
 class TestPlansAndBundles:
     def test_no_plan(self, capsys, tmp_path):
         status, _, err = odtrt(capsys, "plans", tmp_path)
         assert status == 1
-        assert err == f"error: {tmp_path}/plans: no plan there; run `odtrt build {tmp_path}` first\n"
+        assert is_line(err, f"error: {tmp_path}/plans: no plan", f"`odtrt build {tmp_path}`")
 
     def test_every_plan_gets_a_verdict_and_a_damaged_passport_is_listed(self, capsys, tmp_path, monkeypatch):
         folder = plan_of_elsewhere(tmp_path, "10.3.0")
@@ -383,7 +383,7 @@ class TestPlansAndBundles:
         (folder / "plans" / "0123456789abcdef.json").unlink()
         monkeypatch.setenv("COLUMNS", "400")
         status, out, _ = odtrt(capsys, "plans", folder)
-        assert (status, "no passport names it: it is never loaded" in out) == (0, True)
+        assert (status, "no passport names it" in out) == (0, True)
 
     @pytest.mark.parametrize(
         "command", [["plans"], ["pack"], ["build"], ["detect", "a.png"], ["eval", "--annotations", "a.json"]]
@@ -394,7 +394,7 @@ class TestPlansAndBundles:
         rest = [str(tmp_path / one) if one == "a.json" else one for one in rest]
         status, _, err = odtrt(capsys, name, tmp_path / "partz", *rest)
         assert status == 1
-        assert err.startswith(f"error: {tmp_path}/partz: no such folder; expected a model folder"), err
+        assert is_line(err, f"error: {tmp_path}/partz: no such folder", "model folder"), err
 
     def test_a_plan_of_other_bytes_is_refused(self, capsys, tmp_path, monkeypatch):
         folder = plan_of_elsewhere(tmp_path, "10.3.0")
@@ -440,10 +440,7 @@ class TestPlansAndBundles:
         assert odtrt(capsys, "unpack", "parts.odtrt.zip", "--sha256", "ab" * 32)[0] == 0
         assert asked["unpack"]["expected_sha256"] == "ab" * 32
         status, _, err = odtrt(capsys, "unpack", "nowhere.zip")
-        assert (status, err) == (
-            1,
-            "error: nowhere.zip: not found; expected a file that `odtrt pack` wrote\n",
-        )
+        assert status == 1 and is_line(err, "error: nowhere.zip: not found", "`odtrt pack`")
 
     def test_the_next_command_is_one_that_this_shell_finds(self, capsys, stages, monkeypatch):
         monkeypatch.setattr(cli.shutil, "which", lambda name: None)
@@ -497,7 +494,7 @@ class TestDetect:
         arguments = ["-o", "drawn", "--min-score", "0.4", "--json", "found.json"]
         status, out, _ = odtrt(capsys, "detect", "parts", first, second, *arguments)
         assert status == 0
-        assert "4 detections with a score of at least 0.4 in 2 pictures, drawn in drawn" in out
+        assert re.search("4 detections .* 0.4 in 2 pictures, .* drawn", out)
         assert "ONNX Runtime on the CPU" in out
         assert "no GPU here" in out, "why no plan is used"
         assert stages.calls["open"] == {"backend": "auto", "plugin": None}
@@ -533,7 +530,7 @@ class TestDetect:
                 "b-2.jpg",
                 "b.jpg",
             ]
-            assert f"{photo} is drawn in a-2.jpg: a.jpg is another file" in out
+            assert f"{photo} is drawn in a-2.jpg" in out
 
     def test_outputs_do_not_replace_one_another(self, capsys, stages, tmp_path):
         names = ("a.png", "q/a.png", "a-2.png", "A.png")
@@ -551,7 +548,7 @@ class TestDetect:
         before = Path(name).read_bytes()
         status, _, err = odtrt(capsys, "detect", "parts", image, "-o", "drawn", "--json", name)
         assert (status, Path(name).read_bytes()) == (1, before)
-        assert err.startswith(f"error: {name}: is read by this command")
+        assert err.startswith(f"error: {name}: is read")
 
     def test_an_unreadable_picture_among_others_is_named_at_the_end(self, capsys, stages, tmp_path):
         images = [picture(tmp_path / name) for name in ("a.png", "b.png", "c.png")]
@@ -559,7 +556,7 @@ class TestDetect:
         status, out, err = odtrt(capsys, "detect", "parts", *images, "-o", "drawn", "--json", "found.json")
         assert status == 1
         assert "in 2 pictures" in out
-        assert err.startswith("error: 1 of 3 pictures could not be used and were left out:\n")
+        assert err.startswith("error: 1 of 3 pictures ")
         assert f"{images[1]}: damaged" in err
         assert sorted(path.name for path in Path("drawn").iterdir()) == ["a.jpg", "c.jpg"]
         assert {row["image"] for row in json.loads(Path("found.json").read_text())} == {
@@ -579,7 +576,7 @@ class TestDetect:
         (tmp_path / "a.png").write_text("text")
         status, _, err = odtrt(capsys, "detect", "parts", tmp_path / "a.png")
         assert status == 1
-        assert err.startswith(f"error: {tmp_path}/a.png: damaged, or not an image")
+        assert err.startswith(f"error: {tmp_path}/a.png: damaged")
         assert err.count("\n") == 1
         assert not list(Path("parts").iterdir())
 
@@ -617,7 +614,7 @@ class TestEval:
         arguments = ["--annotations", coco, "--json", "figures.json"]
         status, out, err = odtrt(capsys, "eval", "parts", *arguments)
         assert (status, "mAP (IoU 0.50:0.95)" in out) == (1, True)
-        assert err.startswith("error: 1 of 3 pictures could not be used") and f"{bad}: damaged" in err
+        assert err.startswith("error: 1 of 3 pictures ") and f"{bad}: damaged" in err
         figures = json.loads(Path("figures.json").read_text())
         assert (figures["images"], figures["unreadable"]) == (2, [str(bad)])
         assert figures["map"] == pytest.approx(1.0), "the picture left out does not count as missed"
@@ -627,13 +624,13 @@ class TestEval:
             path.write_bytes(b"no picture")
         status, out, err = odtrt(capsys, "eval", "parts", "--annotations", coco)
         assert (status, err.count("\n"), "mAP" in out) == (1, 1, False)
-        assert "the other 2 could not be used either" in err
+        assert "the other 2 " in err
 
     def test_the_figures_do_not_replace_the_annotations(self, capsys, stages, coco):
         before = coco.read_bytes()
         status, _, err = odtrt(capsys, "eval", "parts", "--annotations", coco, "--json", coco)
         assert (status, coco.read_bytes()) == (1, before)
-        assert "is read by this command" in err
+        assert f"{coco}: is read" in err
 
     def test_classes_of_one_name_are_kept_apart(self, capsys, stages, coco):
         labels = (spec.Label(1, "cat"), spec.Label(2, "cat"))
@@ -657,13 +654,13 @@ class TestEval:
         coco.write_text(json.dumps(content))
         status, out, err = odtrt(capsys, "eval", "parts", "--annotations", coco)
         assert (status, out) == (1, "")
-        assert "category ids 77, none of which the detector has" in err
+        assert "category ids 77, none" in err
 
     def test_a_class_of_another_name_is_said(self, capsys, stages, coco):
         coco.write_text(coco.read_text().replace('"dog"', '"horse"'))
         status, out, _ = odtrt(capsys, "eval", "parts", "--annotations", coco)
         assert status == 0
-        assert "class 2 is dog in the model and horse in instances.json" in out
+        assert re.search("class 2 is dog .*horse in instances.json", out)
 
     def test_no_images(self, capsys, stages, tmp_path):
         (tmp_path / "empty.json").write_text('{"images": [], "annotations": [], "categories": []}')
@@ -764,12 +761,12 @@ class TestSurroundings:
         monkeypatch.setattr(zoo, "get", lambda model, folder, progress: progress(5, 10) or download)
         status, out, _ = odtrt(capsys, "zoo", "get", name, "-o", tmp_path)
         assert status == 0
-        assert f"SHA-256 {'ab' * 32}, taken on trust and recorded in {tmp_path}/zoo.json" in out
+        assert re.search(f"SHA-256 {'ab' * 32}, .*{tmp_path}/zoo.json", out)
         assert f"next: odtrt run {tmp_path}/{name}" in out
 
     def test_doctor_names_what_is_missing_and_how_to_get_it(self, capsys, monkeypatch):
         problems = {
-            "ONNX Runtime": "installed, but importing it crashes (signal 11)",
+            "ONNX Runtime": "crashes (signal 11)",
             "TensorFlow": "not installed",
         }
         found = [
@@ -802,7 +799,7 @@ class TestDoctor:
     @pytest.mark.parametrize(
         ("content", "problem"),
         [
-            ("import os; os.kill(os.getpid(), 11)", "installed, but importing it crashes (signal 11)"),
+            ("import os; os.kill(os.getpid(), 11)", "crashes (signal 11)"),
             (
                 "import no_such_library",
                 "not importable: ModuleNotFoundError: No module named 'no_such_library'",
@@ -854,7 +851,7 @@ class TestDoctor:
         monkeypatch.setattr(doctor, "meminfo", dict)
         machine = doctor.machine()
         assert machine["Jetson"] == "board unknown, L4T R36"
-        assert machine["JetPack"] == "not in odtrt's table; `apt show nvidia-jetpack` says which"
+        assert "`apt show nvidia-jetpack`" in machine["JetPack"]
         assert machine["Memory"] == "unknown"
 
     @pytest.mark.parametrize(

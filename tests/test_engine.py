@@ -67,7 +67,7 @@ def test_the_plan_and_its_passport(built):
         assert described["onnx_sha256"] == sha256(folder / "heads.onnx")
         assert described["spec_sha256"] == sha256(folder / "spec.json")
         assert described["plan_bytes"] == plan.stat().st_size
-        assert (described["runtime_library"], described["version"], described["precision"]) == (
+        assert (described["flavour"], described["version"], described["precision"]) == (
             runtime_library,
             version,
             precision,
@@ -152,7 +152,7 @@ def test_single_precision_is_given_up_only_where_that_is_allowed(bulky, tmp_path
     engine.build(folder, precision="fp16")
     conversion = passport.passports(folder)[0].attempts[0]["peak_rss_mb"]
     limit = f"{int(conversion) + 10}MiB"
-    with pytest.raises(BuildError, match="does not get by"):
+    with pytest.raises(BuildError, match="memory of 150 MiB"):
         engine.build(folder, memory=limit, force=True)
     record = engine.build(folder, memory=limit, allow=("fp32",), force=True).record
     assert (
@@ -171,7 +171,7 @@ def test_a_limit_that_no_step_meets_names_every_peak(bulky):
         engine.build(bulky, memory="150MiB")
     message = str(caught.value)
     assert "\n" not in message
-    assert "does not get by with the memory of 150 MiB; as asked: " in message
+    assert re.search("150 MiB; as asked: ", message)
     for name in ("as asked", "no library tactics", "lowest optimisation level", "frugal heap"):
         peak = re.search(rf"{name}: .*?\(peak (\d+) MiB\)", message)
         assert peak and int(peak[1]) >= 150, name
@@ -219,7 +219,7 @@ def test_a_plan_is_built_again_where_what_goes_into_it_changed(
     spec = json.loads((copy / "spec.json").read_text())
     spec[section][field] = value
     (copy / "spec.json").write_text(json.dumps(spec))
-    with pytest.raises(InputError, match=r"spec\.json: damaged or changed: .*seal the folder again"):
+    with pytest.raises(InputError, match=r"spec\.json: damaged or changed: .*seal the folder"):
         engine.build(copy)
     seal(copy)
     [stale] = [one for one in passport.passports(copy) if one.precision == "fp32"]
@@ -241,7 +241,7 @@ def test_a_damaged_model_is_not_built(tmp_path):
     with pytest.raises(InputError, match=r"heads\.onnx: damaged or changed: its SHA-256 is [0-9a-f]{12}"):
         engine.build(folder)
     (folder / "log.jsonl").unlink()
-    with pytest.raises(InputError, match=r"not sealed, log\.jsonl has no record of it; run `odtrt "):
+    with pytest.raises(InputError, match=r"not sealed, log\.jsonl .*run `odtrt "):
         engine.build(folder)
     assert files_in(folder) == ["heads.onnx", "spec.json"]
 
@@ -270,7 +270,7 @@ def test_a_model_that_is_half_precision_already_is_taken_as_it_is_and_never_call
     (ready / "spec.json").write_bytes((folder / "spec.json").read_bytes())
     onnx.save(engine.half_precision(onnx.load(folder / "heads.onnx")), ready / "heads.onnx")
     seal(ready)
-    with pytest.raises(InputError, match="its weights are half precision already; build it with fp16"):
+    with pytest.raises(InputError, match=r"half precision already; .*fp16"):
         engine.build(ready)
     result = engine.build(ready, precision="fp16")
     assert sha256(plan_of(ready, result)) == sha256(plan_of(folder, results["fp16"]))
@@ -423,7 +423,7 @@ def test_half_precision_outputs_are_caught(tmp_path):
 @needs_tensorrt
 def test_a_dynamic_height_or_width_is_refused(tmp_path):
     folder = model_folder(tmp_path / "tiny", size="width")
-    with pytest.raises(UnsupportedError, match=r"`image` has a dynamic height or width.*spec\.input: 16x16"):
+    with pytest.raises(UnsupportedError, match=r"`image` .*dynamic.*spec\.input: 16x16"):
         engine.build(folder)
 
 
@@ -432,8 +432,8 @@ def test_a_dynamic_height_or_width_is_refused(tmp_path):
     ("asked", "words"),
     [
         ({"version_compatible": True}, "makes no version-compatible plans"),
-        ({"hardware_compatibility": "ampere_plus"}, "no hardware compatibility level.*--gpu"),
-        ({"compute_capabilities": ["9.9"]}, r"cannot build for compute capability 9\.9; it knows 7\.5, 8\.0"),
+        ({"hardware_compatibility": "ampere_plus"}, "compatibility level.*--gpu"),
+        ({"compute_capabilities": ["9.9"]}, r"compute capability 9\.9;.* 7\.5, 8\.0"),
     ],
 )
 def test_what_rtx_cannot_do_is_said(built, asked, words):
@@ -455,10 +455,10 @@ def test_other_targets_make_another_plan(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"batch": (1, 2, 3)}, "batch is fixed to 1"),
-        ({"hardware_compatibility": "all"}, "expected one of none, ampere_plus"),
+        ({"batch": (1, 2, 3)}, "fixed to 1"),
+        ({"hardware_compatibility": "all"}, "none, ampere_plus"),
         ({"allow": ("accuracy",)}, "expected one of dynamic_batch, fp32"),
-        ({"compute_capabilities": ["sm86"]}, "expected a form such as 8.6"),
+        ({"compute_capabilities": ["sm86"]}, "such as 8.6"),
     ],
 )
 @needs_tensorrt
@@ -579,7 +579,7 @@ def test_what_parses_but_does_not_build_comes_with_nvidias_reason(tmp_path):
     folder = model_folder(tmp_path / "tiny", dataclasses.replace(SPEC, heads=heads))
     onnx.save(model, folder / "heads.onnx")
     seal(folder)
-    with pytest.raises(BuildError, match=r"parsed the model but cannot build it: .*no runners") as caught:
+    with pytest.raises(BuildError, match=r"cannot build it: .*no runners") as caught:
         engine.build(folder)
     assert "\n" not in str(caught.value)
     assert files_in(folder) == ["heads.onnx", "log.jsonl", "spec.json"]

@@ -294,7 +294,7 @@ def too_many(folder: Path) -> None:
             r"anchors\.npy: float32 \[61, 4\], expected float32 \[60, 4\] as spec\.json says; run",
         ),
         (widen_anchors, r"anchors\.npy: float64 \[60, 4\], expected float32"),
-        (cut_anchors, r"anchors\.npy: not a numpy array"),
+        (cut_anchors, r"anchors\.npy: .*numpy"),
         (other_spec, r"heads\.onnx: inputs and outputs .*spec\.json describes .*run `odtrt convert` again"),
         (not_onnx, r"heads\.onnx: not an ONNX model; run `odtrt convert` again"),
         (too_many, "max_total_detections is 5000, the plugin gives 1 to 4096"),
@@ -320,7 +320,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, spoil, mess
 
 
 def test_unknown_form(tmp_path):
-    with pytest.raises(InputError, match="form 'tflite': expected one of plugin, onnx"):
+    with pytest.raises(InputError, match=r"form 'tflite': .*plugin, onnx"):
         fuse.fuse(tmp_path, form="tflite")
 
 

@@ -71,12 +71,12 @@ def test_memory_is_bounded_and_times_beyond_the_range_are_counted():
 
 @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
 def test_what_is_no_time_is_refused(wrong):
-    with pytest.raises(ValueError, match="expected a finite time"):
+    with pytest.raises(ValueError, match="finite time"):
         Histogram().add(wrong)
 
 
 def test_of_nothing_there_is_no_figure():
-    with pytest.raises(ValueError, match="no call was timed"):
+    with pytest.raises(ValueError, match="no call"):
         Histogram().timing()
 
 

