@@ -27,6 +27,7 @@ Rows, float32, batch 1, sizes and thresholds as they say:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -84,12 +85,18 @@ class Found:
     classes: np.ndarray
 
 
+@functools.lru_cache(maxsize=1)
+def builder_and_logger() -> Tuple[Any, Any]:
+    """One for all networks: to make a builder is to load TensorRT's kernels, which takes seconds."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    return trt.Builder(logger), logger
+
+
 class Peer:
     """A network of one node, its engine and its buffers."""
 
     def __init__(self, inputs: Dict[str, np.ndarray], add: Callable[[Any, Dict[str, Any]], Any]) -> None:
-        self.logger = trt.Logger(trt.Logger.ERROR)
-        builder = trt.Builder(self.logger)
+        builder, logger = builder_and_logger()
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
         tensors = {name: network.add_input(name, trt.float32, array.shape) for name, array in inputs.items()}
         self.outputs = add(network, tensors)
@@ -98,7 +105,7 @@ class Peer:
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise RuntimeError("TensorRT does not build it")
-        self.runtime = trt.Runtime(self.logger)
+        self.runtime = trt.Runtime(logger)
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         self.context = self.engine.create_execution_context()
         self.stream = cuda.Stream()

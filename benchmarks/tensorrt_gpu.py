@@ -44,7 +44,7 @@ import time
 import traceback
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from gpu_times import free_device_mb, graph_times, whole_frame
@@ -234,7 +234,8 @@ def measure(recorded: Path, plugin: Path, arithmetic: str) -> None:
             shutil.copytree(recorded, folder)
             chosen = plugin if form == "fused" else None
             try:
-                tell(form, build(folder, ARITHMETIC[arithmetic][0], chosen))
+                for part in build(folder, ARITHMETIC[arithmetic][0], chosen):
+                    tell(form, part)
                 tell(form, load_and_run(folder, arithmetic, chosen))
             except Exception as error:
                 traceback.print_exc()
@@ -245,8 +246,11 @@ def tell(form: str, part: Dict[str, Any]) -> None:
     print(json.dumps({"form": form, **part}), flush=True)
 
 
-def build(folder: Path, precision: str, plugin: Optional[Path]) -> Dict[str, Any]:
-    """A split plan is built twice, the second time with the timing cache of the first, a fused one once."""
+def build(folder: Path, precision: str, plugin: Optional[Path]) -> Iterator[Dict[str, Any]]:
+    """A split plan is built twice, the second time with the timing cache of the first, a fused one once.
+
+    The figures after each build.
+    """
     seconds, attempts = [], []
     for _ in range(2 if plugin is None else 1):
         started = time.perf_counter()
@@ -254,21 +258,22 @@ def build(folder: Path, precision: str, plugin: Optional[Path]) -> Dict[str, Any
         seconds.append(time.perf_counter() - started)
         (found,) = passport.passports(folder)
         attempts.append(found.attempts[-1])
-    return {
-        "weights": str(np.load(str(folder / "reference.npz"))["weights"]),
-        "version": found.version,
-        "build_cold_seconds": round(seconds[0], 2) if plugin is None else None,
-        "build_warm_seconds": round(seconds[-1], 2),
-        "peak_rss_mb": attempts[0]["peak_rss_mb"],
-        "peak_gpu_mb": attempts[0]["peak_gpu_mb"],
-        "plan_mb": round(found.plan_bytes / 1e6, 2),
-        "layers_fp32": found.layers.get("fp32", 0),
-        "layers_fp16": found.layers.get("fp16", 0),
-        "layers_other": sum(found.layers.values()) - sum(found.layers.get(k, 0) for k in ("fp32", "fp16")),
-        "layers_counted_in": found.settings["layers_counted_in"],
-        "tf32_flag": found.settings["tf32"],
-        "plugin_interface": None if found.plugin is None else found.plugin.abi,
-    }
+        yield {
+            "weights": str(np.load(str(folder / "reference.npz"))["weights"]),
+            "version": found.version,
+            "build_cold_seconds": round(seconds[0], 2) if plugin is None else None,
+            "build_warm_seconds": round(seconds[-1], 2) if plugin is not None or len(seconds) > 1 else None,
+            "peak_rss_mb": attempts[0]["peak_rss_mb"],
+            "peak_gpu_mb": attempts[0]["peak_gpu_mb"],
+            "plan_mb": round(found.plan_bytes / 1e6, 2),
+            "layers_fp32": found.layers.get("fp32", 0),
+            "layers_fp16": found.layers.get("fp16", 0),
+            "layers_other": sum(found.layers.values())
+            - sum(found.layers.get(k, 0) for k in ("fp32", "fp16")),
+            "layers_counted_in": found.settings["layers_counted_in"],
+            "tf32_flag": found.settings["tf32"],
+            "plugin_interface": None if found.plugin is None else found.plugin.abi,
+        }
 
 
 def load_and_run(folder: Path, arithmetic: str, plugin: Optional[Path]) -> Dict[str, Any]:

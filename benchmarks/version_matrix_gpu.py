@@ -104,7 +104,7 @@ def make_plans(environments: Environments, work: Path, recorded: Path, plugin: P
 
 def build(folder: str, precision: str, plugin: str) -> None:
     made = engine.build(folder, precision=precision, plugin=plugin or None)
-    tell({"seconds": made.record["seconds"], "was_there": made.skipped})
+    tell({"seconds": made.record["seconds"], "was_there": made.is_up_to_date})
 
 
 # ---- Rows -----------------------------------------------------------------------------------------------
@@ -194,7 +194,8 @@ def in_a_process(own: Mapping[str, str], task: Sequence[str], seconds: float) ->
         if line.startswith("{"):
             found.update(json.loads(line))
     if problem is not None:
-        found["error" if task[0] == "build" else "message"] = problem
+        words = "; ".join(filter(None, [found.get("message"), problem]))
+        found["error" if task[0] == "build" else "message"] = words
     return found
 
 
@@ -215,15 +216,18 @@ def load(folder: str, fingerprint: str, damage: str, plugin: str) -> None:
         tell({"loads": False, "message": "no TensorRT can be imported"})
         return
     trt: Any = import_library(here.runtime_library)
-    errors: List[str] = []
-    logger = logger_of(trt, errors)
+    logger, errors, warnings = said_by(trt)
     is_same_interface = trt.__version__.startswith("8.5") and hasattr(trt, "get_plugin_registry")
     if paper.plugin is not None and is_same_interface:
         load_plugin(trt.get_plugin_registry(), Path(plugin))
-    plan = made(lambda: trt.Runtime(logger).deserialize_cuda_engine(data), errors)
-    context = None if plan is None else made(plan.create_execution_context, errors)
-    message = "" if context is not None else one_line((errors or ["it gives no reason"])[0])[:300]
-    tell({"loads": context is not None, "message": message})
+    kept: List[Any] = []
+
+    def context() -> Any:
+        kept.append(trt.Runtime(logger))
+        kept.append(kept[-1].deserialize_cuda_engine(data))
+        return None if kept[-1] is None else kept[-1].create_execution_context()
+
+    tell(outcome(context, errors, warnings)[1])
     end()
 
 
@@ -249,43 +253,56 @@ def damaged(data: bytes, how: str) -> bytes:
     return data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :]
 
 
-def logger_of(trt: Any, errors: List[str]) -> Any:
-    """A logger that keeps what is called an error."""
+def said_by(trt: Any) -> Tuple[Any, List[str], List[str]]:
+    """A logger, and the errors and warnings that it hears; the first error is told before it can crash."""
+    errors: List[str] = []
+    warnings: List[str] = []
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+            if severity == trt.ILogger.Severity.WARNING:
+                warnings.append(message)
+            elif severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
                 errors.append(message)
+                if len(errors) == 1:
+                    tell({"message": one_line(message)[:300]})
 
-    return Logger()
+    return Logger(), errors, warnings
 
 
-def made(make: Callable[[], Any], errors: List[str]) -> Optional[Any]:
+def outcome(make: Callable[[], Any], errors: List[str], warnings: List[str]) -> Tuple[Optional[Any], Row]:
+    """What ``make`` gives, and ``loads`` and ``message``."""
+    made = None
     try:
-        return make()
+        made = make()
     except Exception as error:
-        errors.append(f"{type(error).__name__}: {one_line(error)}")
-        return None
+        errors.append("; ".join([*warnings[-1:], f"{type(error).__name__}: {one_line(error)}"]))
+    message = "" if made is not None else one_line((errors or ["it gives no reason"])[0])[:300]
+    return made, {"loads": made is not None, "message": message}
 
 
 def timing_cache(cache: str, _: str) -> None:
     """Whether this environment's builder takes the cache of another."""
-    runtime_library, version = engine.available_runtimes()[0]
-    trt: Any = import_library(runtime_library)
-    own = engine.timing_cache_file(
-        {"runtime_library": runtime_library, "version": version}, this_machine()
-    ).name
+    name, version = engine.available_runtimes()[0]
+    trt: Any = import_library(name)
+    identity = {"runtime_library": name, "version": version}
+    own = engine.timing_cache_file(identity, this_machine()).name
     verdict = "own" if Path(cache).name == own else "apart"
     tell({"verdict": verdict, "says": f"here it is {own}"})
-    errors: List[str] = []
-    config = trt.Builder(logger_of(trt, errors)).create_builder_config()
+    logger, errors, warnings = said_by(trt)
     blob, _note = builder.read_cache_file(Path(cache))
-    taken = made(lambda: config.create_timing_cache(blob), errors)
-    loads = taken is not None and bool(config.set_timing_cache(taken, False))
-    tell({"loads": loads, "message": "" if loads else one_line((errors or ["it gives no reason"])[0])[:300]})
+    kept: List[Any] = []
+
+    def taken() -> Any:
+        kept.append(trt.Builder(logger))
+        kept.append(kept[-1].create_builder_config())
+        kept.append(kept[-1].create_timing_cache(blob))
+        return True if kept[-1] is not None and kept[-2].set_timing_cache(kept[-1], False) else None
+
+    tell(outcome(taken, errors, warnings)[1])
     end()
 
 
