@@ -149,6 +149,7 @@ class Buffer:
 
     def __init__(self, kind: str) -> None:
         self.kind, self.size = kind, 0
+        self._generation = 0
         self._fields: Dict[str, Tuple[int, Any, Tuple[int, ...]]] = {}
         self._device: Optional[Memory] = None
         self._pinned: Optional[Memory] = None
@@ -183,9 +184,9 @@ class Buffer:
         return {name: self.address(name) for name in self._fields}
 
     @property
-    def base(self) -> Optional[int]:
-        """The GPU's address of all of it, None before it was arranged."""
-        return None if self._device is None else self._device.address
+    def generation(self) -> int:
+        """How often its memory was allocated. A graph that was recorded with another one knows freed memory."""
+        return self._generation
 
     def upload(self, stream: Stream) -> None:
         if self.kind != "mapped":
@@ -229,6 +230,7 @@ class Buffer:
         self._fields = {}
 
     def _allocate(self, size: int) -> None:
+        self._generation += 1
         if self.kind == "mapped":
             self._device = self._pinned = Memory(size, "mapped")
         else:

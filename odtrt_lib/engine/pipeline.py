@@ -305,9 +305,9 @@ class Pipeline:
             if buffers.anchors.arrange([("anchors", np.float32, self._anchors.shape)]):
                 buffers.anchors.write("anchors", self._anchors, buffers.stream)
         if self.switches.preprocess == "gpu":
-            base = buffers.frames.base
+            generation = buffers.frames.generation
             buffers.frames.arrange([(str(i), np.uint8, (*one, 3)) for i, one in enumerate(batch.image_sizes)])
-            moved |= buffers.frames.base != base
+            moved |= buffers.frames.generation != generation
         if moved:
             buffers.forget_graphs()
             buffers.bound = size
