@@ -1387,7 +1387,7 @@ def test_a_folder_that_was_used_has_no_strangers_but_the_users(archive, tmp_path
 
 def test_a_python_that_is_too_old_is_told_so(archive, unpacked):
     python = python_of("3.6")
-    for script in (archive, unpacked / "build_here.py"):
+    for script in (archive, unpacked / "build_here.py", unpacked / "detect.py"):
         done = subprocess.run([python, script], capture_output=True, text=True)
         assert done.returncode == 1
         assert re.fullmatch(r"error: Python 3\.6 .*3\.8.*\n", done.stderr)
@@ -1765,14 +1765,18 @@ def test_the_plugin_is_compiled_and_its_plan_built(archive, tmp_path, monkeypatc
     assert sizes["detector.onnx"] > sizes["heads.onnx"]
 
 
-def device_environment(path):
-    """A virtual environment with what a device has, linked from this one: no TensorFlow, typer or odtrt."""
+TO_DETECT = ("numpy", "onnxruntime", "pillow")
+TO_BUILD = (
+    *TO_DETECT, "onnx", "onnxconverter-common", "polygraphy", "protobuf",
+    "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs",
+)  # fmt: skip
+
+
+def device_environment(path, packages=TO_BUILD):
+    """A virtual environment with these and what they need, linked from this one: no TensorFlow or odtrt."""
     venv.create(path, with_pip=False, symlinks=True)
     site = next(path.glob("lib/python3*/site-packages"))
-    wanted = [
-        "numpy", "onnx", "onnxruntime", "onnxconverter-common", "polygraphy", "pillow", "protobuf",
-        "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs",
-    ]  # fmt: skip
+    wanted = list(packages)
     linked = set()
     while wanted:
         name = re.sub(r"[-_.]+", "-", wanted.pop()).lower()
@@ -1790,6 +1794,222 @@ def device_environment(path):
         requires = [text for text in distribution.requires or [] if "extra ==" not in text]
         wanted += [re.match(r"[\w.-]+", text).group() for text in requires]
     return path / "bin" / "python"
+
+
+def told_rows(lines):
+    """(name, score, box) of each row of a table that a command printed."""
+    row = re.compile(r"\s+(\S.*?) +(\d\.\d{3})  \[ *(\d+), +(\d+), +(\d+), +(\d+)\]")
+    matches = [match for match in map(row.fullmatch, lines) if match]
+    return [(match[1], match[2], tuple(map(int, match.groups()[2:]))) for match in matches]
+
+
+def expected_rows(found, min_score=0.3):
+    """The same rows by Python's own rounding, from a Detector's answer."""
+    return [
+        (
+            name.replace("\n", r"\n"),
+            format(float(score), ".3f"),
+            tuple(int(format(float(side), ".0f")) for side in box),
+        )
+        for name, score, box in zip(found.names, found.scores, found.boxes, strict=True)
+        if score >= min_score
+    ]
+
+
+def assert_same_rows(found, expected):
+    """To the last digits that are shown, in which processors may differ."""
+    assert [name for name, _, _ in found] == [name for name, _, _ in expected]
+    for (_, score, box), (_, expected_score, expected_box) in zip(found, expected, strict=True):
+        assert float(score) == pytest.approx(float(expected_score), abs=0.0011)
+        assert box == pytest.approx(expected_box, abs=1)
+
+
+def check_drawn(path, image, found, min_score=0.3):
+    """The picture in ``path`` is ``image`` but for lines along every box, and labels."""
+    from PIL import Image
+
+    drawn = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert drawn.shape == image.shape
+    change = np.abs(drawn - image).max(2)
+    height, width = change.shape
+    assert np.median(change) < 8, "most pixels are the picture's"
+    boxes = found.boxes[found.scores >= min_score]
+    for top, left, bottom, right in np.clip(boxes, 0, [height - 1, width - 1] * 2).round().astype(int):
+        rows, columns = slice(top, bottom + 1), slice(left, right + 1)
+        for side in (
+            *(change[max(y - 1, 0) : y + 2, columns].max(0) for y in (top, bottom)),
+            *(change[rows, max(x - 1, 0) : x + 2].max(1) for x in (left, right)),
+        ):
+            assert np.mean(side > 32) > 0.9, (top, left, bottom, right)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A smooth picture in a folder, twice."""
+    from PIL import Image
+
+    y, x = np.mgrid[:240, :400]
+    image = np.stack([x / 2, y, (x + y) / 3], -1).astype(np.uint8)
+    folder = tmp_path_factory.mktemp("pictures")
+    Image.fromarray(image).save(folder / "a.png")
+    Image.fromarray(image[:, ::-1]).save(folder / "b.png")
+    return folder, image
+
+
+@pytest.fixture(scope="module")
+def detect_on_device(archive, tmp_path_factory):
+    """Runs detect.py of a fresh bundle where there are only these packages."""
+    place = tmp_path_factory.mktemp("device")
+    bundle.unpack(archive, place / "tiny")
+    pythons = {}
+
+    def run(*arguments, packages=TO_DETECT):
+        if packages not in pythons:
+            pythons[packages] = device_environment(place / f"environment{len(pythons)}", packages)
+        quiet = {"PATH": os.environ["PATH"], "HOME": str(place), "LANG": "C.UTF-8"}
+        command = [pythons[packages], "tiny/detect.py", *map(str, arguments)]
+        return subprocess.run(command, cwd=place, env=quiet, capture_output=True, text=True, check=False)
+
+    return run, place
+
+
+def test_detect_py_tells_and_draws_what_the_detector_finds(detect_on_device, pictures, tmp_path):
+    from odtrt_lib.detector import Detector
+
+    (run, place), (folder, image) = detect_on_device, pictures
+    before = contents(folder)
+    found = Detector.open(place / "tiny" / "model", "onnxruntime").detect(image)
+    assert len(expected_rows(found)) > 3
+    done = run(folder / "a.png")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"tiny one: ONNX Runtime [\d.]+ on the CPU", lines[0])
+    assert lines[1] == f"{folder / 'a.png'}: drawn in {place / 'tiny' / 'detections' / 'a.jpg'}"
+    assert told_rows(lines) == expected_rows(found)
+    check_drawn(place / "tiny" / "detections" / "a.jpg", image, found)
+    assert lines[-1] == f"{len(expected_rows(found))} detections with a score of at least 0.3; pictures: 1"
+
+    done = run(folder, "--min-score", "0.95", "-o", tmp_path / "drawn")
+    assert done.returncode == 0, done.stderr
+    strong = expected_rows(found, 0.95)
+    assert 0 < len(strong) < len(expected_rows(found))
+    assert told_rows(done.stdout.splitlines())[: len(strong)] == strong
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["a.jpg", "b.jpg"]
+    check_drawn(tmp_path / "drawn" / "a.jpg", image, found, 0.95)
+    assert contents(folder) == before
+
+
+def test_detect_py_never_draws_over_a_picture_that_it_was_given(detect_on_device, pictures, tmp_path):
+    from PIL import Image
+
+    (run, _), (_, image) = detect_on_device, pictures
+    Image.fromarray(image).save(tmp_path / "a.jpg")
+    before = (tmp_path / "a.jpg").read_bytes()
+    for _ in range(2):
+        done = run(tmp_path / "a.jpg", "-o", tmp_path)
+        assert done.returncode == 0 and f"drawn in {tmp_path / 'a-2.jpg'}" in done.stdout, done.stderr
+    assert (tmp_path / "a.jpg").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.jpg", "a.jpg"]
+
+
+def test_detect_py_names_what_it_cannot_use_and_goes_on(detect_on_device, pictures, tmp_path):
+    (run, _), (folder, _) = detect_on_device, pictures
+    shutil.copy(folder / "a.png", tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((folder / "a.png").read_bytes()[:100])
+    done = run(tmp_path, "-o", tmp_path / "drawn")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and f"error: {tmp_path / 'bad.png'}: damaged" in done.stderr
+    assert told_rows(done.stdout.splitlines()) and (tmp_path / "drawn" / "good.jpg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--camera", "0"], 1, "error: camera 0: needs OpenCV"),
+        (["--camera", "csi:0"], 1, "error: camera csi:0: needs OpenCV"),
+        (["rtsp://127.0.0.1/x"], 1, "error: rtsp://127.0.0.1/x: needs OpenCV"),
+        (["tiny/README.txt"], 1, "error: tiny/README.txt: needs OpenCV"),
+        (["nowhere.png"], 1, "error: nowhere.png: not found"),
+        (["tiny/model"], 1, "error: tiny/model: no picture in this folder"),
+        (["tiny/README.txt", "tiny/model"], 1, "error: tiny/README.txt: a video; expected only pictures"),
+        ([], 2, "error: name what to detect in"),
+        (["a.png", "--camera", "0"], 2, "error: name what to detect in"),
+        (["a.mp4", "--frames", "0"], 2, "--frames: '0': expected a number of at least 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_detect_py_refuses_in_one_line(detect_on_device, arguments, status, said):
+    done = detect_on_device[0](*arguments)
+    assert done.returncode == status and said in done.stderr.splitlines()[-1]
+    assert status == 2 or done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_detect_py_goes_through_a_video(detect_on_device, pictures, tmp_path):
+    from test_sources import write_video
+
+    (run, _), (_, image) = detect_on_device, pictures
+    video = write_video(tmp_path / "v.avi", [image] * 5)
+    with_opencv = (*TO_DETECT, "opencv-python-headless")
+    done = run(video, packages=with_opencv)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    name, page, end = done.stdout.splitlines()
+    assert name.startswith("tiny one: ONNX Runtime")
+    assert re.fullmatch(rf"{video}: see http://127\.0\.0\.1:\d+/; Ctrl-C ends this", page)
+    figures = r"\d+\.\d FPS; detection p50 \d+\.\d\d ms, p99 \d+\.\d\d ms"
+    assert re.fullmatch(rf"{video}: 5 frames; {figures}", end)
+    done = run(video, "--frames", 2, packages=with_opencv)
+    assert done.returncode == 0 and re.search(rf"\n{video}: 2 frames; {figures}\n$", done.stdout)
+    video.write_text("cut off")
+    done = run(video, packages=with_opencv)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {video}: OpenCV cannot read it")
+
+
+@pytest.mark.parametrize(
+    ("built", "asked"),
+    [
+        (None, {}),
+        ({"backend": "onnxruntime", "plans": {"heads.onnx": "p"}}, {}),
+        ({"backend": "tensorrt", "plans": {"heads.onnx": "p"}}, {"plugin": None, "precision": "fp16"}),
+        ({"backend": "tensorrt", "plans": {"detector.onnx": "p"}}, {"plugin": "x/l.so", "precision": "fp16"}),
+    ],
+    ids=["not built", "no GPU", "split", "fused"],
+)
+def test_detect_py_opens_the_detector_that_was_built(tmp_path, monkeypatch, built, asked):
+    from odtrt_lib.detector import Detector
+
+    opened = []
+    monkeypatch.setattr(Detector, "open", lambda *where, **how: opened.append((where, how)))
+    if built is not None:
+        built = {"precision": "fp16", "plugin": "x/l.so", **built}
+        (tmp_path / "built.json").write_text(json.dumps(built))
+    bundle.open_here(tmp_path)
+    if asked.get("plugin"):
+        asked = {**asked, "plugin": tmp_path / asked["plugin"]}
+    assert opened == [((tmp_path / "model",), asked)]
+    (tmp_path / "built.json").write_text('{"plans": 1}')
+    assert "built.json: damaged; run build_here.py again" in one_line_error(
+        lambda: bundle.open_here(tmp_path)
+    )
+
+
+def test_letters_need_a_newer_pillow_and_it_is_said_before_the_work(unpacked, monkeypatch, without_a_gpu):
+    from PIL import ImageFont
+
+    def load_default():
+        """Pillow 10.0's, which takes no size."""
+
+    monkeypatch.setattr(ImageFont, "load_default", load_default)
+    monkeypatch.setattr(install, "_compile", lambda *_: pytest.fail("compiled"))
+    picture = Path(unpacked) / "pattern.png"
+    from PIL import Image
+
+    Image.fromarray(install._pattern(SPEC)).save(picture)
+    work = lambda: bundle.build_here(unpacked, image=picture, say=lambda line: None)  # noqa: E731
+    message = one_line_error(work, MissingDependencyError)
+    picture.unlink()
+    assert "cannot draw letters" in message and "`python3 -m pip install --upgrade pillow`" in message
 
 
 @pytest.fixture(scope="module")
@@ -1842,6 +2062,11 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
         assert sum(line.startswith(f"missing: {missing}") for line in done.stdout.splitlines()) == 1
     built = json.loads((device / "parts" / "built.json").read_text())
     assert built["library"] is None and built["backend"] == "onnxruntime"
+    assert told_rows(done.stdout.splitlines()) == expected_rows(expected)
+    page = told_rows((ROOT / "book" / "setup_device.md").read_text().splitlines())
+    assert_same_rows(page, expected_rows(expected, 0.5))
+    assert built["drawn"] == str(device.resolve() / "parts" / "detections" / "scene.jpg")
+    check_drawn(built["drawn"], image, expected)
     found = built["detections"]
     np.testing.assert_allclose([row["box"] for row in found[:5]], expected.boxes[:5], atol=0.05)
     np.testing.assert_allclose([row["score"] for row in found[:5]], expected.scores[:5], atol=1e-4)
@@ -1849,6 +2074,11 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
     done = on_device("parts/build_here.py", "--image", "scene.png")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "missing" not in done.stdout
+    table = told_rows(done.stdout.splitlines())
+    assert table == expected_rows(expected)
+    done_again = on_device("parts/detect.py", "scene.png", "-o", "drawn")
+    assert done_again.returncode == 0 and told_rows(done_again.stdout.splitlines()) == table
+    check_drawn(device / "drawn" / "scene.jpg", image, expected)
     built = json.loads((device / "parts" / "built.json").read_text())
     assert built["library"] == "plugins/build/libodtrt.so"
     plan = device / "parts" / built["plans"]["heads.onnx"]

@@ -19,7 +19,7 @@ from odtrt_lib import live
 from odtrt_lib.detector import Detections
 from odtrt_lib.errors import InputError
 from odtrt_lib.live import Statistics
-from odtrt_lib.sources import Source
+from odtrt_lib.sources import Source, open_stream
 
 FOUND = Detections(np.float32([[80, 120, 360, 520]]), np.float32([0.9]), np.array([1]), ("nut",))
 ORANGE = (230, 159, 0)  # of class 1
@@ -266,6 +266,35 @@ def test_a_port_in_use_or_out_of_range_is_refused(page):
     for wrong in (port, 99_999):
         with pytest.raises(InputError, match=f"127.0.0.1:{wrong}: no page can be served there"):
             live.Page("again", 0.3, port=wrong)
+
+
+def test_a_network_camera_is_read_until_it_is_lost(page):
+    """The page itself is one: Motion JPEG over HTTP."""
+    pytest.importorskip("cv2")
+    is_enough = threading.Event()
+
+    def film():
+        for number in itertools.count():
+            if is_enough.is_set():
+                page.close()
+                return
+            page.show(np.roll(GREY, number % 7), FOUND, Statistics(number))
+
+    thread = threading.Thread(target=film)
+    thread.start()
+    try:
+        seen, said = Seen(), []
+        camera = open_stream(f"{page.url}stream")
+        assert camera.is_live
+        watched = live.watch(seen, camera, seen, frames=3, say=said.append)
+        assert watched.frames == 3 and len(seen.shown) == 3
+
+        detector = SimpleNamespace(detect=lambda image: is_enough.set() or seen.detect(image))
+        with pytest.raises(InputError, match=r"stream: gives no more pictures; is it unplugged, off"):
+            live.watch(detector, open_stream(f"{page.url}stream"), Seen(), say=said.append)
+    finally:
+        is_enough.set()
+        thread.join()
 
 
 # --- a window

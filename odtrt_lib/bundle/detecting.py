@@ -160,19 +160,16 @@ def _open(folder: Path, say: Callable[[str], None]) -> Detector:
 def _watch(folder: Path, source: Source, options: argparse.Namespace, say: Callable[[str], None]) -> None:
     from odtrt_lib import live
 
-    try:
-        with _open(folder, say) as detector:
-            title = f"{detector.spec.name}, {source.name}"
-            display = live.open_display(
-                title, options.min_score, page_only=options.page, host=options.host, port=options.port
-            )
-            say(f"{source.name}: {display.description}; Ctrl-C ends this")
-            try:
-                live.watch(detector, source, display, frames=options.frames, say=say)
-            finally:
-                display.close()
-    finally:
-        source.close()
+    with _open(folder, say) as detector:
+        title = f"{detector.spec.name}, {source.name}"
+        display = live.open_display(
+            title, options.min_score, page_only=options.page, host=options.host, port=options.port
+        )
+        say(f"{source.name}: {display.description}; Ctrl-C ends this")
+        try:
+            live.watch(detector, source, display, frames=options.frames, say=say)
+        finally:
+            display.close()
 
 
 def _detect_in_pictures(
