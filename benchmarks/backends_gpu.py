@@ -35,7 +35,6 @@ TF32 or FP16 does is a finding about rounding, no failure: the rows say it.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import json
 import os
@@ -50,12 +49,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_times import free_device_mb
 from recorded_heads import ARITHMETIC
 
 from odtrt_lib import engine, portability
 from odtrt_lib.anchors import load_anchors
 from odtrt_lib.detector import Detections, Detector
-from odtrt_lib.engine import passport, runtime
+from odtrt_lib.engine import passport, pipeline
 from odtrt_lib.errors import OdtrtError
 from odtrt_lib.evaluate import agreement, coco_results
 from odtrt_lib.latency import Sampling, sample, time_calls, wall_clock
@@ -227,7 +227,7 @@ def serve(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         row = {**about(folder, detector, arithmetic), **row, **timed_detect(detector, images)}
     spec = load_spec(folder / "spec.json")
     anchors = load_anchors(folder / "anchors.npy", spec)
-    loaded = runtime.load(folder, plan, spec, anchors, plugin=plugin)
+    loaded = pipeline.load(folder, plan, spec, anchors, plugin=plugin)
     row.update(time_calls(loaded.run_again, SAMPLING).row("network_"))
     loaded.close()
     return row
@@ -285,15 +285,6 @@ def timed_detect(detector: Detector, images: list[np.ndarray]) -> dict[str, floa
         of_one = sample(lambda once=once: once() / BATCH, SAMPLING)
         row.update(of_one.timing().row(f"{what}{BATCH}_"))
     return row
-
-
-def free_device_mb() -> float:
-    from polygraphy import cuda
-
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    library = cuda.wrapper()
-    library.check(library.handle.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)))
-    return free.value / 2**20
 
 
 def in_a_fresh_process(folder: Path, arithmetic: str, plugin: Path | None) -> dict[str, float]:

@@ -47,7 +47,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from backends_gpu import free_device_mb, in_a_process
+from backends_gpu import in_a_process
+from gpu_times import free_device_mb, whole_frame
 from recorded_heads import (
     ARITHMETIC,
     LARGEST_RELATIVE_ERROR,
@@ -145,7 +146,7 @@ def build(folder: Path, precision: str) -> dict[str, Any]:
 
 def run(folder: Path, arithmetic: str) -> dict[str, Any]:
     """Loading, latency and agreement of the one plan in ``folder``."""
-    from odtrt_lib.engine import runtime
+    from odtrt_lib.engine import pipeline
 
     spec = load_spec(folder / "spec.json")
     anchors = load_anchors(folder / "anchors.npy", spec)
@@ -155,7 +156,7 @@ def run(folder: Path, arithmetic: str) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name in ("load_cold_seconds", "load_warm_seconds"):
         started = time.perf_counter()
-        plan = runtime.load(folder, found, spec, anchors)
+        plan = pipeline.load(folder, found, spec, anchors)
         row[name] = round(time.perf_counter() - started, 2)
         if name == "load_cold_seconds":
             row["load_peak_rss_mb"] = builder.peak_rss_mb("self")
@@ -170,7 +171,7 @@ def run(folder: Path, arithmetic: str) -> dict[str, Any]:
         found_on_cpu = postprocess(*heads, anchors, spec, WHOLE_IMAGE)
         row["postprocessing"], row["postprocessing_is_exact"] = plan.postprocessing, None
         if plan.postprocessing == "on the GPU":
-            found_on_gpu = plan.run(reference["image"], WHOLE_IMAGE)
+            found_on_gpu = plan.run_prepared(reference["image"], [whole_frame(spec)])
             row["postprocessing_is_exact"] = is_exact(found_on_gpu, found_on_cpu)
         agrees, counts = same_detections(reference, found_on_cpu, spec, arithmetic)
         row.update(counts)

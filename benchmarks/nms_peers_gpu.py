@@ -1,19 +1,23 @@
 """What TensorRT itself offers for NMS, and our plugin, each alone in an engine of the full TensorRT.
 
-    python benchmarks/nms_peers_gpu.py PLUGIN [HEADS] [--quick]
+    python benchmarks/nms_peers_gpu.py PLUGIN [HEADS] [--quick] [--five]
 
-writes results/nms_peers.<gpu>.json, each row as soon as it is measured; PLUGIN: libodtrt_tensorrt.so. HEADS:
-the folder that benchmarks/record_heads.py wrote; without it only drawn scenes are measured. Needs numpy,
-tensorrt, Polygraphy and odtrt_lib, on Python 3.8 or newer.
+writes results/nms_peers.<gpu>.json, each row as soon as it is measured; what was measured before stays until
+the same row is measured again. PLUGIN: libodtrt_tensorrt.so. HEADS: the folder that
+benchmarks/record_heads.py wrote; without it only drawn scenes are measured. --five: PLUGIN was built with
+``-DCMAKE_CUDA_FLAGS=-DODTRT_OVERLAPS_FROM=99`` and goes the way of GPUs before compute capability 9, five
+kernels without clusters, as an Orin does; it alone is measured then. Needs numpy, tensorrt, Polygraphy and
+odtrt_lib, on Python 3.8 or newer.
 
 Rows, float32, batch 1, sizes and thresholds as they say:
 
-* ``OdtrtDetect``: ours, from raw heads. ``EfficientNMS_TRT``: from raw heads too, as NVIDIA's own samples for
-  the OD API use it (sigmoid and box decoding inside). ``BatchedNMSDynamic_TRT``: from decoded boxes and
-  scores, whose making is not in its time; it takes 4,096 candidates of a class at most. ``NMS layer``:
-  INetworkDefinition::addNMS, from decoded boxes and scores; what it gives has no size of its own, so no CUDA
-  graph can hold it: its time is the wall clock of one call. A threshold below 0.01 is 0.01 for
-  EfficientNMS_TRT and BatchedNMSDynamic_TRT, whose documentation warns of less.
+* ``OdtrtDetect``: ours, from raw heads; ``OdtrtDetect, five kernels``: see --five. ``EfficientNMS_TRT``: from
+  raw heads too, as NVIDIA's own samples for the OD API use it (sigmoid and box decoding inside).
+  ``BatchedNMSDynamic_TRT``: from decoded boxes and scores, whose making is not in its time; it takes 4,096
+  candidates of a class at most. ``NMS layer``: INetworkDefinition::addNMS, from decoded boxes and scores;
+  what it gives has no size of its own, so no CUDA graph can hold it: its time is the wall clock of one call.
+  A threshold below 0.01 is 0.01 for EfficientNMS_TRT and BatchedNMSDynamic_TRT, whose documentation warns of
+  less.
 * ``p50_us``, ``p99_us``: device time of one call in a CUDA graph of 20, by events (``timed_by`` says which).
 * ``detections``: of the OD API's own semantics (:func:`odtrt_lib.nms.postprocess`). ``found``: what the row's
   implementation gives; ``missing``: reference detections without one of the same class, an IoU of at least
@@ -23,6 +27,7 @@ Rows, float32, batch 1, sizes and thresholds as they say:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -37,8 +42,10 @@ sys.path.insert(0, str(ROOT))  # odtrt is not installed where it runs
 import drawn_heads
 import nms_cases
 import tensorrt as trt
-from tensorrt_gpu import SAMPLING, cuda, graph_times
+from gpu_times import graph_times
+from tensorrt_gpu import SAMPLING
 
+from odtrt_lib import cuda
 from odtrt_lib.engine.bindings import load_plugin
 from odtrt_lib.fuse import plugin_attributes
 from odtrt_lib.latency import Timing, time_calls
@@ -54,6 +61,7 @@ CLASSES, OBJECTS, IOU = 90, 8, 0.5
 PEER_THRESHOLD = 0.01
 MAX_CANDIDATES = 4096
 SAME_IOU, SAME_SCORE = 0.99, 1e-3
+FIVE_KERNELS = "OdtrtDetect, five kernels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +85,18 @@ class Found:
     classes: np.ndarray
 
 
+@functools.lru_cache(maxsize=1)
+def builder_and_logger() -> Tuple[Any, Any]:
+    """One for all networks: to make a builder is to load TensorRT's kernels, which takes seconds."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    return trt.Builder(logger), logger
+
+
 class Peer:
     """A network of one node, its engine and its buffers."""
 
     def __init__(self, inputs: Dict[str, np.ndarray], add: Callable[[Any, Dict[str, Any]], Any]) -> None:
-        self.logger = trt.Logger(trt.Logger.ERROR)
-        builder = trt.Builder(self.logger)
+        builder, logger = builder_and_logger()
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
         tensors = {name: network.add_input(name, trt.float32, array.shape) for name, array in inputs.items()}
         self.outputs = add(network, tensors)
@@ -91,36 +105,32 @@ class Peer:
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise RuntimeError("TensorRT does not build it")
-        self.runtime = trt.Runtime(self.logger)
+        self.runtime = trt.Runtime(logger)
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         self.context = self.engine.create_execution_context()
-        from polygraphy import cuda as memory
-
-        self.stream = memory.Stream()
-        self.buffers: Dict[str, Any] = {}
+        self.stream = cuda.Stream()
+        self.inputs, self.results = cuda.Buffer("device"), cuda.Buffer("device")
+        self.inputs.arrange([(name, np.float32, array.shape) for name, array in inputs.items()])
         for name, array in inputs.items():
-            self.buffers[name] = memory.DeviceArray(array.shape, np.float32)
-            self.buffers[name].copy_from(np.ascontiguousarray(array, np.float32))
-            self.context.set_tensor_address(name, self.buffers[name].ptr)
+            self.inputs.write(name, array.astype(np.float32), self.stream)
+            self.context.set_tensor_address(name, self.inputs.address(name))
 
     def fixed_outputs(self) -> None:
         """Gives each output memory of the size that the engine states."""
-        from polygraphy import cuda as memory
-
+        shapes = {name: tuple(self.context.get_tensor_shape(name)) for name in self.outputs}
+        kinds = {name: trt.nptype(self.engine.get_tensor_dtype(name)) for name in self.outputs}
+        self.results.arrange([(name, kinds[name], shapes[name]) for name in self.outputs])
         for name in self.outputs:
-            shape = tuple(self.context.get_tensor_shape(name))
-            kind = trt.nptype(self.engine.get_tensor_dtype(name))
-            self.buffers[name] = memory.DeviceArray(shape, kind)
-            self.context.set_tensor_address(name, self.buffers[name].ptr)
+            self.context.set_tensor_address(name, self.results.address(name))
 
     def enqueue(self) -> None:
-        if not self.context.execute_async_v3(self.stream.ptr):
+        if not self.context.execute_async_v3(self.stream.handle):
             raise RuntimeError("TensorRT does not run it")
 
     def run(self) -> List[np.ndarray]:
         self.enqueue()
         self.stream.synchronize()
-        return [self.buffers[name].numpy() for name in self.outputs]
+        return [self.results.read(name, self.stream) for name in self.outputs]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -134,15 +144,32 @@ def main(arguments: Sequence[str]) -> int:
     load_plugin(trt.get_plugin_registry(), plugin)
     gpu = (this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
     path = ROOT / "results" / f"nms_peers.{gpu}.json"
-    rows: List[Dict[str, Any]] = []
-    for heads, thresholds in cases(recorded, quick="--quick" in arguments):
-        for threshold in thresholds:
-            for name, measure in IMPLEMENTATIONS.items():
-                rows.append(row_of(heads, threshold, name, measure))
-                print(json.dumps(rows[-1]), flush=True)
-                command = "python benchmarks/nms_peers_gpu.py PLUGIN HEADS"
-                write_results(path, "nms_peers", command, rows)
+    rows: List[Dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    planned = cases(recorded, quick="--quick" in arguments)
+    for group in ((FIVE_KERNELS,),) if "--five" in arguments else GROUPS:
+        for heads, threshold, name in (
+            (heads, threshold, name)
+            for heads, thresholds in planned
+            for threshold in thresholds
+            for name in group
+        ):
+            row = row_of(heads, threshold, name, IMPLEMENTATIONS[name])
+            print(json.dumps(row), flush=True)
+            rows = with_row(rows, row)
+            write_results(path, "nms_peers", "python benchmarks/nms_peers_gpu.py PLUGIN HEADS", rows)
     return 0
+
+
+def with_row(rows: Sequence[Dict[str, Any]], row: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """``rows`` with the new one instead of its predecessor; one without figures replaces none that has."""
+    earlier = next((one for one in rows if identity(one) == identity(row)), None)
+    if earlier is not None and "error" in row and "error" not in earlier:
+        return list(rows)
+    return [one for one in rows if one is not earlier] + [row]
+
+
+def identity(row: Dict[str, Any]) -> Tuple[Any, ...]:
+    return tuple(row[key] for key in ("implementation", "source", "heads", "anchors", "score_threshold"))
 
 
 def cases(recorded: Optional[Path], quick: bool) -> List[Tuple[Heads, Sequence[float]]]:
@@ -361,30 +388,34 @@ class Allocator(trt.IOutputAllocator):
 
     def __init__(self) -> None:
         trt.IOutputAllocator.__init__(self)
-        self.buffer: Any = None
+        self.memory: Optional[cuda.Memory] = None
         self.shape: Tuple[int, ...] = ()
 
     def reallocate_output(self, name: str, memory: int, size: int, alignment: int) -> int:
-        from polygraphy import cuda as device
-
-        if self.buffer is None or self.buffer.nbytes < size:
-            self.buffer = device.DeviceArray((max(1, size),), np.uint8)
-        return int(self.buffer.ptr)
+        if self.memory is None or self.memory.size < size:
+            self.memory = cuda.Memory(size)
+        return self.memory.address
 
     def notify_shape(self, name: str, shape: Any) -> None:
         self.shape = tuple(shape)
 
     def numpy(self, dtype: Any) -> np.ndarray:
-        count = int(np.prod(self.shape)) * np.dtype(dtype).itemsize
-        return np.asarray(self.buffer.numpy())[:count].copy().view(dtype).reshape(self.shape)
+        assert self.memory is not None
+        array, stream = np.empty(self.shape, dtype), cuda.Stream()
+        cuda.copy(array.ctypes.data, self.memory.address, array.nbytes, stream)
+        stream.synchronize()
+        return array
 
 
 IMPLEMENTATIONS: Dict[str, Callable[[Heads], Tuple[Found, float, str, Timing]]] = {
     "OdtrtDetect": ours,
+    FIVE_KERNELS: ours,
     "EfficientNMS_TRT": efficient,
     "BatchedNMSDynamic_TRT": batched,
     "NMS layer": layer,
 }
+GROUPS = (("OdtrtDetect", "EfficientNMS_TRT"), ("NMS layer",), ("BatchedNMSDynamic_TRT",))
+"""What is measured, in turn: a visit to the GPU can end before the last row."""
 
 
 def timed(peer: Peer, used: float) -> Tuple[Found, float, str, Timing]:
@@ -393,7 +424,7 @@ def timed(peer: Peer, used: float) -> Tuple[Found, float, str, Timing]:
     count = int(np.asarray(num).reshape(-1)[0])
     boxes = np.asarray(boxes).reshape(-1, 4)[:count]
     found = Found(boxes, np.asarray(scores).reshape(-1)[:count], np.asarray(classes).reshape(-1)[:count])
-    return found, used, "CUDA graph of 20", graph_times(peer.enqueue, peer.stream.ptr)
+    return found, used, "CUDA graph of 20", graph_times(peer.enqueue, peer.stream, SAMPLING)
 
 
 def decoded(heads: Heads) -> Tuple[np.ndarray, np.ndarray]:
@@ -436,5 +467,5 @@ def add_plugin(
 
 
 if __name__ == "__main__":
-    cuda("cudaFree", None)
+    cuda.memory_info()  # makes the context
     sys.exit(main(sys.argv[1:]))

@@ -73,7 +73,7 @@ def example(
     name: str = "example",
     labels: Sequence[Label] | None = None,
 ) -> DetectorSpec:
-    """A detector of these parts; the image has 64 x 64 pixels and the names are numbers if none are given."""
+    """A detector of these parts. image: 64 x 64 pixels if not given; labels: else the classes' numbers."""
     if labels is None:
         labels = named(*(str(i + 1) for i in range(heads.num_classes)))
     return DetectorSpec(

@@ -1,12 +1,13 @@
 """Plans of the full TensorRT on a GPU: builds, memory, latency, and agreement with ONNX Runtime.
 
     python benchmarks/tensorrt_gpu.py record FOLDER [NAME ...]           on a machine with the corpus, first
-    python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN [NAME ...]       on the GPU machine
+    python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN [NAME[:ARITHMETIC] ...]      on the GPU machine
 
-writes results/tensorrt<version>.<gpu>.json, each row as soon as it is measured; with names the rows of the
-other models stay. PLUGIN: libodtrt_tensorrt.so. Needs numpy, tensorrt, Polygraphy and odtrt_lib there, on
-Python 3.8 or newer. Each model and arithmetic is a process of its own with an empty timing cache, and gives
-two rows, ``form`` split and fused:
+writes results/tensorrt<version>.<gpu>.json, each figure as soon as it is measured. What was measured before
+stays until the same row gives a new figure; without an arithmetic NAME means all of them. A row that was
+stopped keeps the figures that it has, and says so in ``error``. PLUGIN: libodtrt_tensorrt.so. Needs numpy,
+tensorrt and odtrt_lib there, on Python 3.8 or newer. Each model and arithmetic is a process of
+its own with an empty timing cache, and gives two rows, ``form`` split and fused:
 
 * ``arithmetic``: FP32 is measured with NVIDIA_TF32_OVERRIDE=0, TF32 without; FP16 sets the builder's flag.
 * ``build_cold_seconds``: the first build; ``build_warm_seconds``: the same again with the timing cache of the
@@ -32,21 +33,21 @@ and trained weights find the same. The exit status is 1 if a row does not.
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
+from gpu_times import free_device_mb, graph_times, whole_frame
 from recorded_heads import (
     ARITHMETIC,
     LARGEST_RELATIVE_ERROR,
@@ -59,7 +60,7 @@ from recorded_heads import (
 from odtrt_lib import engine, portability
 from odtrt_lib.detector import Detector, load_anchors
 from odtrt_lib.engine import passport
-from odtrt_lib.latency import Sampling, Timing, sample, time_calls
+from odtrt_lib.latency import Sampling, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import postprocess
 from odtrt_lib.results import write_results
@@ -67,9 +68,9 @@ from odtrt_lib.spec import DetectorSpec, load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMS = ("split", "fused")
-CALLS_IN_GRAPH = 20
 SAMPLING = Sampling(warmup=30, min_count=20, max_count=300, seconds=4.0)
-ROW_TIMEOUT_SECONDS = 420
+ROW_TIMEOUT_SECONDS = 570
+NOT_FINISHED = "not finished"
 
 
 def main(arguments: List[str]) -> int:
@@ -135,63 +136,106 @@ def run(recorded: Path, plugin: Path, names: Sequence[str]) -> int:
     release = "".join(str(here.version).split(".")[:2])
     path = ROOT / "results" / f"tensorrt{release}.{gpu.lower().replace('nvidia', '').split()[0]}.json"
     rows: List[Dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
-    for name in names or sorted(one.name for one in recorded.iterdir() if one.is_dir()):
-        for arithmetic in ARITHMETIC:
-            for row in rows_of(recorded / name, plugin, arithmetic):
-                same = [one for one in rows if identity(one) == identity(row)]
-                rows = [one for one in rows if one not in same] + [row]
-                print(json.dumps(row), flush=True)
-            write_results(path, "tensorrt", "python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN", rows)
-    return 0 if rows and all(row["passed"] for row in rows) else 1
+    failed = False
+
+    def keep(row: Dict[str, Any]) -> None:
+        earlier = next((one for one in rows if identity(one) == identity(row)), None)
+        if earlier is not None and earlier["passed"] and row.get("error") == NOT_FINISHED:
+            return
+        rows[:] = [one for one in rows if one is not earlier] + [row]
+        write_results(path, "tensorrt", "python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN", rows)
+
+    for name, arithmetic in wanted(recorded, names):
+        for row in rows_of(recorded / name, plugin, arithmetic, keep):
+            print(json.dumps(row), flush=True)
+            failed = failed or not row["passed"]
+    return int(failed or not rows)
+
+
+def wanted(recorded: Path, names: Sequence[str]) -> List[Tuple[str, str]]:
+    """Models and arithmetics, in the order of ``names``, all of ``recorded`` if there are none.
+
+    Raises SystemExit for a name that was not recorded.
+    """
+    found = []
+    for word in names or sorted(one.name for one in recorded.iterdir() if one.is_dir()):
+        name, _, arithmetic = word.partition(":")
+        if not (recorded / name / "spec.json").is_file() or arithmetic not in ("", *ARITHMETIC):
+            raise SystemExit(f"{word}: not a model in {recorded}, or not one of {', '.join(ARITHMETIC)}")
+        found += [(name, one) for one in ([arithmetic] if arithmetic else ARITHMETIC)]
+    return found
 
 
 def identity(row: Dict[str, Any]) -> Tuple[str, str, str]:
     return row["model"], row["arithmetic"], row["form"]
 
 
-def rows_of(folder: Path, plugin: Path, arithmetic: str) -> List[Dict[str, Any]]:
-    """Both forms, measured by a process of their own; ``error`` says why one is missing."""
+def rows_of(
+    folder: Path, plugin: Path, arithmetic: str, keep: Callable[[Dict[str, Any]], None]
+) -> List[Dict[str, Any]]:
+    """Both forms, measured by a process of their own; ``error`` says why one is missing.
+
+    keep: is given a row whenever it has new figures, and at the end each that lacks some.
+    """
     about = {
         "model": folder.name,
         "arithmetic": arithmetic,
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-    rows: Dict[str, Dict[str, Any]] = {form: {"form": form, **about, "passed": False} for form in FORMS}
-    environment = {name: value for name, value in os.environ.items() if name != engine.TF32_OVERRIDE}
-    if arithmetic == "FP32":
-        environment[engine.TF32_OVERRIDE] = "0"
-    command = [sys.executable, __file__, "--row", str(folder), str(plugin), arithmetic]
+    rows: Dict[str, Dict[str, Any]] = {
+        form: {"form": form, **about, "passed": False, "error": NOT_FINISHED} for form in FORMS
+    }
+    told = set()
     problem = None
     with tempfile.TemporaryDirectory() as cache:
-        environment["XDG_CACHE_HOME"] = cache
+        process = start_row(folder, plugin, arithmetic, cache)
+        late = threading.Timer(ROW_TIMEOUT_SECONDS, process.kill)
+        late.start()
         try:
-            answer = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, env=environment, timeout=ROW_TIMEOUT_SECONDS
-            )
-            lines, status = answer.stdout, answer.returncode
-            problem = None if status == 0 else f"exit status {status}"
-        except subprocess.TimeoutExpired as late:
-            lines = (late.stdout or b"").decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-            problem = f"stopped after {ROW_TIMEOUT_SECONDS} s"
-    for line in lines.splitlines():
-        if line.startswith("{"):
-            part = json.loads(line)
-            rows[part["form"]].update(part)
-    for row in rows.values():
-        if problem is not None and not row["passed"] and "error" not in row:
+            for line in process.stdout or ():
+                if line.startswith("{"):
+                    part = json.loads(line)
+                    row = rows[part["form"]]
+                    if "passed" in part and row["error"] == NOT_FINISHED:
+                        del row["error"]
+                    row.update(part)
+                    told.add(part["form"])
+                    keep(row)
+            if process.wait() != 0:
+                problem = f"exit status {process.returncode}, or stopped after {ROW_TIMEOUT_SECONDS} s"
+        finally:
+            late.cancel()
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    for form, row in rows.items():
+        if row.get("error") == NOT_FINISHED and problem is not None:
             row["error"] = problem
+            if form in told:
+                keep(row)
     return list(rows.values())
 
 
+def start_row(folder: Path, plugin: Path, arithmetic: str, cache: str) -> subprocess.Popen[str]:
+    """The process that measures, with an empty timing cache in ``cache``."""
+    environment = {name: value for name, value in os.environ.items() if name != engine.TF32_OVERRIDE}
+    if arithmetic == "FP32":
+        environment[engine.TF32_OVERRIDE] = "0"
+    environment["XDG_CACHE_HOME"] = cache
+    command = [sys.executable, __file__, "--row", str(folder), str(plugin), arithmetic]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
 def measure(recorded: Path, plugin: Path, arithmetic: str) -> None:
-    """Prints the parts of both rows as they are measured, each as JSON, and the reason if one fails."""
+    """Prints the figures of both rows as they are measured, each as JSON, and the reason if one fails."""
     with tempfile.TemporaryDirectory() as work:
         for form in FORMS:
             folder = Path(work) / form / recorded.name
             shutil.copytree(recorded, folder)
             chosen = plugin if form == "fused" else None
             try:
-                tell(form, build(folder, ARITHMETIC[arithmetic][0], chosen))
+                for part in build(folder, ARITHMETIC[arithmetic][0], chosen):
+                    tell(form, part)
                 tell(form, load_and_run(folder, arithmetic, chosen))
             except Exception as error:
                 traceback.print_exc()
@@ -202,8 +246,11 @@ def tell(form: str, part: Dict[str, Any]) -> None:
     print(json.dumps({"form": form, **part}), flush=True)
 
 
-def build(folder: Path, precision: str, plugin: Optional[Path]) -> Dict[str, Any]:
-    """A split plan is built twice, the second time with the timing cache of the first, a fused one once."""
+def build(folder: Path, precision: str, plugin: Optional[Path]) -> Iterator[Dict[str, Any]]:
+    """A split plan is built twice, the second time with the timing cache of the first, a fused one once.
+
+    The figures after each build.
+    """
     seconds, attempts = [], []
     for _ in range(2 if plugin is None else 1):
         started = time.perf_counter()
@@ -211,26 +258,27 @@ def build(folder: Path, precision: str, plugin: Optional[Path]) -> Dict[str, Any
         seconds.append(time.perf_counter() - started)
         (found,) = passport.passports(folder)
         attempts.append(found.attempts[-1])
-    return {
-        "weights": str(np.load(str(folder / "reference.npz"))["weights"]),
-        "version": found.version,
-        "build_cold_seconds": round(seconds[0], 2) if plugin is None else None,
-        "build_warm_seconds": round(seconds[-1], 2),
-        "peak_rss_mb": attempts[0]["peak_rss_mb"],
-        "peak_gpu_mb": attempts[0]["peak_gpu_mb"],
-        "plan_mb": round(found.plan_bytes / 1e6, 2),
-        "layers_fp32": found.layers.get("fp32", 0),
-        "layers_fp16": found.layers.get("fp16", 0),
-        "layers_other": sum(found.layers.values()) - sum(found.layers.get(k, 0) for k in ("fp32", "fp16")),
-        "layers_counted_in": found.settings["layers_counted_in"],
-        "tf32_flag": found.settings["tf32"],
-        "plugin_interface": None if found.plugin is None else found.plugin.abi,
-    }
+        yield {
+            "weights": str(np.load(str(folder / "reference.npz"))["weights"]),
+            "version": found.version,
+            "build_cold_seconds": round(seconds[0], 2) if plugin is None else None,
+            "build_warm_seconds": round(seconds[-1], 2) if plugin is not None or len(seconds) > 1 else None,
+            "peak_rss_mb": attempts[0]["peak_rss_mb"],
+            "peak_gpu_mb": attempts[0]["peak_gpu_mb"],
+            "plan_mb": round(found.plan_bytes / 1e6, 2),
+            "layers_fp32": found.layers.get("fp32", 0),
+            "layers_fp16": found.layers.get("fp16", 0),
+            "layers_other": sum(found.layers.values())
+            - sum(found.layers.get(k, 0) for k in ("fp32", "fp16")),
+            "layers_counted_in": found.settings["layers_counted_in"],
+            "tf32_flag": found.settings["tf32"],
+            "plugin_interface": None if found.plugin is None else found.plugin.abi,
+        }
 
 
 def load_and_run(folder: Path, arithmetic: str, plugin: Optional[Path]) -> Dict[str, Any]:
     """Loading, agreement and latency of the one plan in ``folder``."""
-    from odtrt_lib.engine import runtime
+    from odtrt_lib.engine import pipeline
 
     spec = load_spec(folder / "spec.json")
     anchors = load_anchors(folder / "anchors.npy", spec)
@@ -238,14 +286,14 @@ def load_and_run(folder: Path, arithmetic: str, plugin: Optional[Path]) -> Dict[
     reference = np.load(str(folder / "reference.npz"))
     before = free_device_mb()
     started = time.perf_counter()
-    plan = runtime.load(folder, found, spec, anchors, plugin=plugin)
+    plan = pipeline.load(folder, found, spec, anchors, plugin=plugin)
     row: Dict[str, Any] = {
         "load_seconds": round(time.perf_counter() - started, 2),
         "device_memory_mb": round(before - free_device_mb(), 1),
         "postprocessing": plan.postprocessing,
     }
     try:
-        detections = plan.run(reference["image"], WHOLE_IMAGE)
+        detections = plan.run_prepared(reference["image"], [whole_frame(spec)])
         if plugin is None:
             row.update(heads_against(reference, plan, detections, anchors, spec))
         agrees, counts = same_detections(reference, detections, spec, arithmetic)
@@ -283,85 +331,23 @@ def detect_times(folder: Path, found: passport.Passport, plugin: Optional[Path])
         return time_calls(lambda: detector.detect(image), SAMPLING).row("detect_")
 
 
-# ---- CUDA, by ctypes ------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Timer:
-    """Two CUDA events on one stream."""
-
-    stream: int
-    start: ctypes.c_void_p
-    end: ctypes.c_void_p
-
-
-def cuda(name: str, *arguments: Any) -> None:
-    """Calls one function of the CUDA runtime library; RuntimeError, naming it, if it fails."""
-    from polygraphy import cuda as polygraphy_cuda
-
-    status = getattr(polygraphy_cuda.wrapper().handle, name)(*arguments)
-    if status != 0:
-        raise RuntimeError(f"{name}: CUDA error {status}")
+# ---- Times on the device ---------------------------------------------------------------------------------
 
 
 def device_times(plan: Any) -> Dict[str, float]:
     """Device time of the plan alone and with its post-processing, in CUDA graphs."""
-    stream = plan._device.stream.ptr
-    windows = WHOLE_IMAGE
 
     def with_postprocessing() -> None:
-        plan._start()
-        plan._enqueue_postprocess(plan._kernels, windows)
+        plan.enqueue_network()
+        plan.enqueue_postprocess()
 
-    network = graph_times(plan._start, stream)
+    network = graph_times(plan.enqueue_network, plan.stream, SAMPLING)
     rows = network.row("network_graph_")
-    if plan._kernels is not None:
-        rows.update(graph_times(with_postprocessing, stream).row("device_graph_"))
-    elif plan.is_fused:
+    if plan.is_fused:
         rows.update(network.row("device_graph_"))
+    elif plan.switches.postprocess == "gpu":
+        rows.update(graph_times(with_postprocessing, plan.stream, SAMPLING).row("device_graph_"))
     return rows
-
-
-def graph_times(enqueue: Callable[[], None], stream: int) -> Timing:
-    """Device time of one of CALLS_IN_GRAPH calls that were captured together."""
-    handle = ctypes.c_void_p(stream)
-    graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
-    timer = Timer(stream, ctypes.c_void_p(), ctypes.c_void_p())
-    for event in (timer.start, timer.end):
-        cuda("cudaEventCreate", ctypes.byref(event))
-    enqueue()
-    cuda("cudaStreamSynchronize", handle)
-    cuda("cudaStreamBeginCapture", handle, 1)  # this thread only
-    try:
-        for _ in range(CALLS_IN_GRAPH):
-            enqueue()
-    finally:
-        cuda("cudaStreamEndCapture", handle, ctypes.byref(graph))
-    cuda("cudaGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
-
-    def once() -> float:
-        cuda("cudaEventRecord", timer.start, handle)
-        cuda("cudaGraphLaunch", executable, handle)
-        cuda("cudaEventRecord", timer.end, handle)
-        cuda("cudaEventSynchronize", timer.end)
-        milliseconds = ctypes.c_float()
-        cuda("cudaEventElapsedTime", ctypes.byref(milliseconds), timer.start, timer.end)
-        return 1000.0 * milliseconds.value / CALLS_IN_GRAPH
-
-    try:
-        return sample(once, SAMPLING).timing()
-    finally:
-        cuda("cudaGraphExecDestroy", executable)
-        cuda("cudaGraphDestroy", graph)
-        for event in (timer.start, timer.end):
-            cuda("cudaEventDestroy", event)
-
-
-def free_device_mb() -> float:
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    cuda("cudaFree", None)  # makes the context, which is nobody's plan
-    cuda("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-    return free.value / 2**20
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Image in, detections out: preprocessing, network and post-processing behind one class.
 
-The network is run by a :class:`Backend`; what comes before it, and for raw heads what comes after it, is the
-same for all of them, and runs in the native library where that was built, else in numpy.
+A :class:`Backend` takes pictures and gives detections as the network's coordinates have them; what makes
+boxes in pixels and names of classes out of these is the same for all.
 
-* ``onnxruntime`` runs ``heads.onnx`` on the CPU.
+* ``onnxruntime`` runs ``heads.onnx`` on the CPU, between preprocessing and post-processing in the native
+library
+  where that was built, else in numpy.
 * ``tensorrt`` and ``tensorrt_rtx`` run the newest plan in ``plans/`` that may be used here
-  (:func:`odtrt_lib.portability.check`), split or fused; see :mod:`odtrt_lib.engine.runtime`.
+  (:func:`odtrt_lib.portability.check`), split or fused; see :mod:`odtrt_lib.engine.pipeline`.
 * ``auto``, unless another is asked for: the newest plan of the TensorRT that is installed, where there is an
   NVIDIA GPU, else ONNX Runtime. Where that plan is stale, an older one or ONNX Runtime serves while another
   process rebuilds it; the new plan is loaded behind the running detector and takes over between two calls.
@@ -26,7 +28,7 @@ import warnings
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, MutableSet, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, List, MutableSet, NoReturn, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -36,13 +38,14 @@ from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one
 from odtrt_lib.folder import sealed
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import Postprocessed, postprocess
-from odtrt_lib.preprocess import boxes_to_pixels, preprocess
+from odtrt_lib.preprocess import boxes_to_pixels, frame_of, preprocess
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.tensors import Tensor, heads_tensors
 from odtrt_lib.variants import FORMS, PRECISIONS, RUNTIME_LIBRARIES, form_of
 
 if TYPE_CHECKING:
     from odtrt_lib.engine.passport import Passport
+    from odtrt_lib.engine.pipeline import Switches
     from odtrt_lib.portability import Environment
 
 Heads = Tuple[np.ndarray, np.ndarray]
@@ -52,6 +55,7 @@ MOST_WAITING = 16
 """Calls of :meth:`Detector.submit` that may be unfinished; the next one waits. From callbacks: twice that."""
 
 _POLL_SECONDS = 0.5
+_NO_GPU = "no NVIDIA GPU here: no plan runs, ONNX Runtime does"
 _HEADS = FORMS["heads"].file
 
 
@@ -75,18 +79,19 @@ def _nothing_to_close() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """Something that runs the network.
+    """Something that finds objects in pictures.
 
-    infer: float32 [B, 3, height, width] -> (box_encodings float32 [B, N, 4], class_logits float32
-    [B, N, columns]), see :class:`odtrt_lib.spec.SsdHeads`. B is ``InputSpec.batch`` where that is fixed. A
-    fused plan has no heads to give and raises UnsupportedError. run: the same images and ``clip_windows``
-    float32 [B, 4] -> detections; None where post-processing follows ``infer``. close: gives its memory back.
-    description: what runs, for people. plan: the fingerprint, where it is a plan.
+    run: RGB pictures, uint8 [height, width, 3], of any sizes -> detections, one row for each picture; no more
+    than ``InputSpec.batch`` where that is fixed. infer: what the network alone gives, to look at: float32 [B,
+    3, height, width] -> (box_encodings float32 [B, N, 4], class_logits float32 [B, N, columns]), see
+    :class:`odtrt_lib.spec.SsdHeads`; B is ``InputSpec.batch`` where that is fixed. A fused plan has no heads
+    to give and raises UnsupportedError. close: gives its memory back. description: what runs, for people.
+    plan: the fingerprint, where it is a plan.
     """
 
     name: str
+    run: Callable[[Sequence[np.ndarray]], Postprocessed]
     infer: Callable[[np.ndarray], Heads]
-    run: Optional[Callable[[np.ndarray, np.ndarray], Postprocessed]] = None
     close: Callable[[], None] = _nothing_to_close
     description: str = ""
     plan: Optional[str] = None
@@ -159,6 +164,7 @@ class Detector:
         *,
         plugin: Union[str, Path, None] = None,
         precision: Optional[str] = None,
+        switches: Optional[Switches] = None,
     ) -> Detector:
         """Opens a model folder.
 
@@ -167,7 +173,8 @@ class Detector:
         ``auto`` a plan that no longer fits (another library, GPU, ONNX file or spec.json) starts one process
         that rebuilds it in the background; :attr:`status` says so, and the other backends never do. plugin:
         ``libodtrt_tensorrt.so``; with it a fused plan is preferred to a split one, without it not looked at.
-        precision: only plans of this one; None: of any.
+        precision: only plans of this one; None: of any. switches: how a plan gets its pictures and gives its
+        detections back, see :class:`odtrt_lib.engine.pipeline.Switches`; ONNX Runtime has none.
 
         Close it, or use it in a ``with`` block, to give the GPU's memory back::
 
@@ -181,21 +188,16 @@ class Detector:
         back to ONNX Runtime instead, and :attr:`status` says why.
         """
         folder = Path(folder)
-        if backend not in BACKENDS:
-            raise InputError(f"backend {backend!r} is unknown; expected one of: {', '.join(BACKENDS)}")
-        if precision not in (None, *PRECISIONS):
-            raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-        if plugin is not None and not Path(plugin).is_file():
-            raise InputError(f"{plugin}: not found; {BUILD_PLUGIN}")
+        _check_choices(backend, plugin, precision)
         if backend == "onnxruntime":
             return cls(*_open_onnxruntime(folder))
         here = _here(backend, plugin)
         if here is None:
+            has_plans = any((folder / PLANS).glob("*.json"))
             detector = cls(*_open_onnxruntime(folder))
-            if any((folder / PLANS).glob("*.json")):
-                detector._serving.reasons = ("no NVIDIA GPU here: no plan runs, ONNX Runtime does",)
+            detector._serving.reasons = (_NO_GPU,) if has_plans else ()
             return detector
-        wanted = _Wanted(folder, here, plugin, precision)
+        wanted = _Wanted(folder, here, plugin, precision, switches)
         spec, anchors = _read_contract(folder)
         found = _open_best_plan(wanted, spec, anchors)
         if found.backend is not None and not _is_contract_of(folder, spec, anchors):
@@ -203,19 +205,14 @@ class Detector:
             raise InputError(f"{folder}: the model was replaced while it was opened; open it again")
         if backend != "auto":
             if found.backend is None:
-                raise InputError(
-                    f"{folder}: no plan that {backend} {here.version} can use here: "
-                    f"{'; '.join(found.reasons)}"
-                )
+                reasons = "; ".join(found.reasons)
+                raise InputError(f"{folder}: no plan that {backend} {here.version} can use here: {reasons}")
             return cls(spec, anchors, found.backend)
         is_started = found.stale is not None and _start_rebuild(wanted, found.stale)
-        serving = found.backend
-        if serving is None:
-            try:
-                spec, anchors, serving = _open_onnxruntime(folder)
-            except MissingDependencyError as error:
-                raise MissingDependencyError(f"{error}; {'; '.join(found.reasons)}") from error
-        detector = cls(spec, anchors, serving)
+        if found.backend is not None:
+            detector = cls(spec, anchors, found.backend)
+        else:
+            detector = cls(*_open_onnxruntime_instead(folder, found.reasons))
         detector._serving.reasons = found.reasons
         if found.stale is not None:
             _watch_rebuild(detector, wanted, found.stale, is_started)
@@ -319,17 +316,8 @@ class Detector:
         return future
 
     def _detect_at_once(self, backend: Backend, images: Sequence[np.ndarray]) -> List[Detections]:
-        network = self.spec.input
-        batch = np.zeros((network.batch or len(images), 3, network.height, network.width), np.float32)
-        frames = [preprocess(image, network, out=batch[i])[1] for i, image in enumerate(images)]
-        windows = np.array([frame.clip_window for frame in frames], np.float32)
-        if backend.run is not None:
-            found = backend.run(batch[: len(images)], windows)
-        else:
-            box_encodings, class_logits = backend.infer(batch)
-            found = postprocess(
-                box_encodings[: len(images)], class_logits[: len(images)], self.anchors, self.spec, windows
-            )
+        found = backend.run(images)
+        frames = [frame_of(image, self.spec.input) for image in images]
         detections = []
         for i, frame in enumerate(frames):
             count = found.num_detections[i]
@@ -343,6 +331,15 @@ class Detector:
                 )
             )
         return detections
+
+
+def _check_choices(backend: str, plugin: Union[str, Path, None], precision: Optional[str]) -> None:
+    if backend not in BACKENDS:
+        raise InputError(f"backend {backend!r} is unknown; expected one of: {', '.join(BACKENDS)}")
+    if precision not in (None, *PRECISIONS):
+        raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if plugin is not None and not Path(plugin).is_file():
+        raise InputError(f"{plugin}: not found; {BUILD_PLUGIN}")
 
 
 def _read_contract(folder: Path) -> Tuple[DetectorSpec, np.ndarray]:
@@ -365,10 +362,20 @@ def _open_onnxruntime(folder: Path) -> Tuple[DetectorSpec, np.ndarray, Backend]:
     files = sealed(folder, "spec.json", "anchors.npy", _HEADS)
     spec = load_spec(folder / "spec.json", files["spec.json"])
     anchors = load_anchors(folder / "anchors.npy", spec, files["anchors.npy"])
-    return spec, anchors, _run_by_onnxruntime(folder / _HEADS, spec, files[_HEADS])
+    return spec, anchors, _run_by_onnxruntime(folder / _HEADS, spec, anchors, files[_HEADS])
 
 
-def _run_by_onnxruntime(path: Path, spec: DetectorSpec, model: bytes) -> Backend:
+def _open_onnxruntime_instead(
+    folder: Path, reasons: Sequence[str]
+) -> Tuple[DetectorSpec, np.ndarray, Backend]:
+    """reasons: why no plan serves."""
+    try:
+        return _open_onnxruntime(folder)
+    except MissingDependencyError as error:
+        raise MissingDependencyError(f"{error}; {'; '.join(reasons)}") from error
+
+
+def _run_by_onnxruntime(path: Path, spec: DetectorSpec, anchors: np.ndarray, model: bytes) -> Backend:
     try:
         import onnxruntime
     except ImportError as error:
@@ -395,7 +402,17 @@ def _run_by_onnxruntime(path: Path, spec: DetectorSpec, model: bytes) -> Backend
         box_encodings, class_logits = session.run(outputs, {spec.input.name: images})
         return box_encodings, class_logits
 
-    return Backend("onnxruntime", infer, description=f"ONNX Runtime {onnxruntime.__version__} on the CPU")
+    def run(images: Sequence[np.ndarray]) -> Postprocessed:
+        network, count = spec.input, len(images)
+        batch = np.zeros((network.batch or count, 3, network.height, network.width), np.float32)
+        frames = [preprocess(image, network, out=out)[1] for image, out in zip(images, batch)]
+        windows = np.array([frame.clip_window for frame in frames], np.float32)
+        box_encodings, class_logits = infer(batch)
+        return postprocess(box_encodings[:count], class_logits[:count], anchors, spec, windows)
+
+    return Backend(
+        "onnxruntime", run, infer, description=f"ONNX Runtime {onnxruntime.__version__} on the CPU"
+    )
 
 
 def _check_tensors(path: Path, kind: str, found: Sequence[Any], tensors: Sequence[Tensor]) -> None:
@@ -429,11 +446,11 @@ def _closed_error() -> InputError:
     return InputError("this detector is closed; open the folder again")
 
 
-def _refuse_when_closed(images: np.ndarray) -> Heads:
+def _refuse_when_closed(images: Any) -> NoReturn:
     raise _closed_error()
 
 
-_CLOSED = Backend("closed", _refuse_when_closed)
+_CLOSED = Backend("closed", _refuse_when_closed, _refuse_when_closed)
 
 
 # ---- The worker thread, and other processes ---------------------------------------------------------------
@@ -475,11 +492,12 @@ def _part_from_parent() -> None:
     for detector in list(_detectors):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(detector.backend))
         owner = detector._serving.process
-        detector.backend = Backend("of another process", functools.partial(_refuse_after_fork, owner))
+        refuse = functools.partial(_refuse_after_fork, owner)
+        detector.backend = Backend("of another process", refuse, refuse)
         detector._serving = _Serving(owner)
 
 
-def _refuse_after_fork(owner: int, images: np.ndarray) -> Heads:
+def _refuse_after_fork(owner: int, images: Any) -> NoReturn:
     raise InputError(
         f"this detector was opened by another process ({owner}) and does not work after a fork: open it in "
         'this one, or let multiprocessing "spawn" its processes'
@@ -500,6 +518,7 @@ class _Wanted:
     here: Environment
     plugin: Union[str, Path, None]
     precision: Optional[str]
+    switches: Optional[Switches]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -605,17 +624,16 @@ def _kind(one: Passport) -> Tuple[str, str]:
 
 
 def _open_plan(wanted: _Wanted, one: Passport, spec: DetectorSpec, anchors: np.ndarray) -> Backend:
-    from odtrt_lib.engine import runtime
+    from odtrt_lib.engine import pipeline
 
-    plan = runtime.load(wanted.folder, one, spec, anchors, plugin=wanted.plugin)
+    plan = pipeline.load(wanted.folder, one, spec, anchors, plugin=wanted.plugin, switches=wanted.switches)
     return Backend(
         one.runtime_library,
-        plan.infer,
         plan.run,
+        plan.infer,
         plan.close,
-        f"{RUNTIME_LIBRARIES[one.runtime_library]} {wanted.here.version}, "
-        f"plan {one.fingerprint}, {one.precision}, "
-        f"post-processing {plan.postprocessing}",
+        f"{RUNTIME_LIBRARIES[one.runtime_library]} {wanted.here.version}, plan {one.fingerprint}, "
+        f"{one.precision}, post-processing {plan.postprocessing}",
         one.fingerprint,
     )
 

@@ -4,10 +4,10 @@
 header in Python. The modules :mod:`odtrt_lib.nms` and :mod:`odtrt_lib.preprocess` use it if :func:`load`
 finds it and do the same in numpy where not, so that most users need nothing from here.
 
-The functions that end in ``_cpu`` take numpy arrays. Those that end in ``_cuda`` take the addresses of
-device memory as integers, as PyCUDA (``int(allocation)``), CuPy (``array.data.ptr``) and PyTorch
-(``tensor.data_ptr()``) give them, enqueue their work on a stream and return at once. They allocate nothing,
-and may be captured in a CUDA graph.
+The functions that end in ``_cpu`` take numpy arrays. Those that end in ``_cuda`` take device memory:
+addresses as integers, or what PyCUDA, CuPy and PyTorch allocate; structures hold
+:func:`odtrt_lib.cuda.address_of` of these. They enqueue their work on a stream and return at once. They
+allocate nothing, and may be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 
+from odtrt_lib.cuda import address_of
 from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one_line
 from odtrt_lib.spec import DetectorSpec, InputSpec
 
@@ -379,17 +380,25 @@ def postprocess_cuda(
     batch: int,
     heads: HeadPointers,
     out: DetectionPointers,
-    workspace: int,
+    workspace: Any,
     workspace_size: int,
     stream: int = 0,
 ) -> None:
     """Enqueues the post-processing of a batch. All addresses are of device memory, aligned to 16 bytes.
 
+    workspace: what :func:`odtrt_lib.cuda.address_of` takes. stream: a ``cudaStream_t``.
+
     Raises MissingDependencyError where the library was built without CUDA, NativeError where CUDA fails,
     InputError where an argument is not as ``odtrt.h`` says.
     """
     status = library.handle.odtrt_postprocess_cuda(
-        ctypes.byref(params), batch, ctypes.byref(heads), ctypes.byref(out), workspace, workspace_size, stream
+        ctypes.byref(params),
+        batch,
+        ctypes.byref(heads),
+        ctypes.byref(out),
+        address_of(workspace),
+        workspace_size,
+        stream,
     )
     _check(library, "odtrt_postprocess_cuda", status)
 
@@ -402,27 +411,38 @@ def nms_workspace(library: Library, params: NmsParams) -> int:
 def nms_cuda(
     library: Library,
     params: NmsParams,
-    boxes: int,
-    scores: int,
-    classes: Optional[int],
-    kept: int,
-    num_kept: int,
-    workspace: int,
+    boxes: Any,
+    scores: Any,
+    classes: Optional[Any],
+    kept: Any,
+    num_kept: Any,
+    workspace: Any,
     workspace_size: int,
     stream: int = 0,
 ) -> None:
-    """Enqueues a suppression; ``kept``, int32 [max_kept], ends in -1. Raises as :func:`postprocess_cuda`."""
-    status = library.handle.odtrt_nms_cuda(
-        ctypes.byref(params), boxes, scores, classes, kept, num_kept, workspace, workspace_size, stream
-    )
+    """Enqueues a suppression; ``kept``, int32 [max_kept], ends in -1.
+
+    All but the size are what :func:`odtrt_lib.cuda.address_of` takes. Raises as :func:`postprocess_cuda`.
+    """
+    addresses = [
+        None if memory is None else address_of(memory)
+        for memory in (boxes, scores, classes, kept, num_kept, workspace)
+    ]
+    status = library.handle.odtrt_nms_cuda(ctypes.byref(params), *addresses, workspace_size, stream)
     _check(library, "odtrt_nms_cuda", status)
 
 
 def preprocess_cuda(
-    library: Library, params: PreprocessParams, image: int, output: int, stream: int = 0
+    library: Library, params: PreprocessParams, image: Any, output: Any, stream: int = 0
 ) -> None:
-    """Enqueues the preprocessing of one image, in device memory. Raises as :func:`postprocess_cuda`."""
-    status = library.handle.odtrt_preprocess_cuda(ctypes.byref(params), image, output, stream)
+    """Enqueues the preprocessing of one image.
+
+    image, output: in device memory, as :func:`odtrt_lib.cuda.address_of` takes it. Raises as
+    :func:`postprocess_cuda`.
+    """
+    status = library.handle.odtrt_preprocess_cuda(
+        ctypes.byref(params), address_of(image), address_of(output), stream
+    )
     _check(library, "odtrt_preprocess_cuda", status)
 
 

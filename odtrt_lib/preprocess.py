@@ -155,7 +155,7 @@ def preprocess(
     :func:`odtrt_lib.native.load` raises.
     """
     check_image(image)
-    frame = _frame(image, input_spec)
+    frame = frame_of(image, input_spec)
     shape = (3, input_spec.height, input_spec.width)
     if out is None:
         out = np.empty(shape, np.float32)
@@ -176,6 +176,26 @@ def preprocess(
         out[:, : frame.true_height, : frame.true_width],
     )
     return out, frame
+
+
+def frame_of(image: np.ndarray, input_spec: InputSpec) -> Frame:
+    """How ``image``, [height, width, 3], lies in the network input.
+
+    Raises InputError where its size after resizing does not fit, see :func:`preprocess`.
+    """
+    height, width = image.shape[:2]
+    true_height, true_width = network_size(input_spec, height, width)
+    resizer = input_spec.resizer
+    is_padded = resizer.kind == "keep_aspect_ratio" and resizer.pad_to_max_dimension
+    fits = true_height <= input_spec.height and true_width <= input_spec.width
+    fills = (true_height, true_width) == (input_spec.height, input_spec.width)
+    if not (fits if is_padded else fills):
+        raise InputError(
+            f"image: {height}x{width} becomes {true_height}x{true_width} in {_resizer_name(resizer)}, but "
+            f"the network input is fixed at {input_spec.height}x{input_spec.width}; pass images of one "
+            "aspect ratio, or set pad_to_max_dimension: true in pipeline.config and export again"
+        )
+    return Frame(height, width, true_height, true_width, input_spec.height, input_spec.width)
 
 
 def boxes_to_pixels(boxes: np.ndarray, frame: Frame, nms: NmsSpec) -> np.ndarray:
@@ -295,22 +315,6 @@ def _dtype_advice(dtype: np.dtype) -> str:
     if dtype.kind in "iu" and dtype.itemsize == 2:
         return "reduce it to 8 bits, e.g. (image >> 8).astype(numpy.uint8) if all 16 bits are used"
     return "convert it with image.astype(numpy.uint8) if its values are 0..255"
-
-
-def _frame(image: np.ndarray, input_spec: InputSpec) -> Frame:
-    height, width = image.shape[:2]
-    true_height, true_width = network_size(input_spec, height, width)
-    resizer = input_spec.resizer
-    is_padded = resizer.kind == "keep_aspect_ratio" and resizer.pad_to_max_dimension
-    fits = true_height <= input_spec.height and true_width <= input_spec.width
-    fills = (true_height, true_width) == (input_spec.height, input_spec.width)
-    if not (fits if is_padded else fills):
-        raise InputError(
-            f"image: {height}x{width} becomes {true_height}x{true_width} in {_resizer_name(resizer)}, but "
-            f"the network input is fixed at {input_spec.height}x{input_spec.width}; pass images of one "
-            "aspect ratio, or set pad_to_max_dimension: true in pipeline.config and export again"
-        )
-    return Frame(height, width, true_height, true_width, input_spec.height, input_spec.width)
 
 
 def _resizer_name(resizer: Resizer) -> str:

@@ -56,7 +56,6 @@ PACKAGES = (
     Package("pycocotools", "pycocotools.mask", "pycocotools", "pip install pycocotools"),
     Package("TensorRT", "tensorrt", "tensorrt", "on a Jetson: sudo apt install nvidia-jetpack"),
     _package("TensorRT-RTX", "tensorrt_rtx", "tensorrt-rtx-cu13", "engine"),
-    _package("Polygraphy", "polygraphy", "polygraphy", "engine"),
     _package("onnxconverter-common", "onnxconverter_common", "onnxconverter-common", "engine"),
 )
 
@@ -72,7 +71,7 @@ NEEDS = {
     "2 convert": ("NumPy", "TensorFlow", "onnx", "tf2onnx", "onnx-graphsurgeon", "ONNX Runtime"),
     BUILD: ("NumPy",),
     HALF_PRECISION: ("NumPy", "onnx", "onnxconverter-common"),
-    RUN_A_PLAN: ("NumPy", "Polygraphy"),
+    RUN_A_PLAN: ("NumPy",),
     "4 fuse": ("NumPy", "onnx", "onnx-graphsurgeon"),
     DETECT: ("NumPy", "ONNX Runtime", "Pillow"),
     "eval": ("NumPy", "Pillow", "ONNX Runtime", "pycocotools"),

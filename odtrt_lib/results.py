@@ -35,7 +35,6 @@ RECORDED_DISTRIBUTIONS = (
     "onnxruntime-gpu",
     "tensorrt",
     "tensorrt-rtx-cu13",
-    "polygraphy",
     "nvidia-modelopt",
     "pycuda",
     "torch",

@@ -30,7 +30,7 @@ import pytest
 import spec_cases
 from conftest import pretend_machine
 
-from odtrt_lib import __version__, bundle, fuse, spec
+from odtrt_lib import __version__, bundle, cuda, fuse, spec
 from odtrt_lib.bundle import archive as archives
 from odtrt_lib.bundle import install
 from odtrt_lib.errors import BuildError, CheckError, InputError, MissingDependencyError, UnsupportedError
@@ -275,7 +275,7 @@ def test_every_command_of_an_unpacked_bundle(tmp_path):
     assert {command[0] for command, _, _ in expected} == known
     absent = (
         "cv2,tensorflow,tf_keras,keras,onnx,onnx_graphsurgeon,onnxconverter_common,tf2onnx,matplotlib,"
-        "pycocotools,object_detection,polygraphy,tensorrt,tensorrt_rtx,scipy"
+        "pycocotools,object_detection,tensorrt,tensorrt_rtx,scipy"
     )
     command = [
         sys.executable,
@@ -496,7 +496,7 @@ def test_the_readme_is_about_what_is_in_the_bundle(unpacked, tmp_path):
     for text, there in ((fused, True), (split, False)):
         assert ("triton/" in text, "deepstream/" in text) == (there, there)
         assert max(map(len, text.splitlines())) <= 110
-        for need in ("Python 3.8", "numpy", "TensorRT", "polygraphy", "onnxruntime", "onnxconverter-common",
+        for need in ("Python 3.8", "numpy", "TensorRT", "libcudart.so", "onnxruntime", "onnxconverter-common",
                      "cmake", "C++ compiler", "nvcc", "Pillow", "built.json", "sha256sum"):  # fmt: skip
             assert need in text, need
 
@@ -1393,12 +1393,9 @@ def test_a_python_that_is_too_old_is_told_so(archive, unpacked):
         assert re.fullmatch(r"error: Python 3\.6 .*3\.8.*\n", done.stderr)
 
 
-@pytest.mark.parametrize("module", ["numpy", "onnxruntime", "onnx", "onnxconverter_common", "polygraphy"])
+@pytest.mark.parametrize("module", ["numpy", "onnxruntime", "onnx", "onnxconverter_common"])
 def test_a_missing_module_is_named_with_what_installs_it(monkeypatch, module):
-
-    gpu = "Orin" if module == "polygraphy" else None
-    machine = dataclasses.replace(this_machine(), gpu=gpu)
-    pretend_machine(monkeypatch, machine)
+    pretend_machine(monkeypatch, dataclasses.replace(this_machine(), gpu=None))
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("what fp16 needs depends on the TensorRT that is installed")
     before = bundle.missing_modules("fp16")
@@ -1409,6 +1406,19 @@ def test_a_missing_module_is_named_with_what_installs_it(monkeypatch, module):
     assert f"`python3 -m pip install {package}`" in after[package]
     is_for_half_precision_only = module in ("onnx", "onnxconverter_common")
     assert (package in bundle.missing_modules("fp32")) != is_for_half_precision_only
+
+
+def test_a_missing_cuda_runtime_is_named(monkeypatch):
+    pretend_machine(monkeypatch, dataclasses.replace(this_machine(), gpu="Orin"))
+
+    def absent():
+        raise MissingDependencyError("no libcudart.so")
+
+    monkeypatch.setattr(cuda, "library", absent)
+    (named,) = [name for name in bundle.missing_modules("fp32") if "libcudart.so" in name]
+    assert "nvidia-jetpack" in bundle.missing_modules("fp32")[named]
+    monkeypatch.setattr(cuda, "library", lambda: None)
+    assert named not in bundle.missing_modules("fp32")
 
 
 def test_a_missing_tensorrt_is_named(monkeypatch, unpacked):
@@ -1742,7 +1752,6 @@ def test_the_plugin_is_compiled_and_its_plan_built(archive, tmp_path, monkeypatc
     headers = os.environ.get("TENSORRT_INCLUDE_DIR")
     if headers is None or shutil.which("nvcc") is None:
         pytest.skip("the plugin is compiled with nvcc and TensorRT's headers: set TENSORRT_INCLUDE_DIR")
-    pytest.importorskip("polygraphy")
 
     machine, compile_here = (
         dataclasses.replace(this_machine(), compute_capability="8.7"),
@@ -1767,7 +1776,7 @@ def test_the_plugin_is_compiled_and_its_plan_built(archive, tmp_path, monkeypatc
 
 TO_DETECT = ("numpy", "onnxruntime", "pillow")
 TO_BUILD = (
-    *TO_DETECT, "onnx", "onnxconverter-common", "polygraphy", "protobuf",
+    *TO_DETECT, "onnx", "onnxconverter-common", "protobuf",
     "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs",
 )  # fmt: skip
 

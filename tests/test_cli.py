@@ -832,7 +832,6 @@ class TestDoctor:
     @pytest.mark.parametrize(
         ("absent", "lame"),
         [
-            ("Polygraphy", {"3 engine (run a plan)"}),
             ("onnx", {"2 convert", "3 engine (fp16)", "4 fuse"}),
             ("onnxconverter-common", {"3 engine (fp16)"}),
             ("ONNX Runtime", {"2 convert", "detect", "eval"}),
@@ -840,7 +839,6 @@ class TestDoctor:
         ],
     )
     def test_which_part_needs_what(self, monkeypatch, absent, lame):
-        """To build needs no Polygraphy, which gives a plan its memory when it runs."""
         monkeypatch.setattr(doctor, "device_info", lambda: {"gpu": "one"})
         findings = [doctor.Finding(p, None if p.name == absent else "1.0") for p in doctor.PACKAGES]
         assert {one.title for one in doctor.chapters(findings) if one.missing} == lame

@@ -7,6 +7,7 @@ benchmarks/nms_checks_gpu.py.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,8 @@ if __name__ == "__main__":
 
 import nms_cases
 
-from odtrt_lib import native
-from odtrt_lib.spec import NmsSpec, ScoreSpec
+from odtrt_lib import cuda, native
+from odtrt_lib.spec import InputSpec, NmsSpec, Resizer, ScoreSpec
 
 try:
     import pytest
@@ -134,6 +135,53 @@ def test_softmax_and_many_classes_at_size() -> None:
 
 def test_preprocess_is_the_cpu_librarys_bit_for_bit() -> None:
     fail_on(preprocess_disagreements())
+
+
+def test_every_kind_of_memory_and_a_graph_give_the_cpu_librarys_bits() -> None:
+    """The CUDA runtime by ctypes: an image up, preprocessed, and back, eagerly and in a graph."""
+    assert library is not None
+    rng = np.random.default_rng(11)
+    network = InputSpec(96, 128, Resizer("fixed_shape"), (1 / 127.5,) * 3, (-1.0,) * 3)
+    size, lines = (333, 517), []
+    params = native.preprocess_params(network, size, (96, 128))
+    for kind in ("pageable", "pinned", "mapped"):
+        stream, frame, output = cuda.Stream(), cuda.Buffer(kind), cuda.Buffer(kind)
+        frame.arrange([("image", np.uint8, (*size, 3))])
+        output.arrange([("input", np.float32, (3, 96, 128))])
+        graph = None
+        for how in ("eager", "graph", "the graph again"):
+            frame.array("image")[:] = rng.integers(0, 256, (*size, 3))
+            frame.upload(stream)
+            source, target = frame.address("image"), output.address("input")
+            enqueue = functools.partial(
+                native.preprocess_cuda, library, params, source, target, stream.handle
+            )
+            if how == "eager":
+                enqueue()
+            else:
+                graph = graph or cuda.Graph(stream, enqueue)
+                output.overwrite(stream)
+                graph.launch(stream)
+            output.download(stream)
+            stream.synchronize()
+            expected = np.empty((3, 96, 128), np.float32)
+            native.preprocess_cpu(library, frame.array("image"), network, (96, 128), expected)
+            if output.array("input").tobytes() != expected.tobytes():
+                lines.append(f"{kind}, {how}")
+    fail_on(lines)
+
+
+def test_memory_that_pytorch_allocated_is_taken() -> None:
+    assert library is not None
+    tensor = torch.arange(12, dtype=torch.float32, device="cuda")
+    assert cuda.address_of(tensor) == tensor.data_ptr()
+    memory, stream, array = cuda.Memory(48), cuda.Stream(), np.empty(12, np.float32)
+    assert torch.as_tensor(memory, device="cuda").numel() == 48
+    torch.cuda.synchronize()
+    cuda.copy(memory.address, cuda.address_of(tensor), 48, stream)
+    cuda.copy(array.ctypes.data, cuda.address_of(memory), 48, stream)
+    stream.synchronize()
+    assert np.array_equal(array, np.arange(12))
 
 
 def test_an_error_of_cuda_is_returned() -> None:

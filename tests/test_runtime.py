@@ -1,7 +1,6 @@
-"""Plans on a GPU, without a GPU: real Polygraphy, real preprocessing and kernels, stand-ins below them.
+"""Plans on a GPU, without a GPU: real preprocessing and kernels, stand-ins below them.
 
-The stand-in for the CUDA runtime keeps "device" memory on the host, knows every allocation's bounds, and does
-what was put on a stream only when somebody waits for it. The stand-in for TensorRT reads and writes that
+The stand-in for the CUDA runtime is tests/cuda_stand_in.py. The one for TensorRT reads and writes that
 memory at the addresses that it was given, and computes with ONNX Runtime; a plan is an ONNX model behind a
 header. What the Detector finds through them is compared with what it finds through ONNX Runtime directly.
 Each kind of mistake that this must catch is planted once.
@@ -30,12 +29,14 @@ import numpy as np
 import pytest
 import spec_cases
 from conftest import ROOT, pretend_machine
+from cuda_stand_in import Host
 
+from odtrt_lib import cuda, fuse, native, portability, tensors
 from odtrt_lib import detector as detector_module
-from odtrt_lib import fuse, native, portability, tensors
 from odtrt_lib.detector import Detections, Detector
-from odtrt_lib.engine import passport, runtime
+from odtrt_lib.engine import passport, pipeline, runtime
 from odtrt_lib.engine.passport import Machine, Passport
+from odtrt_lib.engine.pipeline import Switches
 from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, OdtrtError, UnsupportedError
 from odtrt_lib.folder import seal, sha256
 from odtrt_lib.machine import this_machine
@@ -44,9 +45,9 @@ from odtrt_lib.spec import DetectorSpec, NmsSpec, load_spec
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-polygraphy_cuda = pytest.importorskip("polygraphy.cuda.cuda")
 pytest.importorskip("onnx_graphsurgeon")
 
+LIBRARY = cuda.library
 BOARD = Machine("Linux", "aarch64", "Test Orin", "8.7", 16, 15000, "540.4.0", "12.6", "R36.4.3")
 VERSIONS = {"tensorrt": "10.3.0", "tensorrt_rtx": "1.7.1"}
 TAGS = {"tensorrt": b"ftrt", "tensorrt_rtx": b"vtrt"}
@@ -110,79 +111,6 @@ def pictures(count: int) -> list[np.ndarray]:
 
 
 # --- the stand-ins
-
-
-class Host:
-    """The calls of Polygraphy's CUDA wrapper, on host memory. Freshly allocated memory is full of 0xA5.
-
-    Addresses and streams of one are never those of another: what a test leaves behind cannot hit the next.
-    """
-
-    stream_numbers = itertools.count(1)
-    made: list[Host] = []  # noqa: RUF012
-
-    def __init__(self) -> None:
-        self.made.append(self)
-        self.handle = SimpleNamespace(cudaGetErrorString=self.Describe())
-        self.memory: dict[int, np.ndarray] = {}
-        self.pending: list = []
-        self.streams: set[int] = set()
-        self.free_bytes: int | None = None
-
-    class Describe:
-        def __call__(self, number: int) -> bytes:
-            return {2: b"out of memory"}.get(number, b"unknown error")
-
-    def fail(self, number: int):
-        from polygraphy.exception import PolygraphyException
-
-        raise PolygraphyException(
-            f"CUDA Error: {number}. To figure out what this means, refer to https://..."
-        )
-
-    def create_stream(self) -> int:
-        self.streams.add(next(self.stream_numbers))
-        return max(self.streams)
-
-    def destroy_stream(self, stream: int) -> None:
-        self.streams.remove(stream)
-
-    def stream_synchronize(self, stream: int) -> None:
-        assert stream in self.streams
-        while self.pending:
-            self.pending.pop(0)()
-
-    def enqueue(self, stream: int, work) -> None:
-        assert stream in self.streams
-        self.pending.append(work)
-
-    def malloc(self, size: int) -> int:
-        if self.free_bytes is not None and size > self.free_bytes:
-            self.fail(2)
-        block = np.full(size + 64, 0xA5, np.uint8)
-        start = -block.ctypes.data % 64
-        self.memory[block.ctypes.data + start] = block[start : start + size]
-        return block.ctypes.data + start
-
-    def free(self, pointer: int) -> None:
-        if pointer:
-            del self.memory[pointer]
-
-    def view(self, pointer: int, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-        """An array in device memory; an address or a size outside an allocation is an error."""
-        block, size = self.memory[pointer], int(np.prod(shape)) * np.dtype(dtype).itemsize
-        assert size <= len(block), f"{size} bytes in an allocation of {len(block)}"
-        return block[:size].view(dtype).reshape(shape)
-
-    def memcpy(self, dst: int, src: int, nbytes: int, kind, stream_ptr: int) -> None:
-        if kind.value == 1:  # to the device: pageable host memory is read before the call returns
-            content = np.frombuffer(ctypes.string_at(src, nbytes), np.uint8)
-            self.enqueue(stream_ptr, lambda: np.copyto(self.view(dst, np.uint8, (nbytes,)), content))
-        else:
-            self.enqueue(
-                stream_ptr,
-                lambda: ctypes.memmove(dst, self.view(src, np.uint8, (nbytes,)).ctypes.data, nbytes),
-            )
 
 
 def make_plan(
@@ -371,18 +299,40 @@ class KernelsOnStream:
         return 1000 * batch
 
     def odtrt_postprocess_cuda(self, params, batch, heads, out, workspace, workspace_size, stream) -> int:
-        params, heads, out = (type(one._obj).from_buffer_copy(one._obj) for one in (params, heads, out))
-        assert workspace_size == 1000 * batch
+        copies = [type(one._obj).from_buffer_copy(one._obj) for one in (params, heads, out)]
+        assert workspace_size >= 1000 * batch
+
+        def at(pointer: int | None, size: int) -> int | None:
+            """The memory of ``size`` values a picture, where the CPU reaches it."""
+            return pointer and self.host.view(pointer, np.float32, (size,)).ctypes.data
 
         def work() -> None:
+            params, heads, out = (type(one).from_buffer_copy(one) for one in copies)
             self.host.view(workspace, np.uint8, (workspace_size,))
-            count, most = params.num_anchors, params.max_total_detections
-            reads = ((heads.box_encodings, 4 * count), (heads.class_logits, params.num_columns * count))
-            writes = ((out.boxes, 4 * most), (out.scores, most), (out.classes, most), (out.num_detections, 1))
-            for pointer, size in (*reads, *writes):
-                self.host.view(pointer, np.float32, (batch, size))
+            count, most = batch * params.num_anchors, batch * params.max_total_detections
+            heads.box_encodings = at(heads.box_encodings, 4 * count)
+            heads.class_logits = at(heads.class_logits, params.num_columns * count)
+            heads.anchors = at(heads.anchors, 4 * params.num_anchors)
+            heads.clip_windows = at(heads.clip_windows, 4 * batch)
+            out.num_detections, out.boxes = at(out.num_detections, batch), at(out.boxes, 4 * most)
+            for name in ("scores", "classes", "anchors"):
+                setattr(out, name, at(getattr(out, name), most))
             status = self.handle.odtrt_postprocess_cpu(
                 ctypes.byref(params), batch, ctypes.byref(heads), ctypes.byref(out), 1
+            )
+            assert status == 0
+
+        self.host.enqueue(stream, work)
+        return 0
+
+    def odtrt_preprocess_cuda(self, params, image, output, stream) -> int:
+        params = type(params._obj).from_buffer_copy(params._obj)
+
+        def work() -> None:
+            pixels = self.host.view(image, np.uint8, (params.image_height * params.image_pitch,))
+            to = self.host.view(output, np.float32, (3 * params.output_height * params.output_width,))
+            status = self.handle.odtrt_preprocess_cpu(
+                ctypes.byref(params), pixels.ctypes.data, to.ctypes.data, 1
             )
             assert status == 0
 
@@ -393,7 +343,7 @@ class KernelsOnStream:
 @pytest.fixture
 def host(monkeypatch) -> Host:
     host = Host()
-    monkeypatch.setattr(polygraphy_cuda, "G_CUDA", host)
+    monkeypatch.setattr(cuda, "library", lambda: host)
     return host
 
 
@@ -510,8 +460,8 @@ def install_plan(
     return one
 
 
-def load(folder: Path, one: Passport, **options) -> runtime.LoadedPlan:
-    return runtime.load(
+def load(folder: Path, one: Passport, **options) -> pipeline.Pipeline:
+    return pipeline.load(
         folder, one, load_spec(folder / "spec.json"), np.load(folder / "anchors.npy"), **options
     )
 
@@ -595,7 +545,7 @@ def test_loading_does_not_wait_for_post_processing_on_the_cpu(folder, trt, runti
     one = install_plan(folder, runtime_library)
     monkeypatch.setattr(native, "load", lambda: None)
     calls = []
-    monkeypatch.setattr(runtime, "postprocess", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(pipeline, "postprocess", lambda *arguments: calls.append(arguments))
     plan = load(folder, one)
     assert calls == [] and trt.seen.plans
     plan.infer(np.zeros((1, 3, SIDE, SIDE), np.float32))
@@ -607,7 +557,6 @@ def test_raw_heads_are_onnx_runtimes(folder, trt, runtime_library, kernels, plug
     images = np.random.default_rng(1).normal(0, 1, (7, 3, SIDE, SIDE)).astype(np.float32)
     expected = Detector.open(folder, "onnxruntime").backend.infer(images)
     plan = load(folder, one)
-    assert (plan.smallest_batch, plan.largest_batch) == (1, 4)
     for found, right in zip(plan.infer(images), expected, strict=True):
         np.testing.assert_allclose(found, right, atol=1e-5)
     fused = load(
@@ -630,10 +579,102 @@ def test_running_again_is_the_network_on_the_same_inputs(folder, trt, runtime_li
     plan = load(folder, install_plan(folder, runtime_library))
     images = np.ones((2, 3, SIDE, SIDE), np.float32)
     plan.infer(images)
-    before = {pointer: block.copy() for pointer, block in host.memory.items()}
+    before = {pointer: block.content.copy() for pointer, block in host.memory.items()}
     plan.run_again()
     assert host.pending == []
-    assert all(np.array_equal(block, before[pointer]) for pointer, block in host.memory.items())
+    assert all(np.array_equal(block.content, before[pointer]) for pointer, block in host.memory.items())
+
+
+# --- switches
+
+SWITCHES = [
+    Switches(*choice)
+    for choice in itertools.product(
+        ("pageable", "pinned", "mapped"), ("cpu", "gpu"), ("eager", "graph"), ("gpu", "cpu")
+    )
+]
+
+
+def bits(found: list[Detections]) -> list[tuple[bytes, ...]]:
+    return [(one.boxes.tobytes(), one.scores.tobytes(), one.class_ids.tobytes()) for one in found]
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("batch", [None, 3])
+def test_switches_change_no_bit(models, tmp_path, monkeypatch, host, kernels, plugin, batch, is_fused):
+    """Each batch three times: the first is eager, the second is recorded, the third is a graph's."""
+    pretend_installed(monkeypatch, host, "tensorrt")
+    folder = copy(models(batch), tmp_path / "small")
+    install_plan(folder, "tensorrt", **({"model": "detector.onnx", "plugin": plugin} if is_fused else {}))
+    images = pictures(7)
+    batches = [images[:count] for count in (1, 1, 1, 7, 7, 7, 2, 1)] + [images[1:2], images[1:2], images[1:2]]
+    by_itself = by_onnxruntime(folder, images)
+    expected = None
+    for switches in SWITCHES:
+        with Detector.open(folder, plugin=plugin if is_fused else None, switches=switches) as detector:
+            found = [bits(detector.detect_batch(batch)) for batch in batches]
+            launches = host.calls.count("cudaGraphLaunch")
+            assert differences(detector.detect_batch(images), by_itself) == []
+            has_graph = host.calls.count("cudaGraphLaunch") > launches if batch is None else launches > 0
+            assert (switches.launch == "graph") == (launches > 0), (switches, has_graph)
+        host.calls.clear()
+        expected = expected or found
+        assert found == expected, switches
+        assert nothing_is_left(host)
+
+
+def test_a_frame_costs_one_launch_and_no_copy(folder, monkeypatch, host, kernels):
+    pretend_installed(monkeypatch, host, "tensorrt")
+    install_plan(folder, "tensorrt")
+    image = pictures(1)[0]
+    with Detector.open(folder, switches=Switches("mapped", "gpu", "graph")) as detector:
+        for _ in range(3):
+            detector.detect(image)
+        host.calls.clear()
+        detector.detect(image)
+    assert host.calls[:2] == ["cudaGraphLaunch", "cudaStreamSynchronize"]
+    assert "cudaMemcpyAsync" not in host.calls
+
+
+@pytest.mark.parametrize(
+    "refuses", ["cudaStreamBeginCapture", "cudaGraphInstantiateWithFlags", "the network"]
+)
+def test_a_step_that_cannot_be_recorded(folder, monkeypatch, host, kernels, refuses):
+    """TensorRT may start nothing while a stream is captured, and say nothing: the graph shows old results."""
+    trt = pretend_installed(monkeypatch, host, "tensorrt")
+    install_plan(folder, "tensorrt")
+    images = pictures(3)
+    expected = by_onnxruntime(folder, images)
+    execute = trt.Context.execute_async_v3
+    if refuses == "the network":
+        monkeypatch.setattr(
+            trt.Context, "execute_async_v3", lambda self, at: host.capture is not None or execute(self, at)
+        )
+    else:
+        host.refuses[refuses] = 900
+    with Detector.open(folder, switches=Switches("pinned", "gpu", "graph")) as detector:
+        for _ in range(3):
+            assert differences([detector.detect(image) for image in images], expected) == []
+        assert host.calls.count("cudaGraphLaunch") == int(refuses == "the network")
+        detector.close()
+    assert nothing_is_left(host)
+
+
+def test_graphs_of_many_sizes_are_let_go(folder, monkeypatch, host, kernels):
+    pretend_installed(monkeypatch, host, "tensorrt")
+    install_plan(folder, "tensorrt")
+    with Detector.open(folder, switches=Switches("mapped", "gpu", "graph")) as detector:
+        for side in range(30, 30 + 3 * pipeline.MAX_GRAPHS):
+            for _ in range(2):
+                detector.detect(np.zeros((side, 40, 3), np.uint8))
+        assert len(host.graphs) == pipeline.MAX_GRAPHS
+    assert nothing_is_left(host)
+
+
+@pytest.mark.parametrize("wrong", [{"memory": "managed"}, {"preprocess": "GPU"}, {"launch": ""}])
+def test_a_switch_that_is_unknown(wrong):
+    with pytest.raises(InputError, match="expected one of"):
+        Switches(**wrong)
 
 
 # --- mistakes that the comparison must catch
@@ -649,35 +690,33 @@ def wrong_tensor(monkeypatch, trt) -> None:
 
 def stale_buffer(monkeypatch, trt) -> None:
     """Only what is copied first gets to the device."""
-    memcpy, seen = Host.memcpy, []
+    memcpy, seen = Host.cudaMemcpyAsync, []
 
-    def few(self, dst: int, src: int, nbytes: int, kind, stream: int) -> None:
-        seen.extend([nbytes] * (kind.value == 1))
-        if kind.value != 1 or len(seen) < 5:
-            memcpy(self, dst, src, nbytes, kind, stream)
+    def few(self, target: int, source: int, size: int, kind: int, stream: int) -> int:
+        is_upload = target in self.memory
+        seen.extend([size] * is_upload)
+        return memcpy(self, target, source, size, kind, stream) if not is_upload or len(seen) < 5 else 0
 
-    monkeypatch.setattr(Host, "memcpy", few)
+    monkeypatch.setattr(Host, "cudaMemcpyAsync", few)
 
 
 def chunk_off_by_one(monkeypatch, trt) -> None:
     def chunks(self, batch: int):
-        for start in range(0, batch, self.largest_batch):
-            rows = slice(min(start + (start > 0), batch - 1), min(batch, start + self.largest_batch))
+        most = self._network.max_batch
+        for start in range(0, batch, most):
+            rows = slice(min(start + (start > 0), batch - 1), min(batch, start + most))
             yield rows, max(rows.stop - rows.start, 1)
 
-    monkeypatch.setattr(runtime.LoadedPlan, "_chunks", chunks)
+    monkeypatch.setattr(pipeline.Pipeline, "_chunks", chunks)
 
 
 def nobody_waits(monkeypatch, trt) -> None:
-    monkeypatch.setattr(polygraphy_cuda.Stream, "synchronize", lambda self: None)
+    monkeypatch.setattr(cuda.Stream, "synchronize", lambda self: None)
 
 
 def windows_forgotten(monkeypatch, trt) -> None:
-    run = runtime.LoadedPlan.run
     monkeypatch.setattr(
-        runtime.LoadedPlan,
-        "run",
-        lambda self, images, windows: run(self, images, np.tile(np.float32([0, 0, 1, 1]), (len(images), 1))),
+        pipeline._Batch, "clip_windows", lambda self: np.tile(np.float32([0, 0, 1, 1]), (self.size, 1))
     )
 
 
@@ -704,14 +743,16 @@ def test_a_mistake_is_caught(folder, monkeypatch, host, kernels, plugin, defect,
 
 
 def test_the_stand_in_guards_its_memory(host):
-    pointer = host.malloc(16)
+    memory, stream = cuda.Memory(16), cuda.Stream()
     with pytest.raises(AssertionError, match="20 bytes"):
-        host.view(pointer, np.float32, (5,))
-    with pytest.raises(KeyError):
-        host.view(pointer + 4, np.float32, (1,))
-    host.free(pointer)
-    with pytest.raises(KeyError):
-        host.free(pointer)
+        host.view(memory.address, np.float32, (5,))
+    with pytest.raises(AssertionError, match="no memory"):
+        host.view(memory.address - 4, np.float32, (1,))
+    pinned = cuda.Memory(16, "pinned")
+    with pytest.raises(AssertionError, match="no memory that a kernel reaches"):
+        host.view(pinned.address, np.uint8, (16,))
+    with pytest.raises(AssertionError, match="past the end"):
+        cuda.copy(memory.address, pinned.address, 17, stream)
 
 
 # --- memory and errors
@@ -725,7 +766,7 @@ def one_line_of(caught) -> str:
 
 def nothing_is_left(host: Host) -> bool:
     gc.collect()
-    return not host.memory and not host.streams
+    return host.is_empty()
 
 
 def test_memory_goes_back(folder, trt, runtime_library, kernels, host):
@@ -804,23 +845,24 @@ def test_a_plan_that_does_not_fit_the_spec(folder, trt, runtime_library, kernels
     for part, fields in change.items():
         spec = dataclasses.replace(spec, **{part: dataclasses.replace(getattr(spec, part), **fields)})
     with pytest.raises(CheckError) as caught:
-        runtime.load(folder, one, spec, np.load(folder / "anchors.npy"))
+        pipeline.load(folder, one, spec, np.load(folder / "anchors.npy"))
     assert message in one_line_of(caught) and nothing_is_left(host)
 
 
 @pytest.mark.parametrize(
-    "images, windows, message",
+    "array, message",
     [
-        (np.zeros((1, 3, SIDE, SIDE)), np.zeros((1, 4), np.float32), "images: float64"),
-        (np.zeros((1, SIDE, SIDE, 3), np.float32), np.zeros((1, 4), np.float32), "[batch, 3, 48, 48]"),
-        (np.zeros((2, 3, SIDE, SIDE), np.float32), np.zeros((1, 4), np.float32), "2 images, but 1"),
+        (np.zeros((1, 3, SIDE, SIDE)), "network_input: float64"),
+        (np.zeros((1, SIDE, SIDE, 3), np.float32), "[batch, 3, 48, 48]"),
     ],
 )
-def test_arrays_of_another_form(folder, trt, runtime_library, kernels, images, windows, message):
+def test_arrays_of_another_form(folder, trt, runtime_library, kernels, array, message):
     plan = load(folder, install_plan(folder, runtime_library))
     with pytest.raises(InputError) as caught:
-        plan.run(images, windows)
+        plan.infer(array)
     assert message in one_line_of(caught)
+    with pytest.raises(InputError, match="uint8"):
+        plan.run([np.zeros((SIDE, SIDE, 3), np.float32)])
 
 
 def test_what_is_absent_is_named(folder, trt, runtime_library, kernels, monkeypatch, tmp_path, plugin):
@@ -834,10 +876,14 @@ def test_what_is_absent_is_named(folder, trt, runtime_library, kernels, monkeypa
     with pytest.raises(runtime.RunError, match="the plugin"):
         load(folder, fused, plugin=other)
     one = install_plan(folder, runtime_library)
-    monkeypatch.setattr(polygraphy_cuda, "G_CUDA", None)
-    monkeypatch.setattr(polygraphy_cuda.Cuda, "__init__", lambda self: (_ for _ in ()).throw(OSError("gone")))
-    with pytest.raises(MissingDependencyError, match=r"libcudart\.so "):
-        load(folder, one)
+    with monkeypatch.context() as without:
+        without.setattr(cuda, "library", LIBRARY)
+        without.setattr(cuda, "FILE_NAMES", ("libcudart.so.none",))
+        without.setattr(cuda, "_files", lambda: [])
+        LIBRARY.cache_clear()
+        with pytest.raises(MissingDependencyError, match=r"libcudart\.so cannot be loaded"):
+            load(folder, one)
+    LIBRARY.cache_clear()
     monkeypatch.setitem(sys.modules, runtime_library, None)
     with pytest.raises(MissingDependencyError, match=f"install `{runtime_library}`"):
         load(folder, one)
@@ -1259,15 +1305,15 @@ def swap_under_a_call(
     expected = by_onnxruntime(folder, images)
     detector = Detector.open(folder)
     inside, go_on = threading.Event(), threading.Event()
-    in_turn = runtime.LoadedPlan._in_turn
+    in_turn = pipeline.Pipeline._in_turn
 
     def slow(self, function, *arguments):
-        if self.passport.fingerprint == old:
+        if self._network.passport.fingerprint == old:
             inside.set()
             assert go_on.wait(300)
         return in_turn(self, function, *arguments)
 
-    monkeypatch.setattr(runtime.LoadedPlan, "_in_turn", slow)
+    monkeypatch.setattr(pipeline.Pipeline, "_in_turn", slow)
     future = detector.submit_batch(images)
     assert inside.wait(300) and detector.status.plan == old
     rebuilt.finish()
@@ -1330,13 +1376,13 @@ import sys
 from pathlib import Path
 import numpy as np
 from odtrt_lib import fuse
-from odtrt_lib.engine import passport, runtime
+from odtrt_lib.engine import passport, pipeline
 from odtrt_lib.errors import OdtrtError
 from odtrt_lib.spec import load_spec
 folder = Path(sys.argv[1])
 one = passport.passports(folder)[0]
 try:
-    runtime.load(folder, one, load_spec(folder / "spec.json"), np.load(folder / "anchors.npy"))
+    pipeline.load(folder, one, load_spec(folder / "spec.json"), np.load(folder / "anchors.npy"))
 except OdtrtError as error:
     print(type(error).__name__, error)
 """

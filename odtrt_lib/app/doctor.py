@@ -93,6 +93,18 @@ def native_library() -> str:
     return f"{library.path}, {cuda}"
 
 
+def cuda_runtime() -> str:
+    """Which CUDA runtime library a plan would be run with, or why none."""
+    try:
+        from odtrt_lib import cuda
+
+        return str(cuda.library()._name)
+    except ImportError:
+        return "cannot be looked for without NumPy"
+    except OdtrtError as error:
+        return str(error)
+
+
 def machine() -> Dict[str, str]:
     """Name -> what this machine has, in words."""
     info = device_info()
@@ -110,6 +122,8 @@ def machine() -> Dict[str, str]:
         found["GPU"] = "the Jetson's own"
     else:
         found["GPU"] = "none (nvidia-smi finds no NVIDIA GPU)"
+    if "gpu" in info or "l4t" in info:
+        found["CUDA runtime"] = cuda_runtime()
     found["Native library"] = native_library()
     if "l4t" in info:
         found["Jetson"] = f"{info.get('board', 'board unknown')}, L4T {info['l4t']}"

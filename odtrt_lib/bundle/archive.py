@@ -305,7 +305,7 @@ From then on, in this folder, or with it in PYTHONPATH:
 What this machine needs:
 
     always                   Python 3.8 or newer, numpy, TensorRT's Python module (on a Jetson: JetPack's)
-    with an NVIDIA GPU       polygraphy
+    with an NVIDIA GPU       the CUDA runtime library, libcudart.so (on a Jetson: JetPack's)
     without one              onnxruntime; it detects then, and the plan is built but not run
     for --precision fp16     onnx and onnxconverter-common; not with TensorRT 8, which has a switch for it
     for the kernels          {compilers}

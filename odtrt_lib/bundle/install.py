@@ -277,11 +277,23 @@ def _detect_once(
     return found, backend, opening
 
 
-def missing_modules(precision: str) -> Dict[str, str]:
-    """The Python modules that ``build_here`` lacks here, each with what installs it.
+def _has_cuda_runtime() -> bool:
+    try:
+        from odtrt_lib import cuda
 
-    Polygraphy gives a plan its device memory, ONNX Runtime takes the GPU's place where there is none, and
-    onnx writes half precision into the model for a TensorRT with typed networks (9 and newer). Which part
+        cuda.library()
+    except ImportError:
+        return True  # without numpy nobody knows
+    except MissingDependencyError:
+        return False
+    return True
+
+
+def missing_modules(precision: str) -> Dict[str, str]:
+    """The Python modules and libraries that ``build_here`` lacks here, each with what installs it.
+
+    The CUDA runtime gives a plan its device memory, ONNX Runtime takes the GPU's place where there is none,
+    and onnx writes half precision into the model for a TensorRT with typed networks (9 and newer). Which part
     needs what is the table of :mod:`odtrt_lib.requirements`; of detection only --image needs Pillow.
     """
     missing = {}
@@ -295,7 +307,11 @@ def missing_modules(precision: str) -> Dict[str, str]:
         )
     needs = dict.fromkeys(requirements.modules(requirements.BUILD), "to build a plan")
     if this_machine().gpu is not None:
-        needs.update(dict.fromkeys(requirements.modules(requirements.RUN_A_PLAN), "to run a plan"))
+        if not _has_cuda_runtime():
+            missing["the CUDA runtime library libcudart.so"] = (
+                "to run a plan: on a Jetson `sudo apt install nvidia-jetpack`, on a PC the CUDA toolkit; put "
+                "its lib64 into LD_LIBRARY_PATH"
+            )
     else:
         needs.update(dict.fromkeys(requirements.modules(requirements.DETECT), "to detect without a GPU"))
         del needs["PIL"]
