@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
+import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Callable, Dict, List, Optional
 
+import numpy as np
 import pytest
 
 from odtrt_lib import native
@@ -73,6 +77,34 @@ def pytest_configure() -> None:
     """A shell starts its background jobs with SIGINT ignored, and what tests start would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> MadeOnce:
+    """``made_once(name, make)``: a folder that ``make(folder)`` filled, once for all workers of this run.
+
+    Whoever asks first makes it, the others wait; after an error the next one tries again. Do not write into
+    it; copy it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made_once"
+    shared.mkdir(exist_ok=True)
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, is_made = shared / name, shared / f"{name}.is_made"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                is_made.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
@@ -155,14 +187,16 @@ class Offline:
 
 
 @pytest.fixture(scope="session")
-def no_network(compiler, tmp_path_factory) -> Path:
+def no_network(compiler, made_once) -> Path:
     """The library that keeps a process from the network, see its source."""
-    library = tmp_path_factory.mktemp("no_network") / "no_network.so"
     source = ROOT / "tests" / "no_network.c"
-    subprocess.run(
-        [compiler, "-x", "c", "-O1", "-shared", "-fPIC", source, "-o", library, "-ldl"], check=True
-    )
-    return library
+
+    def compile_it(folder: Path) -> None:
+        library = folder / "no_network.so"
+        command = [compiler, "-x", "c", "-O1", "-shared", "-fPIC", source, "-o", library, "-ldl"]
+        subprocess.run(command, check=True)
+
+    return made_once("no_network", compile_it) / "no_network.so"
 
 
 @pytest.fixture(scope="module")
@@ -201,27 +235,139 @@ def parts() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
-    """An exported model's folder (pipeline.config, label map, checkpoint/ckpt-0), 3 classes, 96x128."""
-    folder = tmp_path_factory.mktemp("tiny_model")
-    (folder / "pipeline.config").write_text(TINY_CONFIG)
-    (folder / "label_map.pbtxt").write_text(
-        "".join(f'item {{ id: {i} name: "{n}" }}\n' for i, n in enumerate(("bolt", "nut", "gear"), 1))
-    )
-    from odtrt_lib.export.odapi import write_random_checkpoint
+def run_folder(made_once, no_network) -> Callable[[Path], Path]:
+    """``run_folder(source, *options)``: the folder that ``odtrt run`` left; do not write into it, copy it.
 
-    write_random_checkpoint(folder / "pipeline.config", folder / "checkpoint")
-    return folder
+    It ran where no network can be reached. A run that fails or tries the network fails every test that asks
+    for its folder.
+    """
+    pytest.importorskip("tensorflow")
+
+    def folder_of(source: Path, *options: object) -> Path:
+        def run(folder: Path) -> None:
+            offline = Offline(no_network, folder)
+            command = [sys.executable, "-m", "odtrt_lib", "run", source, "--output", folder / source.name]
+            done = subprocess.run(
+                [*map(str, command), *map(str, options)],
+                capture_output=True, text=True, check=False, env=offline.environment,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "Traceback" not in done.stderr
+            assert offline.network == []
+            assert not [path for path in offline.home if "onnxruntime" in path]
+
+        return made_once(f"run_{source.name}", run) / source.name
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tiny_model, tmp_path_factory) -> Path:
-    """A model folder after stage 1, made from the tiny model. Do not write into it; copy it."""
-    from odtrt_lib.export import export
+def parts_folder(parts, run_folder) -> Path:
+    """The folder that ``odtrt run`` left of the shipped detector. Do not write into it; copy it."""
+    return run_folder(parts)
 
-    folder = tmp_path_factory.mktemp("tiny_folder") / "tiny"
-    export(tiny_model, folder)
-    return folder
+
+@pytest.fixture(scope="session")
+def corpus_folder(corpus, run_folder) -> Callable[[str], Path]:
+    """Name of a checkpoint in the corpus -> its folder after ``odtrt run``. Do not write into it; copy it."""
+    image = sorted((corpus / "coco128" / "images" / "val2017").glob("*.jpg"))[0]
+    return lambda name: run_folder(corpus / name, "--image", image)
+
+
+@pytest.fixture(scope="session")
+def photographs(corpus) -> Callable[..., Dict[int, np.ndarray]]:
+    """``photographs(count)``: image id -> RGB pixels of the validation images, read by Pillow."""
+    from PIL import Image
+
+    def read(count: Optional[int] = None) -> Dict[int, np.ndarray]:
+        entries = json.loads((corpus / "coco128" / "instances_val128.json").read_text())["images"][:count]
+        files = {path.name: path for path in (corpus / "coco128").rglob("*.jpg")}
+        return {e["id"]: np.asarray(Image.open(files[e["file_name"]]).convert("RGB")) for e in entries}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def corpus_answers(corpus, photographs, made_once) -> Callable[[str], Path]:
+    """Name of a checkpoint in the corpus -> the OD API's answers to 8 photographs, see odapi_answers.py."""
+    from odapi_answers import write_answers
+
+    def folder_of(name: str) -> Path:
+        def make(folder: Path) -> None:
+            write_answers(folder, corpus / name, photographs(8), exact_means="efficientdet" in name)
+
+        return made_once(f"answers_{name}", make)
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def parts_answers(parts, made_once) -> Path:
+    """The OD API's answers of the shipped detector to 24 unseen scenes, ids their seeds."""
+    from odapi_answers import write_answers
+
+    from odtrt_lib.scenes import TEST_SEEDS, render_scene
+
+    images = {seed: render_scene(seed).image for seed in TEST_SEEDS[:24]}
+    return made_once("answers_parts", lambda folder: write_answers(folder, parts, images))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(made_once) -> Path:
+    """An exported model's folder (pipeline.config, label map, checkpoint/ckpt-0), 3 classes, 96x128."""
+
+    def make(folder: Path) -> None:
+        from odtrt_lib.export.odapi import write_random_checkpoint
+
+        (folder / "pipeline.config").write_text(TINY_CONFIG)
+        (folder / "label_map.pbtxt").write_text(
+            "".join(f'item {{ id: {i} name: "{n}" }}\n' for i, n in enumerate(("bolt", "nut", "gear"), 1))
+        )
+        write_random_checkpoint(folder / "pipeline.config", folder / "checkpoint")
+
+    return made_once("tiny_model", make)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model, made_once) -> Path:
+    """A model folder after stage 1, made from the tiny model. Do not write into it; copy it."""
+
+    def make(folder: Path) -> None:
+        from odtrt_lib.export import export
+
+        export(tiny_model, folder / "tiny")
+
+    return made_once("tiny_folder", make) / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_converted(tiny_folder, made_once) -> Path:
+    """The tiny model's folder after stages 1 and 2. Do not write into it; copy it."""
+    pytest.importorskip("tf2onnx")
+    pytest.importorskip("onnxruntime")
+
+    def make(folder: Path) -> None:
+        from odtrt_lib.convert import convert
+
+        convert(shutil.copytree(tiny_folder, folder / "tiny"))
+
+    return made_once("tiny_converted", make) / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_with_any_batch(tiny_model, made_once) -> Path:
+    """As tiny_converted, for batches of any size. Do not write into it; copy it."""
+    pytest.importorskip("tf2onnx")
+    pytest.importorskip("onnxruntime")
+
+    def make(folder: Path) -> None:
+        from odtrt_lib.convert import convert
+        from odtrt_lib.export import export
+
+        export(tiny_model, folder / "any_batch", batch=None)
+        convert(folder / "any_batch")
+
+    return made_once("tiny_with_any_batch", make) / "any_batch"
 
 
 @pytest.fixture(scope="session")

@@ -148,7 +148,12 @@ def test_every_flipped_bit_and_every_cut_is_refused_or_read_as_numpy_reads_it(pa
         refused(path, content[:size])
 
 
-@settings(derandomize=True, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True,
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     content=st.binary(max_size=300)
     | st.builds(with_header, st.text(st.characters(max_codepoint=255), max_size=117))

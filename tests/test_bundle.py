@@ -2022,22 +2022,15 @@ def test_letters_need_a_newer_pillow_and_it_is_said_before_the_work(unpacked, mo
 
 
 @pytest.fixture(scope="module")
-def parts_folder(parts, tmp_path_factory):
+def fused_parts(parts_folder, tmp_path_factory):
     """The shipped detector after export, convert and fuse."""
-    pytest.importorskip("tensorflow")
-    from odtrt_lib.convert import convert
-    from odtrt_lib.export import export
-
-    path = tmp_path_factory.mktemp("model") / "parts"
-    export(parts, path)
-    convert(path)
+    path = shutil.copytree(parts_folder, tmp_path_factory.mktemp("model") / "parts")
+    shutil.rmtree(path / "plans")
     fuse.fuse(path)
     return path
 
 
-def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
-    parts_folder, native_library, offline, tmp_path
-):
+def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(fused_parts, native_library, offline, tmp_path):
     """Elsewhere: another environment without TensorFlow and odtrt, another folder, only the one file."""
     from PIL import Image
 
@@ -2048,8 +2041,8 @@ def test_pack_here_unpack_build_and_detect_on_a_fresh_machine(
     device = tmp_path / "device"
     device.mkdir()
     Image.fromarray(image).save(device / "scene.png")
-    bundle.pack(parts_folder, device / "parts.odtrt.zip", triton=True, deepstream=True)
-    expected = Detector.open(parts_folder).detect(image)
+    bundle.pack(fused_parts, device / "parts.odtrt.zip", triton=True, deepstream=True)
+    expected = Detector.open(fused_parts).detect(image)
 
     python = device_environment(tmp_path / "environment")
     quiet = {**offline.environment, "PYTHONPATH": "", "LANG": "C.UTF-8"}

@@ -31,29 +31,9 @@ PATIENCE = 300  # seconds until another thread counts as stuck; a busy machine n
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_model, tiny_folder, tmp_path_factory) -> Path:
+def tiny(tiny_converted) -> Path:
     """The tiny model's folder after stages 1 and 2. Do not write into it; copy it."""
-    return converted(tiny_folder, tmp_path_factory.mktemp("detector") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def tiny_with_any_batch(tiny_model, tmp_path_factory) -> Path:
-    from odtrt_lib.export import export
-
-    folder = tmp_path_factory.mktemp("detector") / "any_batch"
-    export(tiny_model, folder, batch=None)
-    return converted(folder, folder)
-
-
-def converted(source: Path, folder: Path) -> Path:
-    pytest.importorskip("tf2onnx")
-    pytest.importorskip("onnxruntime")
-    from odtrt_lib.convert import convert
-
-    if folder != source:
-        shutil.copytree(source, folder)
-    convert(folder)
-    return folder
+    return tiny_converted
 
 
 def pictures(count: int) -> list[np.ndarray]:
@@ -468,37 +448,11 @@ def test_what_serves_is_named(tiny):
 # --- the checkpoints of strangers
 
 
-@pytest.fixture(scope="session")
-def corpus_folder(corpus, tmp_path_factory):
-    """name of a checkpoint in the corpus -> its model folder after stages 1 and 2."""
-    from odtrt_lib.export import export
-
-    made: dict[str, Path] = {}
-
-    def folder_of(name: str) -> Path:
-        if name not in made:
-            folder = tmp_path_factory.mktemp("corpus") / name
-            export(corpus / name, folder)
-            made[name] = converted(folder, folder)
-        return made[name]
-
-    return folder_of
-
-
-def photographs(corpus: Path, count: int | None = None) -> dict[int, np.ndarray]:
-    """image id -> RGB pixels of the validation images, read by Pillow."""
-    from PIL import Image
-
-    entries = json.loads((corpus / "coco128" / "instances_val128.json").read_text())["images"][:count]
-    files = {path.name: path for path in (corpus / "coco128").rglob("*.jpg")}
-    return {e["id"]: np.asarray(Image.open(files[e["file_name"]]).convert("RGB")) for e in entries}
-
-
 @pytest.mark.corpus
-def test_a_trained_coco_detector_finds_what_the_odapi_found(corpus, corpus_folder):
+def test_a_trained_coco_detector_finds_what_the_odapi_found(corpus, corpus_folder, photographs):
     detector = Detector.open(corpus_folder("coco_ssd_mnv1"))
     reference = load_detections(corpus / "coco_ssd_mnv1" / "ref_detections_odapi.json")
-    candidate = own_results(detector, photographs(corpus))
+    candidate = own_results(detector, photographs())
     compared = compare(detector, reference, candidate)
     assert (compared.images, compared.references) == (128, 12800)
     assert_agrees(detector, reference, candidate)
@@ -516,9 +470,9 @@ def half_pixel_preprocess(image, input_spec, out):
 
 @pytest.mark.corpus
 @pytest.mark.parametrize("defect", ["half-pixel resizing", "BGR", "one more class", "multiplied scales"])
-def test_a_wrong_stage_is_caught(corpus, corpus_folder, monkeypatch, defect):
+def test_a_wrong_stage_is_caught(corpus, corpus_folder, photographs, monkeypatch, defect):
     detector = Detector.open(corpus_folder("coco_ssd_mnv1"))
-    images = photographs(corpus, 4)
+    images = photographs(4)
     everything = load_detections(corpus / "coco_ssd_mnv1" / "ref_detections_odapi.json")
     reference = [r for r in everything if r["image_id"] in images]
     spec = detector.spec
@@ -541,28 +495,32 @@ def test_a_wrong_stage_is_caught(corpus, corpus_folder, monkeypatch, defect):
 
 @pytest.mark.corpus
 @pytest.mark.parametrize("name", ["zoo_ssd_mobilenet_v2_fpnlite_320", "ft_fpnlite320_tfjs1"])
-def test_a_checkpoint_from_elsewhere_finds_what_the_odapi_finds(corpus, corpus_folder, name):
-    images = photographs(corpus, 8)
-    files = corpus / name / "pipeline.config", corpus / name / "ckpt-0"
+def test_a_checkpoint_from_elsewhere_finds_what_the_odapi_finds(
+    corpus_folder, corpus_answers, photographs, name
+):
     detector = Detector.open(corpus_folder(name))
     assert detector.spec.nms.change_coordinate_frame, "else the OD API's boxes are not of the image"
-    assert_agrees(detector, odapi_results(*files, images), own_results(detector, images))
+    reference = json.loads((corpus_answers(name) / "detections.json").read_text())
+    assert_agrees(detector, reference, own_results(detector, photographs(8)))
 
 
 @pytest.mark.corpus
-def test_efficientdet_finds_what_the_odapi_finds_but_for_rounded_means(corpus, corpus_folder, tmp_path):
+def test_efficientdet_finds_what_the_odapi_finds_but_for_rounded_means(
+    corpus_folder, corpus_answers, photographs, tmp_path
+):
     """Squeeze-and-excitation averages 65,536 pixels in float32, many of them equal where an image is padded.
 
     TensorFlow's sum loses four digits there, and this checkpoint's synthetic weights magnify that: boxes
     a pixel thin move. With the means computed accurately on both sides everything agrees; as they are,
     TensorFlow differs from itself about as much as from us.
     """
-    images = photographs(corpus, 8)
-    files = corpus / "zoo_efficientdet_d0" / "pipeline.config", corpus / "zoo_efficientdet_d0" / "ckpt-0"
+    images, answers = photographs(8), corpus_answers("zoo_efficientdet_d0")
+    odapi_own, odapi_exact = (
+        json.loads((answers / name).read_text())
+        for name in ("detections.json", "detections_with_exact_means.json")
+    )
     detector = Detector.open(corpus_folder("zoo_efficientdet_d0"))
-    own, odapi_own = own_results(detector, images), odapi_results(*files, images)
-    with odapi.exact_means():
-        odapi_exact = odapi_results(*files, images)
+    own = own_results(detector, images)
     exact = Detector.open(with_means_in_two_steps(corpus_folder("zoo_efficientdet_d0"), tmp_path / "exact"))
     assert_agrees(exact, odapi_exact, own_results(exact, images))
     most = detector.spec.nms.max_total_detections

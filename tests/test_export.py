@@ -23,6 +23,22 @@ from odtrt_lib.folder import append_record, last_record, read_log, sealed
 from odtrt_lib.spec import load_spec
 
 
+@pytest.fixture(scope="module")
+def tiny_traced(tiny_model):
+    """The OD API's model of the tiny config, and its trace: most of what an export costs."""
+    settings = read_pipeline(tiny_model / "pipeline.config")
+    model = odapi.build_model(settings.path, settings.message)
+    return model, export_stage._trace(model, 1, (96, 128))
+
+
+@pytest.fixture
+def built_before(tiny_traced, monkeypatch) -> None:
+    """Whatever this test exports or loads is the tiny network, built and traced before and restored anew."""
+    model, concrete = tiny_traced
+    monkeypatch.setattr(odapi, "build_model", lambda *arguments, **options: model)
+    monkeypatch.setattr(export_stage, "_trace", lambda *arguments: concrete)
+
+
 def read_graph(folder: Path):
     import tensorflow as tf
 
@@ -70,6 +86,7 @@ def test_frozen_graph_has_one_input_two_outputs_and_no_postprocessing(tiny_folde
     assert not graph.library.function
 
 
+@pytest.mark.usefixtures("built_before")
 def test_postprocessing_left_in_the_graph_is_caught(tiny_model, tmp_path, monkeypatch):
     import tensorflow as tf
 
@@ -88,6 +105,7 @@ def test_postprocessing_left_in_the_graph_is_caught(tiny_model, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("built_before")
 def test_a_frozen_graph_that_differs_from_the_model_is_caught(tiny_model, tmp_path, monkeypatch):
     freeze = export_stage._freeze
 
@@ -103,6 +121,7 @@ def test_a_frozen_graph_that_differs_from_the_model_is_caught(tiny_model, tmp_pa
     assert_one_line_error(lambda: export(tiny_model, tmp_path / "out"), CheckError, "eager")
 
 
+@pytest.mark.usefixtures("built_before")
 def test_a_kernel_that_freezing_changes_by_a_thousandth_is_caught(tiny_model, tmp_path, monkeypatch):
     import tensorflow as tf
 
@@ -298,6 +317,7 @@ def test_what_the_odapi_refuses_when_called_is_one_line(
     assert_one_line_error(call, InputError, "pipeline.config", *words)
 
 
+@pytest.mark.usefixtures("built_before")
 def test_a_diverged_checkpoint_is_named_with_its_first_bad_variable(tiny_model, tmp_path):
     import tensorflow as tf
 
@@ -346,7 +366,7 @@ def test_the_frozen_graph_is_the_same_bytes_whatever_order_tensorflow_gives(
         known.add(node.name)
 
 
-def test_spec_holds_every_setting_and_survives_the_round_trip(tiny_folder):
+def test_spec_holds_every_setting_and_survives_the_round_trip(tiny_folder, tmp_path):
     spec = load_spec(tiny_folder / "spec.json")
     assert (spec.input.height, spec.input.width, spec.input.batch) == (96, 128, 1)
     assert spec.input.scale == pytest.approx((2 / 255,) * 3) and spec.input.offset == (-1.0, -1.0, -1.0)
@@ -357,7 +377,7 @@ def test_spec_holds_every_setting_and_survives_the_round_trip(tiny_folder):
     assert spec.nms.max_detections_per_class == 20 and spec.nms.max_total_detections == 40
     assert spec.nms.score_threshold == np.float32(0.01) and spec.nms.iou_threshold == np.float32(0.6)
     assert spec.label_names() == {1: "bolt", 2: "nut", 3: "gear"}
-    copy = tiny_folder.parent / "copy.json"
+    copy = tmp_path / "copy.json"
     copy.write_text(spec.to_json())
     assert load_spec(copy) == spec
 
@@ -376,6 +396,7 @@ def test_log_records_hashes_versions_and_checks(tiny_folder):
     assert record["versions"]["tensorflow"].startswith("2.")
 
 
+@pytest.mark.usefixtures("built_before")
 def test_second_export_is_up_to_date_and_a_changed_output_is_not(tiny_model, tiny_folder, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(tiny_folder, folder)
@@ -412,11 +433,10 @@ THRESHOLD = ("score_threshold: 0.01 iou_threshold: 0.6", "score_threshold: 0.3 i
 
 
 def test_another_label_or_threshold_keeps_the_network_and_gives_the_odapis_detections(
-    tiny_model, tiny_folder, tmp_path, monkeypatch
+    tiny_model, tiny_converted, tmp_path, monkeypatch
 ):
     folder = tmp_path / "model"
-    shutil.copytree(tiny_folder, folder)
-    convert(folder)
+    shutil.copytree(tiny_converted, folder)
     before = {name: identity(folder / name) for name in ("frozen.pb", "anchors.npy")}
     source = changed_copy(tiny_model, tmp_path / "source", THRESHOLD)
     monkeypatch.setattr(export_stage, "_make_network", lambda *arguments: pytest.fail("made anew"))
@@ -499,18 +519,18 @@ def test_the_files_that_are_kept_are_those_that_were_checked(
     assert set(sealed(folder, "frozen.pb", "anchors.npy", "spec.json")) == set(export_stage.OUTPUTS)
 
 
-def test_dynamic_batch_runs_any_batch(tiny_model, tmp_path):
-    export(tiny_model, tmp_path / "dynamic", batch=None)
+def test_dynamic_batch_runs_any_batch(tiny_with_any_batch):
     images = np.random.default_rng(0).uniform(-1, 1, (3, 96, 128, 3)).astype(np.float32)
-    graph = read_graph(tmp_path / "dynamic")
+    graph = read_graph(tiny_with_any_batch)
     together = run_frozen(graph, images)["class_logits"]
     for i in range(3):
         np.testing.assert_allclose(
             together[i], run_frozen(graph, images[i : i + 1])["class_logits"][0], atol=1e-4
         )
-    assert load_spec(tmp_path / "dynamic" / "spec.json").input.batch is None
+    assert load_spec(tiny_with_any_batch / "spec.json").input.batch is None
 
 
+@pytest.mark.usefixtures("built_before")
 def test_training_directory_with_optimizer_slots_and_many_checkpoints(tiny_model, tmp_path):
     import tensorflow as tf
 
@@ -714,6 +734,7 @@ def test_empty_checkpoint_file(tiny_model, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".index", ".data-00000-of-00001"])
+@pytest.mark.usefixtures("built_before")
 def test_truncated_checkpoint_file(tiny_model, tmp_path, suffix):
     model = damaged_copy(tiny_model, tmp_path / "model")
     path = model / "checkpoint" / f"ckpt-0{suffix}"
@@ -815,6 +836,7 @@ def test_what_users_bring_by_mistake(corpus, odapi_modules, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("built_before")
 def test_unwritable_folder(tiny_model, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert_one_line_error(
@@ -823,6 +845,7 @@ def test_unwritable_folder(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.usefixtures("built_before")
 def test_full_disk_or_interrupt_leaves_nothing_half_written(tiny_model, tmp_path, monkeypatch, fault):
     def fail(*args, **kwargs):
         raise fault

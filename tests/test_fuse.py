@@ -473,15 +473,13 @@ def test_rounding_differs_from_the_plugins():
     assert not np.array_equal(found["scores"], expected["scores"])
 
 
-def test_a_real_network_with_its_post_processing(tiny_folder, tmp_path):
+def test_a_real_network_with_its_post_processing(tiny_converted, tmp_path):
     """The OD API's own detector, converted: images through ONNX Runtime, against heads and reference."""
     runtime = pytest.importorskip("onnxruntime")
-    from odtrt_lib.convert import convert
     from odtrt_lib.spec import load_spec
 
     folder = tmp_path / "tiny"
-    shutil.copytree(tiny_folder, folder)
-    convert(folder)
+    shutil.copytree(tiny_converted, folder)
     fuse.fuse(folder)
     fuse.fuse(folder, form="onnx_nms")
     spec = load_spec(folder / "spec.json")

@@ -572,27 +572,22 @@ class RealHeads:
     detections: dict[str, np.ndarray]
 
 
-def real_heads(source: Path, images: list[np.ndarray]) -> RealHeads:
-    """All of it is the OD API's own: preprocess, predict, postprocess."""
-    tf = pytest.importorskip("tensorflow")
-    from odtrt_lib.export import find_model, odapi
+def real_heads(source: Path, answers: Path, count: int) -> RealHeads:
+    """The OD API's own answers, from preprocess to postprocess, to the first ``count`` of its pictures."""
+    pytest.importorskip("tensorflow")
+    from odtrt_lib.export import find_model
     from odtrt_lib.export.stage import _centre_size
 
-    files = find_model(source)
-    model = odapi.load_model(files.pipeline, files.checkpoint)
-    parts = [model.preprocess(tf.constant(image[np.newaxis], tf.float32)) for image in images]
-    inputs, shapes = (tf.concat([part[i] for part in parts], 0) for i in (0, 1))
-    predicted = model.predict(inputs, shapes)
-    found = {name: tensor.numpy() for name, tensor in model.postprocess(predicted, shapes).items()}
-    box_encodings = predicted["box_encodings"].numpy().reshape(len(images), -1, 4)
-    logits = predicted["class_predictions_with_background"].numpy()
-    anchors = _centre_size(model.anchors.get().numpy())
-    settings = read_pipeline(files.pipeline)
+    with np.load(answers / "tensors.npz") as tensors:
+        anchors = _centre_size(tensors["anchors"])
+        found = {name: tensors[name][:count] for name in tensors.files if name != "anchors"}
+    settings = read_pipeline(find_model(source).pipeline)
     image = spec_cases.network_input(1, 1, settings.resizer)
     heads = spec_cases.ssd_of(settings, len(anchors))
     spec = spec_cases.example(heads, settings.nms, image, labels=settings.labels)
-    windows = model._compute_clip_window(inputs, shapes).numpy()
-    case = nms_cases.Case(source.name, spec, box_encodings, logits, anchors, windows)
+    raw = (found[name] for name in ("box_encodings", "class_logits"))
+    case = nms_cases.Case(source.name, spec, *raw, anchors, found["clip_windows"])
+    assert len(case.class_logits) == count
     return RealHeads(case, found)
 
 
@@ -621,16 +616,12 @@ def check_real_heads(library: native.Library, heads: RealHeads, *, at_least: int
         np.testing.assert_allclose(found.boxes[i, :count], boxes, rtol=0, atol=1e-6)
 
 
-def test_the_shipped_model_on_its_scenes_is_tensorflows(native_library, parts):
-    from odtrt_lib.scenes import TEST_SEEDS, render_scene
-
-    heads = real_heads(parts, [render_scene(seed).image for seed in TEST_SEEDS[:8]])
-    check_real_heads(native_library, heads, at_least=40)
+def test_the_shipped_model_on_its_scenes_is_tensorflows(native_library, parts, parts_answers):
+    check_real_heads(native_library, real_heads(parts, parts_answers, 8), at_least=40)
 
 
 @pytest.mark.corpus
 @pytest.mark.parametrize("name", ["coco_ssd_mnv1", "zoo_ssd_mobilenet_v2_fpnlite_320", "zoo_efficientdet_d0"])
-def test_a_strangers_model_on_photographs_is_tensorflows(native_library, corpus, name):
-    images = sorted((corpus / "coco128" / "images" / "val2017").glob("*.jpg"))[:8]
-    heads = real_heads(corpus / name, [preprocess.load_image(path) for path in images])
+def test_a_strangers_model_on_photographs_is_tensorflows(native_library, corpus, corpus_answers, name):
+    heads = real_heads(corpus / name, corpus_answers(name), 8)
     check_real_heads(native_library, heads, at_least=400)
