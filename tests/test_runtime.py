@@ -412,6 +412,11 @@ def plugin(tmp_path) -> Path:
     return path
 
 
+def no_plan(runtime_library: str) -> bytes:
+    """Starts as a plan does, and cannot be loaded."""
+    return TAGS[runtime_library] + b"no plan" * 9
+
+
 def install_plan(
     folder: Path,
     runtime_library: str,
@@ -1064,12 +1069,7 @@ def test_a_plan_that_may_not_be_loaded_never_is(folder, trt, runtime_library, ke
 
 def test_a_plan_that_cannot_be_loaded_leaves_the_next_one(folder, trt, runtime_library, kernels, host):
     good = install_plan(folder, runtime_library, built="2026-01-01T00:00:00+00:00")
-    install_plan(
-        folder,
-        runtime_library,
-        built="2026-01-02T00:00:00+00:00",
-        content=TAGS[runtime_library] + b"no plan" * 9,
-    )
+    install_plan(folder, runtime_library, built="2026-01-02T00:00:00+00:00", content=no_plan(runtime_library))
     with pytest.warns(RuntimeWarning, match="cannot be"):
         detector = Detector.open(folder)
     assert detector.status.plan == good.fingerprint
@@ -1105,12 +1105,7 @@ def test_no_rebuild_for_a_plan_that_is_valid_and_cannot_be_loaded(
     """Each start would rebuild it once more."""
     monkeypatch.setattr(portability, "start_rebuild", lambda *arguments, **options: pytest.fail("asked"))
     install_plan(folder, runtime_library, version=older(runtime_library))
-    install_plan(
-        folder,
-        runtime_library,
-        built="2026-01-02T00:00:00+00:00",
-        content=TAGS[runtime_library] + b"no plan" * 9,
-    )
+    install_plan(folder, runtime_library, built="2026-01-02T00:00:00+00:00", content=no_plan(runtime_library))
     with pytest.warns(RuntimeWarning, match="cannot be"):
         status = Detector.open(folder).status
     assert (status.backend, status.rebuild) == ("onnxruntime", "none")
@@ -1242,7 +1237,7 @@ def test_a_plan_of_a_model_that_was_replaced_meanwhile_does_not_take_over(
 
 def test_a_rebuild_that_leaves_an_unusable_plan_behind(folder, trt, runtime_library, kernels, rebuild):
     install_plan(folder, runtime_library, version=older(runtime_library))
-    rebuilt = rebuild(content=TAGS[runtime_library] + b"no plan" * 9)
+    rebuilt = rebuild(content=no_plan(runtime_library))
     with pytest.warns(RuntimeWarning):
         detector = Detector.open(folder)
         rebuilt.finish()

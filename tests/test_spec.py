@@ -428,7 +428,7 @@ def test_a_spec_and_its_parts_say_what_is_wrong_with_them():
     )
     assert list(problems(wrong)) == [
         "nms.iou_threshold: 2.0, expected 0 to 1",
-        "labels: 1, expected one for each",
+        "labels: 1, expected one for each of heads.num_classes, 2",
     ]
     assert list(problems(Resizer("fixed_shape"))) == []
 
