@@ -67,7 +67,7 @@ def test_the_plan_and_its_passport(built):
         assert described["onnx_sha256"] == sha256(folder / "heads.onnx")
         assert described["spec_sha256"] == sha256(folder / "spec.json")
         assert described["plan_bytes"] == plan.stat().st_size
-        assert (described["runtime_library"], described["version"], described["precision"]) == (
+        assert (described["flavour"], described["version"], described["precision"]) == (
             runtime_library,
             version,
             precision,
