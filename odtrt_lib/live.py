@@ -12,6 +12,7 @@ import json
 import os
 import re
 import socketserver
+import subprocess
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ LOCALHOST = "127.0.0.1"
 _TELL_SECONDS = 5.0
 _JPEG_QUALITY = 85
 _ESCAPE_KEY = 27
+_MAX_WINDOW_WIDTH = 1280
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ class _Meter:
 
 
 class Window:
-    """A window of OpenCV. Raises what OpenCV raises where it was built without windows."""
+    """A window of OpenCV, as large as the first picture, but no wider than 1,280 pixels."""
 
     def __init__(self, title: str, min_score: float) -> None:
         import cv2
@@ -91,10 +93,15 @@ class Window:
         self.description = "in a window, which q closes"
         self._cv2, self._title, self._min_score = cv2, printable(title), min_score
         cv2.namedWindow(self._title, cv2.WINDOW_NORMAL)
+        self._has_size = False
 
     def show(self, image: np.ndarray, found: Detections, statistics: Statistics) -> bool:
         """False once somebody has closed the window, or pressed q or Escape."""
         drawn = draw_detections(image, found, self._min_score)
+        if not self._has_size:
+            shrink = min(1.0, _MAX_WINDOW_WIDTH / drawn.shape[1])
+            self._cv2.resizeWindow(self._title, int(shrink * drawn.shape[1]), int(shrink * drawn.shape[0]))
+            self._has_size = True
         self._cv2.setWindowTitle(self._title, f"{self._title}: {statistics}")
         self._cv2.imshow(self._title, np.ascontiguousarray(drawn[..., ::-1]))
         key = self._cv2.waitKey(1) & 0xFF
@@ -169,13 +176,19 @@ def open_display(
     title: str, min_score: float, *, page_only: bool = False, host: str = LOCALHOST, port: int = 0
 ) -> Union[Window, Page]:
     """A window where there is a screen and an OpenCV that can open one, else a page; see :class:`Page`."""
-    has_screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if has_screen and not page_only:
-        try:
-            return Window(title, min_score)
-        except Exception:  # OpenCV's own has no base but Exception, and OpenCV may be absent
-            pass
+    if not page_only and _has_windows():
+        return Window(title, min_score)
     return Page(title, min_score, host, port)
+
+
+def _has_windows() -> bool:
+    """Tried in a process of its own, because Qt ends the process where the screen cannot be reached."""
+    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return False
+    # Not from the working folder, from which this process imports nothing either.
+    program = "import sys; sys.path[:] = filter(None, sys.path); import cv2; cv2.namedWindow('trial')"
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def watch(

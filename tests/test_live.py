@@ -300,17 +300,26 @@ def test_a_network_camera_is_read_until_it_is_lost(page):
 # --- a window
 
 
+def test_no_file_in_the_working_folder_stands_in_for_opencv(monkeypatch, tmp_path):
+    (tmp_path / "cv2.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef namedWindow(name): pass")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISPLAY", ":0")
+    live._has_windows()
+    assert not (tmp_path / "ran").exists()
+
+
 class FakeWindows(SimpleNamespace):
     """An OpenCV with windows, whose viewer presses these keys."""
 
     def __init__(self, keys):
         keys = iter(keys)
-        self.pictures, self.is_there = [], True
+        self.pictures, self.sizes, self.is_there = [], [], True
         super().__init__(
             WINDOW_NORMAL=0,
             WND_PROP_AUTOSIZE=1,
             namedWindow=lambda *a: None,
             setWindowTitle=lambda *a: None,
+            resizeWindow=lambda title, *size: self.sizes.append(size),
             imshow=lambda title, picture: self.pictures.append(picture),
             waitKey=lambda milliseconds: next(keys),
             getWindowProperty=lambda *a: 0 if self.is_there else -1,
@@ -321,7 +330,7 @@ class FakeWindows(SimpleNamespace):
 def test_a_window_shows_bgr_until_its_viewer_leaves(monkeypatch):
     windows = FakeWindows([-1, ord("a"), ord("q"), 27, -1])
     monkeypatch.setitem(sys.modules, "cv2", windows)
-    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(live, "_has_windows", lambda: True)
     window = live.open_display("film", 0.3)
     assert isinstance(window, live.Window)
     assert [window.show(GREY, FOUND, Statistics(1)) for _ in range(4)] == [True, True, False, False]
@@ -329,20 +338,27 @@ def test_a_window_shows_bgr_until_its_viewer_leaves(monkeypatch):
     assert not window.show(GREY, FOUND, Statistics(1))
     edges = box_edges(windows.pictures[0][..., ::-1], FOUND.boxes[0])
     assert {tuple(pixel) for pixel in edges.tolist()} == {ORANGE}
+    assert windows.sizes == [(640, 480)]
     window.close()
 
 
-@pytest.mark.parametrize("why", ["no screen", "no OpenCV", "no windows in it", "asked for"])
-def test_without_a_window_there_is_a_page(monkeypatch, why):
-    def refuse(*_):
-        raise RuntimeError("The function is not implemented")
+TRIALS = {
+    "works": "def namedWindow(name): pass",
+    "no OpenCV": "raise ImportError",
+    "no windows in it": "",
+    "Qt without its screen": "import os; namedWindow = lambda name: os.abort()",
+}
 
-    windows = FakeWindows([])
-    if why == "no windows in it":
-        windows.namedWindow = refuse
-    monkeypatch.setitem(sys.modules, "cv2", None if why == "no OpenCV" else windows)
+
+@pytest.mark.parametrize("why", [*TRIALS, "no screen", "asked for"])
+def test_without_a_window_there_is_a_page(monkeypatch, tmp_path, why):
+    (tmp_path / "cv2.py").write_text(TRIALS.get(why, TRIALS["works"]))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("DISPLAY", "" if why == "no screen" else ":0")
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert live._has_windows() == (why in ("works", "asked for"))
+    if why == "works":
+        return
     page = live.open_display("film", 0.3, page_only=why == "asked for")
     assert isinstance(page, live.Page)
     page.close()
