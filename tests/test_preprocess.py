@@ -224,11 +224,12 @@ def test_network_size_rounds_as_tensorflow_does():
 
 def test_whole_model_preprocess(tiny_model, tiny_folder):
     """``model.preprocess`` of the OD API's own model, with the spec.json that stage 1 wrote."""
-
     from odtrt_lib.export import odapi
+    from odtrt_lib.export.pipeline import read_pipeline
 
     tf, *_ = odapi_modules()
-    model = odapi.load_model(tiny_model / "pipeline.config", tiny_model / "checkpoint" / "ckpt-0")
+    settings = read_pipeline(tiny_model / "pipeline.config")
+    model = odapi.build_model(settings.path, settings.message)  # without weights: it only preprocesses
     spec = load_spec(tiny_folder / "spec.json").input
     image = pictures(123, 217)["noise"]
     expected, shapes = model.preprocess(tf.constant(image[None], tf.float32))

@@ -348,7 +348,7 @@ def _feature_map_sizes(pipeline: Path, message: Any, size: tuple[int, int]) -> l
     extractor = build_model(pipeline, message).feature_extractor
     image = tf.TensorSpec([1, *size, 3], tf.float32)
     try:
-        maps = tf.function(extractor).get_concrete_function(image).structured_outputs
+        maps = tf.function(extractor, autograph=False).get_concrete_function(image).structured_outputs
     except (*_CALL_ERRORS, tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
         return None
     return [(each.shape[1], each.shape[2]) for each in maps]

@@ -554,7 +554,10 @@ def _network_size(settings: PipelineSettings, asked: tuple[int, int] | None) -> 
 def _trace(model: Any, batch: int | None, size: tuple[int, int]) -> Any:
     import tensorflow as tf
 
-    @tf.function(input_signature=[tf.TensorSpec([batch, *size, 3], tf.float32, name="image")])
+    # The OD API builds graphs without AutoGraph, too; its conversion would double the time.
+    signature = [tf.TensorSpec([batch, *size, 3], tf.float32, name="image")]
+
+    @tf.function(input_signature=signature, autograph=False)
     def heads(image: Any) -> dict[str, Any]:
         predictions = model.predict(image, None)
         return {
