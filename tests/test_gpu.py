@@ -19,6 +19,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(root), str(root / "benchmarks")]
 
 import nms_cases
+import spec_cases
 
 from odtrt_lib import cuda, native
 from odtrt_lib.spec import InputSpec, NmsSpec, Resizer, ScoreSpec
@@ -77,7 +78,7 @@ def test_nms_of_more_boxes_than_one_segment_holds() -> None:
 def whole_detector(seed: int, threshold: float, boxes: str, logits: str, dtype: type) -> nms_cases.Case:
     """EfficientDet-D0's 49,104 x 90, drawn at random."""
     settings = NmsSpec(threshold, 0.5, 100, 100, False, True)
-    spec = nms_cases.detector_spec(49104, 90, settings, coder=nms_cases.EFFICIENTDET_CODER)
+    spec = nms_cases.detector_spec(49104, 90, settings, coder=spec_cases.EFFICIENTDET_CODER)
     return nms_cases.make_case("D0", spec, 1, np.random.default_rng(seed), boxes, logits, dtype)
 
 
