@@ -153,7 +153,7 @@ def run(recorded: Path, plugin: Path, names: Sequence[str]) -> int:
 
 
 def wanted(recorded: Path, names: Sequence[str]) -> List[Tuple[str, str]]:
-    """Models and arithmetics, in the order of ``names``, all of ``recorded`` if there are none.
+    """Models and arithmetic values, in the order of ``names``, all of ``recorded`` if there are none.
 
     Raises SystemExit for a name that was not recorded.
     """

@@ -185,7 +185,7 @@ class Buffer:
 
     @property
     def generation(self) -> int:
-        """How often its memory was allocated. A graph that was recorded with another one knows freed memory."""
+        """How often its memory was allocated: a graph of an earlier generation knows freed memory."""
         return self._generation
 
     def upload(self, stream: Stream) -> None:

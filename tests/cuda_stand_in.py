@@ -3,7 +3,8 @@
 It knows every allocation's bounds, which side of a copy is which, and does what was put on a stream only when
 somebody waits for it. What it is stricter about than a GPU is there to catch mistakes: device memory and
 mapped memory have addresses of their own for kernels, pinned memory is read when the stream gets there, fresh
-memory is full of 0xA5, and pageable memory cannot be recorded in a graph.
+memory is full of 0xA5, and pageable memory cannot be recorded in a graph. As on a GPU, what is allocated
+after something was freed often has its address.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ _FOR_KERNELS = 1 << 45  # from the host's address of mapped memory to the GPU's
 
 @dataclasses.dataclass
 class Block:
-    whole: np.ndarray
     content: np.ndarray
     is_mapped: bool = False
 
@@ -36,6 +36,7 @@ class Host:
     numbers = itertools.count(1)
 
     def __init__(self) -> None:
+        self.arena = np.empty(1 << 26, np.uint8)
         self.memory: dict[int, Block] = {}
         self.pinned: dict[int, Block] = {}
         self.pending: list[Callable[[], None]] = []
@@ -85,13 +86,6 @@ class Host:
                     return kind, block.content[offset:]
         return None
 
-    def _allocate(self, blocks: dict[int, Block], out: Any, size: int, is_mapped: bool = False) -> int:
-        whole = np.full(size + 512, 0xA5, np.uint8)
-        start = -whole.ctypes.data % 256
-        out._obj.value = whole.ctypes.data + start
-        blocks[out._obj.value] = Block(whole, whole[start : start + size], is_mapped)
-        return 0
-
     # ---- the library's functions
 
     def cudaGetErrorString(self, number: int) -> bytes:
@@ -103,14 +97,30 @@ class Host:
     def cudaMalloc(self, out: Any, size: int) -> int:
         if self.free_bytes is not None and size > self.free_bytes:
             return OUT_OF_MEMORY
-        return self._allocate(self.memory, out, size)
+        first = self.arena.ctypes.data
+        start = first + -first % 256
+        for address, block in sorted(self.memory.items()):
+            if address - start >= size + 256:
+                break
+            start = address + len(block.content) + 256
+            start += -start % 256
+        assert start + size <= first + len(self.arena), "the stand-in has no more memory"
+        content = self.arena[start - first : start - first + size]
+        content.fill(0xA5)
+        self.memory[start], out._obj.value = Block(content), start
+        return 0
 
     def cudaFree(self, address: int) -> int:
         del self.memory[address]
         return 0
 
     def cudaHostAlloc(self, out: Any, size: int, flags: int) -> int:
-        return self._allocate(self.pinned, out, size, bool(flags & 2))
+        whole = np.full(size + 256, 0xA5, np.uint8)
+        start = -whole.ctypes.data % 256
+        content = whole[start : start + size]
+        out._obj.value = content.ctypes.data
+        self.pinned[out._obj.value] = Block(content, bool(flags & 2))
+        return 0
 
     def cudaFreeHost(self, address: int) -> int:
         del self.pinned[address]

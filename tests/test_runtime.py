@@ -676,6 +676,19 @@ def test_graphs_of_many_sizes_are_let_go(folder, monkeypatch, host, kernels):
     assert nothing_is_left(host)
 
 
+@pytest.mark.parametrize("memory", ["pageable", "pinned", "mapped"])
+def test_a_graph_does_not_outlive_the_memory_that_it_knows(folder, monkeypatch, host, kernels, memory):
+    """A larger picture needs a larger buffer; the GPU's side of that may lie where the smaller one's lay."""
+    pretend_installed(monkeypatch, host, "tensorrt")
+    install_plan(folder, "tensorrt")
+    rng = np.random.default_rng(4)
+    sizes = [(40, 50)] * 3 + [(300, 400)] + [(40, 50)] * 2 + [(500, 600), (300, 400), (40, 50)]
+    images = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    with Detector.open(folder, switches=Switches(memory, "gpu", "graph")) as detector:
+        found = [detector.detect(image) for image in images]
+    assert differences(found, by_onnxruntime(folder, images)) == []
+
+
 @pytest.mark.parametrize("wrong", [{"memory": "managed"}, {"preprocess": "GPU"}, {"launch": ""}])
 def test_a_switch_that_is_unknown(wrong):
     with pytest.raises(InputError, match="expected one of"):
