@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 LOCALHOST = "127.0.0.1"
 
 _TELL_SECONDS = 5.0
+_TRIAL_SECONDS = 30
+# A viewer who does not read for so long is let go.
+_VIEWER_SECONDS = 30
 _JPEG_QUALITY = 85
 _ESCAPE_KEY = 27
 _MAX_WINDOW_WIDTH = 1280
@@ -188,7 +191,13 @@ def _has_windows() -> bool:
     # Not from the working folder, from which this process imports nothing either.
     program = "import sys; sys.path[:] = filter(None, sys.path); import cv2; cv2.namedWindow('trial')"
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    try:
+        tried = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=_TRIAL_SECONDS
+        )
+    except subprocess.TimeoutExpired:  # a screen that cannot be reached
+        return False
+    return tried.returncode == 0
 
 
 def watch(
@@ -250,6 +259,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
+    timeout = _VIEWER_SECONDS
 
     def do_GET(self) -> None:
         page = self.server.page

@@ -78,6 +78,7 @@ class Latest:
         """Ends the thread, which gives the source back; one that waits for a dead camera is left behind."""
         with self._changed:
             self._is_over = True
+            self._changed.notify_all()
         self._thread.join(_JOIN_SECONDS)
 
     def _receive(self) -> None:
@@ -248,10 +249,14 @@ def _opencv(name: str) -> Any:
 
 
 def _without_password(address: str) -> str:
-    parts = urlsplit(address)
-    if parts.password is None:
-        return address
-    return parts._replace(netloc=f"{parts.username}:...@{parts.netloc.rpartition('@')[2]}").geturl()
+    """An address to show. What follows ``?`` may hold a password too, and is left out."""
+    try:
+        parts = urlsplit(address)
+        user, password = parts.username, parts.password
+    except ValueError as error:
+        raise InputError("the address of the stream is not one: expected rtsp://HOST/PATH") from error
+    netloc = parts.netloc if password is None else f"{user}:...@{parts.netloc.rpartition('@')[2]}"
+    return parts._replace(netloc=netloc, query="..." if parts.query else "").geturl()
 
 
 def _suffixes() -> str:
