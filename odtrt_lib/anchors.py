@@ -26,7 +26,7 @@ def load_anchors(path: Path, spec: DetectorSpec, content: Optional[bytes] = None
     content: the bytes of the file, if they were read already. Reads what ``numpy.save`` writes for such an
     array, and nothing else: the header is compared, not evaluated, and no more is read than N anchors take.
 
-    Raises InputError where the file is absent, damaged, not what ``spec`` describes, or holds values that
+    Raises InputError if the file is absent, damaged, not what ``spec`` describes, or holds values that
     are no anchors (see :func:`anchor_problem`).
     """
     shape = (spec.heads.num_anchors, 4)

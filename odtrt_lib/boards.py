@@ -152,7 +152,7 @@ def _numbers(l4t: str) -> Tuple[int, ...]:
 def tensorrt_line(version: str) -> TensorRTLine:
     """The line that a TensorRT version such as ``10.3.0`` belongs to.
 
-    Raises ValueError where ``version`` is not one, or older than the oldest line.
+    Raises ValueError if ``version`` is not one, or older than the oldest line.
     """
     found = re.match(r"(\d+)\.(\d+)", version)
     lines = [line for line in TENSORRT if found and line.since <= (int(found[1]), int(found[2]))]

@@ -40,7 +40,7 @@ class Annotation:
 class Instances:
     """The content of an instances file. source: its name, for messages.
 
-    files: image id -> ``file_name``, None where the file has none. class_names: category id -> name.
+    files: image id -> ``file_name``, None if the file has none. class_names: category id -> name.
     objects: in the file's order.
     """
 
@@ -76,12 +76,12 @@ class CocoFolder:
 def load_coco(annotations: Union[str, Path], images_root: Union[str, Path, None] = None) -> CocoFolder:
     """Reads a COCO instances file and finds its images; see :class:`CocoFolder` for what comes back.
 
-    An image is ``images_root / file_name``; without a root, the root is the annotations' folder. Where it is
+    An image is ``images_root / file_name``; without a root, the root is the annotations' folder. If it is
     not there, it is the one file below the root whose path and ``file_name`` agree from their ends as far
     as the shorter goes, so that a root that is one folder too high, or another machine's absolute path, do
     no harm. Nothing outside the root is opened because a file name says so.
 
-    Raises InputError, naming the file and the entry, where the file is damaged or malformed, an image is
+    Raises InputError, naming the file and the entry, if the file is damaged or malformed, an image is
     missing, several files could be one image, or two images are one file. Images are found, not opened.
     """
     path = Path(annotations)
@@ -135,7 +135,7 @@ def read_instances(annotations: Union[str, Path, Dict[str, Any]]) -> Instances:
 
 
 def read_json(path: Union[str, Path], expected: str) -> Any:
-    """The content of a JSON file. Raises InputError where it is absent, damaged or nested too deep."""
+    """The content of a JSON file. Raises InputError if it is absent, damaged or nested too deep."""
     try:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -160,7 +160,7 @@ def identity(value: Any) -> Identity:
 
 
 def number(value: Any) -> float:
-    """A finite number, also where it is written as text. Raises ValueError for anything else."""
+    """A finite number, also if it is written as text. Raises ValueError for anything else."""
     try:
         is_one = isinstance(value, (int, float, str, np.number)) and not isinstance(value, bool)
         found = float(value) if is_one else math.nan
@@ -305,7 +305,7 @@ def _agreeing(
     root: Path,
     by_name: Dict[str, List[Path]],
 ) -> Optional[Path]:
-    """The one file whose path below the root agrees with ``parts``; None where there is none."""
+    """The one file whose path below the root agrees with ``parts``; None if there is none."""
     agreeing = []
     for path in by_name.get(parts[-1] if parts else "", []):
         own = path.relative_to(root).parts

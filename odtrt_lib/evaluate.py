@@ -47,7 +47,7 @@ _SUMMARY = (
 
 @dataclasses.dataclass(frozen=True)
 class CocoMetrics:
-    """COCO's twelve figures for boxes, in 0..1; -1 where there is nothing to find, as in pycocotools.
+    """COCO's twelve figures for boxes, in 0..1; -1 if there is nothing to find, as in pycocotools.
 
     map: mean average precision at IoU 0.50:0.05:0.95; map50, map75: at that IoU; map_small, ...: of objects
     below 32² pixels, between, above 96². ar1, ar10, ar100: average recall with so many detections an image.
@@ -122,7 +122,7 @@ class Agreement:
     references: reference detections that count; matched: those found again. missing: those that were not.
     extra: candidate detections that no reference explains. at_threshold: unmatched ones on either side that
     are excused, because their score lies within the tolerance of the point where its list was cut.
-    max_score_difference, min_iou: over all matches; 0 and 1 where there is none.
+    max_score_difference, min_iou: over all matches; 0 and 1 if there is none.
     """
 
     images: int
@@ -142,7 +142,7 @@ class Agreement:
 
 
 def load_detections(path: Union[str, Path]) -> List[Dict[str, Any]]:
-    """Reads a COCO results file. Raises InputError where it is absent, damaged or of another form."""
+    """Reads a COCO results file. Raises InputError if it is absent, damaged or of another form."""
     detections = read_json(path, "a COCO results file, a list of detections")
     if not isinstance(detections, list):
         raise InputError(f"{path}: {type(detections).__name__}, expected a list of detections")
@@ -239,11 +239,11 @@ def coco_metrics(
     """COCO's box metrics, computed by pycocotools.
 
     annotations: a COCO instances file, its content, or what :func:`odtrt_lib.coco.read_instances` made of
-        it. Where an annotation has no ``area`` its box's is taken, where it has no ``iscrowd`` it is no
+        it. If an annotation has no ``area`` its box's is taken, if it has no ``iscrowd`` it is no
         crowd. Its ids are not used: pycocotools takes id 0 for "no match" and an id twice for one object.
     image_ids: the images to evaluate; by default all of ``annotations``.
 
-    Raises InputError where ``annotations`` cannot be read, or a detection is malformed or of an image that
+    Raises InputError if ``annotations`` cannot be read, or a detection is malformed or of an image that
     is not in it; MissingDependencyError without pycocotools.
     """
     try:
@@ -301,7 +301,7 @@ def agreement(
     ``score_tolerance`` of where the other list was cut: at ``score_threshold``, or, in an image where
     the other list has ``max_detections`` entries, at the lowest of their scores.
 
-    Raises InputError where a detection is malformed.
+    Raises InputError if a detection is malformed.
     """
     _check_detections(reference, "reference")
     _check_detections(candidate, "candidate")

@@ -131,7 +131,7 @@ def staging(folder: Union[str, Path]) -> Iterator[Path]:
     All of them appear in one step, see the module; a record that :func:`write_record` staged is part of it.
     Each file is on the disk before it gets its name. Any exception, Ctrl-C included, removes what was
     written, and ``folder`` itself if this call made it. What an earlier process that was killed left behind
-    is removed at the start. Raises InputError where ``folder`` cannot be written, a file or folder is in the
+    is removed at the start. Raises InputError if ``folder`` cannot be written, a file or folder is in the
     way, or the disk is full.
     """
     folder = Path(folder)
@@ -223,7 +223,7 @@ def commit(content: Path, folder: Path, removed: Sequence[str] = ()) -> None:
     """Moves all files below ``content`` into ``folder``, on the same disk, in one step for every reader.
 
     ``content`` is used up. A staged ``log.jsonl`` in it continues the one in its place. removed: files to
-    remove, relative to ``folder``. Raises InputError, and nothing has changed, where a folder, a file or a
+    remove, relative to ``folder``. Raises InputError, and nothing has changed, if a folder, a file or a
     link is in the way.
     """
     names = sorted(path.relative_to(content) for path in content.rglob("*") if path.is_file())
@@ -247,7 +247,7 @@ def commit(content: Path, folder: Path, removed: Sequence[str] = ()) -> None:
 def finish(folder: Path) -> None:
     """Completes the change that is under way in ``folder``, if there is one; the caller holds the lock.
 
-    Raises InputError where the folder cannot be written.
+    Raises InputError if the folder cannot be written.
     """
     for change in _under_way(folder):
         try:
@@ -346,7 +346,7 @@ def exclusive(folder: Union[str, Path]) -> Iterator[None]:
     """Holds the lock of an existing folder while the block runs; other processes and threads wait for it.
 
     The lock is flock(2)'s on the folder itself: it leaves no file behind and ends with the process, however
-    that ends. Not reentrant. Where the folder cannot be locked (some network file systems), the block runs
+    that ends. Not reentrant. If the folder cannot be locked (some network file systems), the block runs
     without.
     """
     with _flocked(folder, fcntl.LOCK_EX):
@@ -358,7 +358,7 @@ def undisturbed(folder: Union[str, Path]) -> Iterator[None]:
     """While the block runs no file of ``folder`` changes, and none is half changed: for readers.
 
     Completes a change that a killed process left undone. Several readers share the lock; do not write a
-    record in the block, which would wait for its end. Raises InputError where such a change cannot be
+    record in the block, which would wait for its end. Raises InputError if such a change cannot be
     completed.
     """
     folder = Path(folder)
@@ -391,7 +391,7 @@ def _unlock(descriptor: int) -> None:
 def ctrl_c_later() -> Iterator[None]:
     """Ctrl-C during the block is heard at its end, e.g. between the start of a process and its handle.
 
-    Nothing changes where Ctrl-C is ignored, or outside the main thread, which alone hears it.
+    Nothing changes if Ctrl-C is ignored, or outside the main thread, which alone hears it.
     """
     hears = signal.getsignal(signal.SIGINT)
     if not callable(hears) or threading.current_thread() is not threading.main_thread():
@@ -410,7 +410,7 @@ def ctrl_c_later() -> Iterator[None]:
 def sync(path: Union[str, Path]) -> None:
     """Waits until a file's bytes, or the names in a folder, are on the disk.
 
-    Raises OSError where a file could not be stored: a full disk can show as late as here.
+    Raises OSError if a file could not be stored: a full disk can show as late as here.
     """
     descriptor = os.open(str(path), os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -486,9 +486,9 @@ def append_record(folder: Path, record: Mapping[str, Any], staged: Optional[Path
 
 
 def read_log(folder: Union[str, Path]) -> List[Dict[str, Any]]:
-    """The records of ``log.jsonl``, oldest first; an empty list where there is none.
+    """The records of ``log.jsonl``, oldest first; an empty list if there is none.
 
-    Raises InputError, naming the line, where a record is damaged or is not what :func:`write_record` writes.
+    Raises InputError, naming the line, if a record is damaged or is not what :func:`write_record` writes.
     """
     path = Path(folder) / LOG
     records = []
@@ -647,7 +647,7 @@ def sealed(folder: Union[str, Path], *names: str) -> Dict[str, bytes]:
     """The bytes of files of a model folder, all of one generation, each the one that its stage wrote.
 
     Name -> the very bytes that were compared with the records, and with what they were made from. Raises
-    InputError, naming the file, the two hashes and the command that makes it again, where one of them is
+    InputError, naming the file, the two hashes and the command that makes it again, if one of them is
     missing, damaged, of another generation than the others, or of no record.
     """
     folder = Path(folder)
@@ -732,7 +732,7 @@ def made_from(model: str, files: Mapping[str, bytes]) -> Dict[str, str]:
 
 
 def part_sha256(spec: bytes, part: str) -> Optional[str]:
-    """The SHA-256 of one of :data:`SPEC_PARTS` of a spec.json's text; None where it has no such part."""
+    """The SHA-256 of one of :data:`SPEC_PARTS` of a spec.json's text; None if it has no such part."""
     try:
         data = sections_for_records(spec)
         sections = {section: data[section] for section in part.partition(": ")[2].split(", ")}
@@ -807,7 +807,7 @@ def _origins(name: str) -> Tuple[str, ...]:
 
 
 def require_folder(folder: Union[str, Path]) -> None:
-    """Raises InputError where there is no such folder."""
+    """Raises InputError if there is no such folder."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder; expected a model folder, as `odtrt export` writes it")
 
@@ -815,7 +815,7 @@ def require_folder(folder: Union[str, Path]) -> None:
 def require(folder: Union[str, Path], name: str, made_by: str) -> Path:
     """The path of a file that an earlier stage wrote.
 
-    Raises InputError where it is absent, naming that stage's command, or where there is no such folder.
+    Raises InputError if it is absent, naming that stage's command, or if there is no such folder.
     """
     require_folder(folder)
     path = Path(folder) / name

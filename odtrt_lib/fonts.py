@@ -32,7 +32,7 @@ def font(path: Optional[Path], size: int) -> Any:
 
 
 def require_letters() -> None:
-    """Raises MissingDependencyError where Pillow cannot draw letters: before 10.1, or without FreeType."""
+    """Raises MissingDependencyError if Pillow cannot draw letters: before 10.1, or without FreeType."""
     import PIL
 
     try:

@@ -116,9 +116,9 @@ class Window:
 class Page:
     """A page in the browser with the newest picture, as a stream of JPEG files, and the figures.
 
-    Pictures are drawn and encoded in the threads of those who look, once for all of them; where nobody looks,
+    Pictures are drawn and encoded in the threads of those who look, once for all of them; if nobody looks,
     not at all. host: the address to listen on; port: 0 for a free one, which :attr:`url` tells. Raises
-    InputError where it cannot listen there.
+    InputError if it cannot listen there.
     """
 
     def __init__(self, title: str, min_score: float, host: str = LOCALHOST, port: int = 0) -> None:
@@ -175,14 +175,14 @@ class Page:
 def open_display(
     title: str, min_score: float, *, page_only: bool = False, host: str = LOCALHOST, port: int = 0
 ) -> Union[Window, Page]:
-    """A window where there is a screen and an OpenCV that can open one, else a page; see :class:`Page`."""
+    """A window if there is a screen and an OpenCV that can open one, else a page; see :class:`Page`."""
     if not page_only and _has_windows():
         return Window(title, min_score)
     return Page(title, min_score, host, port)
 
 
 def _has_windows() -> bool:
-    """Tried in a process of its own, because Qt ends the process where the screen cannot be reached."""
+    """Tried in a process of its own, because Qt ends the process if the screen cannot be reached."""
     if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         return False
     # Not from the working folder, from which this process imports nothing either.
@@ -203,7 +203,7 @@ def watch(
 
     A live source is read by a thread of its own: the detector gets the newest frame, see
     :class:`odtrt_lib.sources.Latest`. frames: end after so many. say: is told the figures every five seconds
-    and at the end, also where that is an error or Ctrl-C. The source is closed, the display is not.
+    and at the end, also if that is an error or Ctrl-C. The source is closed, the display is not.
 
     Raises what ``source.read`` and ``detector.detect`` raise.
     """

@@ -22,7 +22,7 @@ _L4T_FILE = "/etc/nv_tegra_release"
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a plan can depend on outside the library; None where it is unknown or there is no GPU.
+    """What a plan can depend on outside the library; None if it is unknown or there is no GPU.
 
     gpu_memory_mb: MiB of the device, or of the MIG slice. cuda: the newest CUDA that the driver supports.
     l4t: the Jetson's Linux for Tegra release, e.g. ``R36.4.3``.
@@ -55,7 +55,7 @@ def this_machine() -> Machine:
 
 
 def _gpu() -> Dict[str, Any]:
-    """Name, compute capability, SM count, memory and CUDA version of GPU 0; empty where there is none."""
+    """Name, compute capability, SM count, memory and CUDA version of GPU 0; empty if there is none."""
     # From cuda.h: CUdevice_attribute's values, which never change.
     multiprocessors, major, minor = 16, 75, 76
     try:
@@ -158,7 +158,7 @@ def device_memory_meter() -> Tuple[Callable[[], Optional[float]], bool]:
     """A function for the MiB in use on the first visible GPU, and whether that is the host's memory.
 
     A Jetson's is; there it is what is gone from MemAvailable. Elsewhere NVML tells, without a CUDA context.
-    The function gives None where there is no GPU.
+    The function gives None if there is no GPU.
     """
     if Path(_L4T_FILE).exists():
         return _used_host_mb, True
@@ -208,7 +208,7 @@ def state_and_ticks(process: int) -> Tuple[str, int]:
 
 
 def peak_rss_mb(process: Union[int, str]) -> Optional[float]:
-    """The most host memory that a process has had, MiB; None where it is gone.
+    """The most host memory that a process has had, MiB; None if it is gone.
 
     Read from /proc, not from getrusage: a child's ``ru_maxrss`` starts with what its parent had, so that a
     large notebook would seem to be a large build.

@@ -2,7 +2,7 @@
 
 ``make plugin`` builds it; ``plugins/kernels/odtrt.h`` says what each function does, and this module is that
 header in Python. The modules :mod:`odtrt_lib.nms` and :mod:`odtrt_lib.preprocess` use it if :func:`load`
-finds it and do the same in numpy where not, so that most users need nothing from here.
+finds it and do the same in numpy if not, so that most users need nothing from here.
 
 The functions that end in ``_cpu`` take numpy arrays. Those that end in ``_cuda`` take device memory:
 addresses as integers, or what PyCUDA, CuPy and PyTorch allocate; structures hold
@@ -140,7 +140,7 @@ _SIGNATURES: Dict[str, Tuple[Any, Sequence[Any]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """The loaded library. cuda_architectures: e.g. ``"87 90"``; empty where it was built without CUDA."""
+    """The loaded library. cuda_architectures: e.g. ``"87 90"``; empty if it was built without CUDA."""
 
     path: Path
     handle: ctypes.CDLL
@@ -148,12 +148,12 @@ class Library:
 
 
 def load() -> Optional[Library]:
-    """The native library, or None where there is none.
+    """The native library, or None if there is none.
 
     Looked for at the path that the environment variable ODTRT_LIBRARY names, else at
     ``plugins/build/libodtrt.so`` of this checkout, else beside this package's modules.
 
-    Raises MissingDependencyError where the variable names no file, and where a file is there but cannot be
+    Raises MissingDependencyError if the variable names no file, and if a file is there but cannot be
     loaded or has another ABI version than this module.
     """
     named = os.environ.get(ENVIRONMENT_VARIABLE)
@@ -269,7 +269,7 @@ def postprocess_cpu(
     anchors: float32 [N, 4]. clip_windows: float32 [B, 4]; None: the whole input. num_threads: 0 for all
     that the machine has.
 
-    Raises InputError where a shape or a setting is not as ``odtrt.h`` says.
+    Raises InputError if a shape or a setting is not as ``odtrt.h`` says.
     """
     batch, most = len(box_encodings), spec.nms.max_total_detections
     are_half = box_encodings.dtype == np.float16 and class_logits.dtype == np.float16
@@ -388,8 +388,8 @@ def postprocess_cuda(
 
     workspace: what :func:`odtrt_lib.cuda.address_of` takes. stream: a ``cudaStream_t``.
 
-    Raises MissingDependencyError where the library was built without CUDA, NativeError where CUDA fails,
-    InputError where an argument is not as ``odtrt.h`` says.
+    Raises MissingDependencyError if the library was built without CUDA, NativeError if CUDA fails,
+    InputError if an argument is not as ``odtrt.h`` says.
     """
     status = library.handle.odtrt_postprocess_cuda(
         ctypes.byref(params),

@@ -1,6 +1,6 @@
 """From raw heads to detections: the OD API's SSD post-processing, exactly.
 
-:func:`postprocess` and :func:`nms` run in the native library where that was built (see
+:func:`postprocess` and :func:`nms` run in the native library if that was built (see
 :mod:`odtrt_lib.native`), else in numpy. The numpy functions here are the reference that every other
 implementation (C++, CUDA, TensorRT plugin) must equal bit for bit: each is written in the single float32
 operations of ``plugins/kernels/semantics.h``, the exponential included. They follow
@@ -19,7 +19,7 @@ below 2^-126 in size are 0. An overlap that is NaN, of infinite areas or of NaN,
 copied: with a score threshold below 0, TensorFlow gives such a box again, with a score of 0.
 
 The answer is the OD API's from the same scores and boxes. ``exp`` and the sigmoid are not TensorFlow's to
-the last bit (neither are TensorFlow's own from one version, processor or place in an array to another). Where
+the last bit (neither are TensorFlow's own from one version, processor or place in an array to another). If
 many scores are that close, as near 1, their order and so the number within a cap can differ.
 
 Class-agnostic suppression is the same with one candidate an anchor, its best class (the first of equals).
@@ -119,7 +119,7 @@ def postprocess(
     normalised. clip_windows: float32 [B, 4], the part of each input that shows the image,
     ``[ymin, xmin, ymax, xmax]``, normalised. A score that is NaN is never a detection.
 
-    Raises InputError where a shape does not agree with ``spec``, and what :func:`odtrt_lib.native.load`
+    Raises InputError if a shape does not agree with ``spec``, and what :func:`odtrt_lib.native.load`
     raises.
     """
     library = native.load()
@@ -138,7 +138,7 @@ def postprocess_reference(
     spec: DetectorSpec,
     clip_windows: np.ndarray,
 ) -> Postprocessed:
-    """:func:`postprocess` in numpy, also where the native library is there."""
+    """:func:`postprocess` in numpy, also if the native library is there."""
     _check_shapes(box_encodings, class_logits, anchors, spec, clip_windows)
     batch, most = len(box_encodings), spec.nms.max_total_detections
     result = Postprocessed(
@@ -171,14 +171,14 @@ def nms(
 ) -> np.ndarray:
     """Greedy non-maximum suppression: the indices of the boxes that are kept, int32 [K], best first.
 
-    From the best score down (the lower index first where scores are equal), a box is kept unless its IoU
+    From the best score down (the lower index first if scores are equal), a box is kept unless its IoU
     with a kept one of its class is greater than ``iou_threshold``.
 
     boxes: float32 [n, 4], ``[ymin, xmin, ymax, xmax]`` in any unit; opposite corners in any order.
     scores: float32 [n]; those not greater than ``score_threshold``, and NaN, are left out. classes: int32
     [n]; None: all boxes compete. max_kept: at most so many; None: all.
 
-    Raises InputError where a shape is another, and what :func:`odtrt_lib.native.load` raises.
+    Raises InputError if a shape is another, and what :func:`odtrt_lib.native.load` raises.
     """
     prepared = _nms_arguments(boxes, scores, classes, max_kept)
     library = native.load()
@@ -195,7 +195,7 @@ def nms_reference(
     score_threshold: float = -np.inf,
     max_kept: Optional[int] = None,
 ) -> np.ndarray:
-    """:func:`nms` in numpy, also where the native library is there."""
+    """:func:`nms` in numpy, also if the native library is there."""
     prepared = _nms_arguments(boxes, scores, classes, max_kept)
     return _nms_in_numpy(*prepared, iou_threshold=iou_threshold, score_threshold=score_threshold)
 
@@ -240,7 +240,7 @@ def convert_scores(class_logits: np.ndarray, scores: ScoreSpec) -> np.ndarray:
 
 
 def exponential(x: np.ndarray) -> np.ndarray:
-    """e to the power of each float32 of ``x``, within 1 ulp where the result is normal; any shape.
+    """e to the power of each float32 of ``x``, within 1 ulp if the result is normal; any shape.
 
     ``semantics.h``'s, bit for bit, which is Cephes' ``expf`` (S. Moshier): ``x = n ln 2 + r`` with ln 2 in
     two parts, a polynomial of degree 7 in r, times ``2^n`` in two steps. NaN stays NaN.
@@ -356,7 +356,7 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 def _softmax(rows: np.ndarray) -> np.ndarray:
     """Summed in whole units of 2^-40, so that the order does not matter.
 
-    NaN throughout where a row's greatest is not finite.
+    NaN throughout if a row's greatest is not finite.
     """
     greatest = rows.max(axis=1, keepdims=True)
     values = _exponential(rows - np.where(np.isfinite(greatest), greatest, np.float32(np.nan)))
@@ -471,7 +471,7 @@ def _ordered_corners(boxes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def _iou(corner: np.ndarray, area: np.ndarray, corners: np.ndarray, areas: np.ndarray) -> np.ndarray:
-    """IoU of one box with many, in TensorFlow's order of float32 operations; 0 where an area is 0."""
+    """IoU of one box with many, in TensorFlow's order of float32 operations; 0 if an area is 0."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         top_left = _larger(corners[:, :2], corner[:2])
         bottom_right = _smaller(corners[:, 2:], corner[2:])
@@ -483,12 +483,12 @@ def _iou(corner: np.ndarray, area: np.ndarray, corners: np.ndarray, areas: np.nd
 
 
 def _smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """C++'s ``std::min``, which TensorFlow's kernel uses: ``a`` where either is NaN."""
+    """C++'s ``std::min``, which TensorFlow's kernel uses: ``a`` if either is NaN."""
     return np.where(b < a, b, a)
 
 
 def _larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """C++'s ``std::max``: ``a`` where either is NaN."""
+    """C++'s ``std::max``: ``a`` if either is NaN."""
     return np.where(a < b, b, a)
 
 
@@ -499,7 +499,7 @@ def _clip(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
 
 
 def _signed_area(boxes: np.ndarray) -> np.ndarray:
-    """Height times width of flushed corners; positive too where a box is upside down both ways."""
+    """Height times width of flushed corners; positive too if a box is upside down both ways."""
     with np.errstate(over="ignore", invalid="ignore"):
         sides = _flushed(boxes[:, 2:] - boxes[:, :2])
         return _flushed(sides[:, 0] * sides[:, 1])

@@ -89,9 +89,9 @@ def _draw_label(
     letters: int,
     colour: tuple[int, int, int],
 ) -> None:
-    """The text on a plate of ``colour`` above ``corner``, or below it where there is no room above.
+    """The text on a plate of ``colour`` above ``corner``, or below it if there is no room above.
 
-    size: the picture's (width, height); letters shrink where the text is wider than that.
+    size: the picture's (width, height); letters shrink if the text is wider than that.
     """
     pad = max(2, letters // 6)
     text, file = fonts.spelling(text)

@@ -6,8 +6,8 @@ TensorFlow 1's ``ResizeBilinear`` with ``align_corners=False`` and ``half_pixel_
 ``(i + 0.5) * in / out - 0.5`` instead, so that an image resized by one of them shifts every box by
 :func:`half_pixel_shift` pixels. OpenCV also rounds an 8-bit image's result to whole grey levels.
 
-The native library does it where that was built (see :mod:`odtrt_lib.native`); else numpy is all that is
-needed. Where OpenCV is installed it picks and adds pixels for numpy, which is faster; the results of the
+The native library does it if that was built (see :mod:`odtrt_lib.native`); else numpy is all that is
+needed. If OpenCV is installed it picks and adds pixels for numpy, which is faster; the results of the
 three are the same to within a few rounding errors of float32 (checked with OpenCV 4.5.5, 4.11 and 5.0).
 """
 
@@ -66,7 +66,7 @@ def load_image(path: Union[str, Path]) -> np.ndarray:
     are those of ``tf.io.decode_jpeg`` with ``dct_method="INTEGER_ACCURATE"``; TensorFlow's default is a
     faster, coarser transform. A BMP file's palette is obeyed, where TensorFlow takes its indices for grey.
 
-    Raises InputError where the file is absent, empty, a Git LFS pointer, damaged, no such image or larger
+    Raises InputError if the file is absent, empty, a Git LFS pointer, damaged, no such image or larger
     than :data:`MAX_PIXELS`; MissingDependencyError without Pillow.
     """
     path = Path(path)
@@ -119,7 +119,7 @@ def network_size(input_spec: InputSpec, height: int, width: int) -> Tuple[int, i
     which the image fits in ``min_dimension`` x ``max_dimension`` (the longer side along the image's longer
     side), each new side rounded half to even.
 
-    Raises InputError where a side would become 0, as in TensorFlow.
+    Raises InputError if a side would become 0, as in TensorFlow.
     """
     resizer = input_spec.resizer
     if resizer.kind == "fixed_shape":
@@ -142,7 +142,7 @@ def preprocess(
 ) -> Tuple[np.ndarray, Frame]:
     """The network input for one image, and where the image lies in it.
 
-    image: uint8 ``[height, width, 3]``, RGB, of any size; fastest where it is C-contiguous. The native
+    image: uint8 ``[height, width, 3]``, RGB, of any size; fastest if it is C-contiguous. The native
     library also reads a region of a larger image, and ``bgr[..., ::-1]``, where they lie.
     out: where to write, e.g. one image of a batch; float32 ``[3, height, width]``, C-contiguous.
 
@@ -150,7 +150,7 @@ def preprocess(
     given), and the Frame. The values differ from TensorFlow's by less than 1e-4 of the value range
     (``255 * scale``).
 
-    Raises InputError where ``image`` is not such an array (see :func:`check_image`), and where its size after
+    Raises InputError if ``image`` is not such an array (see :func:`check_image`), and if its size after
     resizing is not the network input's, as happens with ``keep_aspect_ratio`` without padding; and what
     :func:`odtrt_lib.native.load` raises.
     """
@@ -181,7 +181,7 @@ def preprocess(
 def frame_of(image: np.ndarray, input_spec: InputSpec) -> Frame:
     """How ``image``, [height, width, 3], lies in the network input.
 
-    Raises InputError where its size after resizing does not fit, see :func:`preprocess`.
+    Raises InputError if its size after resizing does not fit, see :func:`preprocess`.
     """
     height, width = image.shape[:2]
     true_height, true_width = network_size(input_spec, height, width)
@@ -220,7 +220,7 @@ def half_pixel_shift(in_size: int, out_size: int) -> float:
 
     The OD API samples the source at ``i * s`` with ``s = in_size / out_size``, OpenCV, Pillow and
     ``tf.image.resize`` at ``(i + 0.5) * s - 0.5``: the difference is ``0.5 * (s - 1)``, the same
-    everywhere in the image. It is negative, that is down or to the right, where the image is enlarged.
+    everywhere in the image. It is negative, that is down or to the right, if the image is enlarged.
     """
     return 0.5 * (in_size / out_size - 1)
 
@@ -429,7 +429,7 @@ def _opencv_strays(in_width: int, width: int) -> Optional[np.ndarray]:
     """The output columns for which OpenCV's nearest-neighbour resize does not pick the left neighbour.
 
     It does for most, but rounds some positions differently than TensorFlow; which, is not documented and
-    may differ between versions: look. None without OpenCV, or where it picks others throughout.
+    may differ between versions: look. None without OpenCV, or if it picks others throughout.
     """
     try:
         import cv2
@@ -448,7 +448,7 @@ def _opencv_strays(in_width: int, width: int) -> Optional[np.ndarray]:
 def _byte_weights(in_width: int, width: int) -> Optional[Tuple[np.ndarray, np.ndarray]]:
     """The weights of the left and the right neighbours in 128ths, uint8 ``[2 * _BLOCK_ROWS, width * 3]``.
 
-    None where they are not whole. OpenCV multiplies and adds bytes much faster than numpy does.
+    None if they are not whole. OpenCV multiplies and adds bytes much faster than numpy does.
     """
     parts = np.repeat(_sampling(in_width, width).weight * np.float32(_BYTE_UNIT), 3)
     if not np.array_equal(parts, np.rint(parts)):

@@ -104,7 +104,7 @@ def figures(checks: Mapping[str, Any]) -> List[Tuple[str, str]]:
 def undecided(checks: Mapping[str, Any]) -> Optional[Tuple[str, str]]:
     """Which checks of a record could not see enough (their names' common start), and that in a sentence.
 
-    None where all could. What they could have seen is recorded as ``sees_kernel_change``, the smallest
+    None if all could. What they could have seen is recorded as ``sees_kernel_change``, the smallest
     relative change of a kernel; see :mod:`odtrt_lib.export.noise`.
     """
     flat = dict(_flat(checks))
@@ -227,7 +227,7 @@ def _stage(folder: Path, record: Dict[str, Any], number: str) -> str:
 
 
 def _digest_now(folder: Path, name: str) -> Optional[str]:
-    """Of an input of a stage, which can be a part of ``spec.json``; None where there is no such file."""
+    """Of an input of a stage, which can be a part of ``spec.json``; None if there is no such file."""
     file, _, sections = name.partition(": ")
     if Path(file).name != file or len(file) > 200 or not (folder / file).is_file():
         return None

@@ -51,7 +51,7 @@ def write_results(
     command: what to type to write this file again. rows: flat mappings; a value is text, a finite number,
     a truth value or None. The device and the versions of :data:`RECORDED_DISTRIBUTIONS` are added.
 
-    Raises ValueError where a row is not flat or a figure is not finite, InputError where ``path`` cannot
+    Raises ValueError if a row is not flat or a figure is not finite, InputError if ``path`` cannot
     be written.
     """
     for number, row in enumerate(rows):

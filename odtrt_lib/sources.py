@@ -35,8 +35,8 @@ class Source:
     """Something that gives frames.
 
     name: for people; without a password. read: the next frame, uint8 ``[height, width, 3]``, RGB, or None at
-    the end; raises InputError, with the reason, where it fails. is_live: frames come whether they are read or
-    not. frame_count: how many frames its header tells of, which some formats only estimate; 0 where it is
+    the end; raises InputError, with the reason, if it fails. is_live: frames come whether they are read or
+    not. frame_count: how many frames its header tells of, which some formats only estimate; 0 if it is
     not known. close: gives the file or the camera back.
     """
 
@@ -113,7 +113,7 @@ def is_picture(path: Path) -> bool:
 def pictures(places: Sequence[Path]) -> List[Path]:
     """Picture files, and for each folder those in it, by name.
 
-    Raises InputError where one is missing, or a folder has none.
+    Raises InputError if one is missing, or a folder has none.
     """
     found: List[Path] = []
     for place in places:
@@ -132,7 +132,7 @@ def pictures(places: Sequence[Path]) -> List[Path]:
 def open_video(path: Path) -> Source:
     """A video file.
 
-    Raises InputError where it is missing or cannot be read, MissingDependencyError without OpenCV.
+    Raises InputError if it is missing or cannot be read, MissingDependencyError without OpenCV.
     """
     if not path.is_file():
         raise InputError(f"{path}: {'a folder' if path.is_dir() else 'not found'}; expected a video file")
@@ -149,7 +149,7 @@ def open_video(path: Path) -> Source:
 def open_stream(address: str) -> Source:
     """A network stream, e.g. ``rtsp://user:password@camera/stream``.
 
-    Raises InputError where it cannot be opened, MissingDependencyError without OpenCV.
+    Raises InputError if it cannot be opened, MissingDependencyError without OpenCV.
     """
     name = _without_password(address)
     cv2 = _opencv(name)
@@ -167,7 +167,7 @@ def open_stream(address: str) -> Source:
 def open_camera(camera: str) -> Source:
     """A camera: ``0`` or ``/dev/video0`` by V4L2, ``csi:0`` by :func:`csi_pipeline`.
 
-    Raises InputError where there is none or it cannot be opened, MissingDependencyError without OpenCV.
+    Raises InputError if there is none or it cannot be opened, MissingDependencyError without OpenCV.
     """
     csi = re.fullmatch("csi:([0-9]{1,2})", camera)
     if csi:

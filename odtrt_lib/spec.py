@@ -48,7 +48,7 @@ class Resizer:
     """How an image of any size becomes a network input (OD API: ``image_resizer``).
 
     kind: ``fixed_shape`` stretches the image to ``InputSpec.height`` x ``width``. ``keep_aspect_ratio``
-        scales it so that its shorter side is ``min_dimension``, or, where the longer side would then
+        scales it so that its shorter side is ``min_dimension``, or, if the longer side would then
         exceed ``max_dimension``, so that the longer side is ``max_dimension``; with
         ``pad_to_max_dimension`` it is then filled up at the bottom and at the right to a square with
         ``pad_value`` (per channel, in the units of the *normalised* image).
@@ -69,7 +69,7 @@ class InputSpec:
     """The network input: float32 ``[batch, 3, height, width]``, RGB.
 
     A pixel value p in 0..255 enters as ``p * scale[channel] + offset[channel]``.
-    ``batch`` is the fixed batch size, or None where it is dynamic.
+    ``batch`` is the fixed batch size, or None if it is dynamic.
     """
 
     height: int
@@ -120,7 +120,7 @@ class SsdHeads:
 
     @property
     def num_columns(self) -> int:
-        """Columns of ``class_logits``, the background included where there is one."""
+        """Columns of ``class_logits``, the background included if there is one."""
         return self.num_classes + int(self.background_column)
 
     def in_words(self) -> Dict[str, str]:
@@ -221,7 +221,7 @@ _CHOICES: Dict[str, Tuple[str, ...]] = {
 
 
 def problems(part: Any) -> Iterator[str]:
-    """What is wrong with the values of a DetectorSpec, or of one of its parts; nothing where it is valid.
+    """What is wrong with the values of a DetectorSpec, or of one of its parts; nothing if it is valid.
 
     Each names a field, its value and what was expected: ``nms.iou_threshold: 2.0, expected 0 to 1``.
     """
@@ -247,9 +247,9 @@ def problems(part: Any) -> Iterator[str]:
 
 
 def load_spec(path: Union[str, Path], content: Optional[bytes] = None) -> DetectorSpec:
-    """Reads a ``spec.json``, of schema 1 too. content: the bytes of the file, where they were read already.
+    """Reads a ``spec.json``, of schema 1 too. content: the bytes of the file, if they were read already.
 
-    Raises InputError, naming the file and the field, where the file is absent, too large, not JSON, of
+    Raises InputError, naming the file and the field, if the file is absent, too large, not JSON, of
     another schema version, of a family of heads that is not in :data:`FAMILIES`, or has a missing or unknown
     field, a value of another type or out of its range.
     """
@@ -303,7 +303,7 @@ def _of_schema_1(data: Dict[str, Any], where: str) -> Dict[str, Any]:
 
 
 def _expected_instead(name: str, value: Any) -> str:
-    """What the field ``Class.field`` should hold instead of ``value``; nothing where that is right."""
+    """What the field ``Class.field`` should hold instead of ``value``; nothing if that is right."""
     if name in _CHOICES:
         return "" if value in _CHOICES[name] else " or ".join(_CHOICES[name])
     if isinstance(value, str):

@@ -21,7 +21,7 @@ Shape = Tuple[Optional[int], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An input or output of a network. shape: the batch comes first, None where it is dynamic.
+    """An input or output of a network. shape: the batch comes first, None if it is dynamic.
 
     dtype: numpy's name for it, ``float32`` or ``int32``.
     """
@@ -60,7 +60,7 @@ def detector_tensors(spec: DetectorSpec) -> Tensors:
     """``detector.onnx``: the normalised image to detections, in every family the same. M is
     ``nms.max_total_detections``.
 
-    Where the image can cover less than the whole network input, its window is an input too.
+    If the image can cover less than the whole network input, its window is an input too.
     """
     batch, most = spec.input.batch, spec.nms.max_total_detections
     windows = (Tensor(CLIP_WINDOWS, (batch, 4)),) if has_clip_windows(spec) else ()

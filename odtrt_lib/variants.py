@@ -31,7 +31,7 @@ class Form:
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """layers: the layer precisions that count as this one where a plan is inspected; empty: none is asked
-    for. own_models: form -> ONNX model, where this precision is built from a model of its own."""
+    for. own_models: form -> ONNX model, if this precision is built from a model of its own."""
 
     layers: Tuple[str, ...]
     own_models: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -69,7 +69,7 @@ class Variant:
 
     @property
     def layers(self) -> Tuple[str, ...]:
-        """The layer precisions of which a plan must have at least half; empty where any will do."""
+        """The layer precisions of which a plan must have at least half; empty if any will do."""
         return PRECISIONS[self.precision].layers
 
 

@@ -68,7 +68,7 @@ def model_files(folder: Path) -> List[Path]:
 
 
 def require_no_input(path: Path, inputs: Iterable[Path]) -> None:
-    """Raises InputError where writing ``path`` would replace one of the files that the command reads."""
+    """Raises InputError if writing ``path`` would replace one of the files that the command reads."""
     own = set(_identity(path))
     if any(not own.isdisjoint(_identity(one)) for one in inputs):
         raise InputError(f"{path}: is read by this command and cannot be written by it; name another file")

@@ -3,7 +3,7 @@
 The list is the one in tensorflow/models, research/object_detection/g3doc/tf2_detection_zoo.md; ``coco_map``
 is the figure published there. Nobody publishes checksums of the archives. So the first download of one is
 taken on trust and its SHA-256 written to ``zoo.json`` beside the models; every later download of it must have
-the same one. Where a checksum is known beforehand (``ZooModel.sha256``), the first download is checked as
+the same one. If a checksum is known beforehand (``ZooModel.sha256``), the first download is checked as
 well.
 
 This is the only module of odtrt that uses the network.
@@ -53,7 +53,7 @@ _HOSTS = ("download.tensorflow.org", "storage.googleapis.com")
 
 @dataclasses.dataclass(frozen=True)
 class ZooModel:
-    """One model of the zoo. ``sha256`` is that of its archive, or None where nobody published it."""
+    """One model of the zoo. ``sha256`` is that of its archive, or None if nobody published it."""
 
     name: str
     coco_map: float
@@ -121,9 +121,9 @@ def get(
 
     progress: called with the bytes received and the bytes expected (0 if the server does not say).
 
-    Raises InputError where the server cannot be reached, breaks off, is too slow, sends too much or leads to
-    another host, and where ``zoo.json`` is damaged; CheckError where the archive's SHA-256 is not the
-    expected one, or where it holds something else than the files of one model.
+    Raises InputError if the server cannot be reached, breaks off, is too slow, sends too much or leads to
+    another host, and if ``zoo.json`` is damaged; CheckError if the archive's SHA-256 is not the
+    expected one, or if it holds something else than the files of one model.
     """
     folder = Path(folder)
     target = folder / model.name
@@ -218,7 +218,7 @@ def _download(url: str, path: Path, folder: Path, progress: Callable[[int, int],
 
 
 def _content_length(url: str, response: http.client.HTTPResponse) -> int:
-    """0 where the server does not say."""
+    """0 if the server does not say."""
     text = response.headers.get("Content-Length")
     if text is None:
         return 0

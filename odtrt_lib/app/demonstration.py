@@ -30,7 +30,7 @@ _SCENES = 4
 class Picture:
     """image: RGB, uint8 [height, width, 3]. sha256: of its file or, if it was rendered, of its pixels.
 
-    truth: what is in it, in COCO's results form, where that is known.
+    truth: what is in it, in COCO's results form, if that is known.
     """
 
     title: str
@@ -40,7 +40,7 @@ class Picture:
 
 
 def read_pictures(paths: Sequence[Path]) -> List[Picture]:
-    """The pictures in these files. Raises InputError where one is missing or damaged."""
+    """The pictures in these files. Raises InputError if one is missing or damaged."""
     from odtrt_lib.preprocess import load_image
 
     for path in paths:

@@ -31,7 +31,7 @@ class SafeConsole(Console):
         return super().render_str(printable(text), **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Raises InputError where the stream cannot be written, such as on a full disk."""
+        """Raises InputError if the stream cannot be written, such as on a full disk."""
         try:
             super().print(*objects, **options)
         except OSError as error:
@@ -75,7 +75,7 @@ def prepare_streams() -> None:
 
 
 def flush() -> None:
-    """Sends what is left to the streams; where one takes nothing more, that is no news and no traceback."""
+    """Sends what is left to the streams; if one takes nothing more, that is no news and no traceback."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -96,7 +96,7 @@ def heeding_ctrl_c() -> Iterator[Interruption]:
 
     Python drops an exception that is raised in a destructor or in the callback of a weak reference, and an
     extension module can turn one into another; so the first is raised again, and the caller is told of both.
-    Nothing changes where Ctrl-C is ignored or somebody else takes it, or outside the main thread.
+    Nothing changes if Ctrl-C is ignored or somebody else takes it, or outside the main thread.
     """
     interruption = Interruption()
     is_ours = threading.current_thread() is threading.main_thread()

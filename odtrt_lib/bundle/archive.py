@@ -8,7 +8,7 @@ installed: the archive carries the device side's source (all but :data:`WORKSTAT
 ::
 
     manifest.json  LICENSE  README.txt  __main__.py  build_here.py  detect.py
-    model/         spec.json, anchors.npy, heads.onnx; detector.onnx and int8/ where the folder has them
+    model/         spec.json, anchors.npy, heads.onnx; detector.onnx and int8/ if the folder has them
     odtrt_lib/     the device side        plugins/    kernels and TensorRT plugin, to compile there
     triton/        on request: a Triton model repository
     deepstream/    on request: nvinfer's configuration, labels and output parser
@@ -156,8 +156,8 @@ def pack(
     and outputs for the plan that ``build_here.py`` puts there. deepstream: add a configuration for
     DeepStream's nvinfer. force: write over a file that is not a bundle.
 
-    Raises InputError where a file is missing, damaged, not the one that its stage recorded or not made from
-    the others, or ``archive`` is in the way or cannot be written; UnsupportedError where nvinfer cannot
+    Raises InputError if a file is missing, damaged, not the one that its stage recorded or not made from
+    the others, or ``archive`` is in the way or cannot be written; UnsupportedError if nvinfer cannot
     express what ``spec.json`` asks for.
     """
     folder, archive = Path(folder), Path(archive)
@@ -210,8 +210,8 @@ def unpack(
     in it is followed. The model is sealed: ``model/log.jsonl`` names the bundle's hashes. expected_sha256:
     of the archive, as ``pack`` told it; 64 hexadecimal digits.
 
-    Raises InputError, naming the member, where the archive is damaged or is not what its manifest says, and
-    where ``folder`` is in the way or cannot be written; CheckError where the archive is not the expected one.
+    Raises InputError, naming the member, if the archive is damaged or is not what its manifest says, and
+    if ``folder`` is in the way or cannot be written; CheckError if the archive is not the expected one.
     """
     if expected_sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", expected_sha256):
         raise InputError(
@@ -420,7 +420,7 @@ def seal_model(model: Path, manifest: Manifest, staged: Optional[Path] = None) -
 
 
 def _check_heads(path: Path, spec: DetectorSpec) -> None:
-    """Compares inputs and outputs with ``spec``, where onnx is installed."""
+    """Compares inputs and outputs with ``spec``, if onnx is installed."""
     try:
         import onnx
     except ImportError:

@@ -31,7 +31,7 @@ python3 detect.py rtsp://host/path   a network camera
 def open_here(folder: Union[str, Path]) -> Detector:
     """The detector of an unpacked bundle, opened as ``build_here.py`` opened it at its end.
 
-    Before ``build_here.py`` has run, ONNX Runtime detects on the CPU. Raises InputError where ``built.json``
+    Before ``build_here.py`` has run, ONNX Runtime detects on the CPU. Raises InputError if ``built.json``
     is damaged, and what ``Detector.open`` raises.
     """
     from odtrt_lib.detector import Detector

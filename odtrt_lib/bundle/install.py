@@ -82,9 +82,9 @@ def build_here(
 ) -> Dict[str, Any]:
     """Builds what belongs to this machine from an unpacked bundle, and detects once as a check.
 
-    Compiles the kernels and, where there is a GPU, the CUDA kernels and the TensorRT plugin against this
-    machine's own headers; builds the plan of ``detector.onnx`` where there is a plugin, and of ``heads.onnx``
-    where there is none or Triton wants it; and runs the detector on ``image``, or, without one, on a pattern.
+    Compiles the kernels and, if there is a GPU, the CUDA kernels and the TensorRT plugin against this
+    machine's own headers; builds the plan of ``detector.onnx`` if there is a plugin, and of ``heads.onnx``
+    if there is none or Triton wants it; and runs the detector on ``image``, or, without one, on a pattern.
     With an image it says what was found in it and writes it, with boxes, to the folder ``output``, by default
     ``detections`` in the bundle; over no file but one that it drew before.
     precision, memory, batch, allow, version_compatible, force: of the plan and of its build, see
@@ -97,10 +97,10 @@ def build_here(
     in this folder), ``image``, ``drawn`` (the picture with boxes, or None) and ``detections``: ``class_id``,
     ``name``, ``score`` and ``box``, ``[ymin, xmin, ymax, xmax]`` in pixels.
 
-    Raises InputError where the bundle is not as packed, an argument has another form or the folder cannot be
+    Raises InputError if the bundle is not as packed, an argument has another form or the folder cannot be
     written, MissingDependencyError naming every Python module that is missing and what installs it,
-    BuildError where the compiler fails, what :func:`odtrt_lib.engine.build` and
-    :class:`odtrt_lib.detector.Detector` raise, and CheckError where a detection cannot be one.
+    BuildError if the compiler fails, what :func:`odtrt_lib.engine.build` and
+    :class:`odtrt_lib.detector.Detector` raise, and CheckError if a detection cannot be one.
 
     Long because its options, result and errors are described here.
     """
@@ -256,7 +256,7 @@ def _detect_once(
     """
     from odtrt_lib.detector import Detector
 
-    # Not "auto", which would serve with ONNX Runtime where the new plan does not run.
+    # Not "auto", which would serve with ONNX Runtime if the new plan does not run.
     has_gpu = this_machine().gpu is not None
     backend = plans.passport.runtime_library if has_gpu else "onnxruntime"
     used, precision = plans.plugin, plans.passport.precision
@@ -292,7 +292,7 @@ def _has_cuda_runtime() -> bool:
 def missing_modules(precision: str) -> Dict[str, str]:
     """The Python modules and libraries that ``build_here`` lacks here, each with what installs it.
 
-    The CUDA runtime gives a plan its device memory, ONNX Runtime takes the GPU's place where there is none,
+    The CUDA runtime gives a plan its device memory, ONNX Runtime takes the GPU's place if there is none,
     and onnx writes half precision into the model for a TensorRT with typed networks (9 and newer). Which part
     needs what is the table of :mod:`odtrt_lib.requirements`; of detection only --image needs Pillow.
     """
@@ -448,7 +448,7 @@ def _parse_batches(text: Optional[str]) -> Optional[Tuple[int, ...]]:
 
 
 def _tell_needs(precision: str, say: Callable[[str], None]) -> int:
-    """What is missing here, a line each; 1 where ``build_here`` needs it, 0 where it does without."""
+    """What is missing here, a line each; 1 if ``build_here`` needs it, 0 if it does without."""
     if _can_find("numpy"):
         _check_precision(precision)
     missing = missing_modules(precision)
@@ -571,7 +571,7 @@ def _compile(folder: Path, say: Callable[[str], None]) -> Tuple[Optional[Path], 
 
 
 def _run_to_its_end(command: Sequence[str], log: Any) -> int:
-    """The exit status; where this process is interrupted, the command and all that it started end first."""
+    """The exit status; if this process is interrupted, the command and all that it started end first."""
     process = None
     try:
         with ctrl_c_later():

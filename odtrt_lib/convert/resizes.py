@@ -34,7 +34,7 @@ class ResizeFinding:
     name: the TensorFlow operation, which is also the ONNX node's name; for a stack-and-reshape upsampling
         the last of its four operations.
     tensorflow, onnx: the rule in words, e.g. ``ResizeNearestNeighbor`` and
-        ``nearest asymmetric floor``; empty where that side has no such operation.
+        ``nearest asymmetric floor``; empty if that side has no such operation.
     input_size, output_size: ``(height, width)`` in TensorFlow.
     agrees: whether both read the same source coordinate for every output row and column.
     problem: why not, or what TensorRT's parser will object to; empty if nothing.
@@ -133,7 +133,7 @@ def _tensorflow_resizes(graph_def: Any) -> list[_TensorflowResize]:
 
 
 def _image_size(tensor: Any) -> tuple[int, int]:
-    """Height and width of an NHWC tensor, 0 where they are not fixed."""
+    """Height and width of an NHWC tensor, 0 if they are not fixed."""
     if tensor.shape.rank != 4:
         return 0, 0
     return tensor.shape[1] or 0, tensor.shape[2] or 0
@@ -231,7 +231,7 @@ def _clamp(position: Fraction, size: int) -> Fraction:
 def _onnx_factor(
     node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], axis: int, size: int, target: int
 ) -> Fraction | None:
-    """The exact enlargement along ``axis``; None where the ONNX Resize gives another size than ``target``."""
+    """The exact enlargement along ``axis``; None if the ONNX Resize gives another size than ``target``."""
     from onnx import numpy_helper
 
     scales = constants.get(node.input[2]) if len(node.input) > 2 else None

@@ -64,7 +64,7 @@ class HeadParity:
 class Parity:
     """What :func:`check_parity` measured, the limit that it allowed, and what it can see.
 
-    ``sees_kernel_change`` and ``is_decisive`` are those of :class:`odtrt_lib.export.noise.Yardstick`: where
+    ``sees_kernel_change`` and ``is_decisive`` are those of :class:`odtrt_lib.export.noise.Yardstick`: if
     the second is false, rounding hides what the gate is there to find.
     """
 
@@ -86,7 +86,7 @@ def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> fold
     opset: one of :data:`OPSETS`. force: convert even if ``heads.onnx`` is up to date.
 
     Raises UnsupportedError for another opset and for operations that cannot be converted faithfully,
-    InputError for a missing or damaged input or one that does not match ``spec.json``, CheckError where
+    InputError for a missing or damaged input or one that does not match ``spec.json``, CheckError if
     the Resize audit, the ONNX checker or the parity gate fails; nothing is written then.
     """
     if opset not in OPSETS:
@@ -140,7 +140,7 @@ def check_parity(folder: str | Path, *, images: int = 4) -> Parity:
 
     images: how many; they are, in turn, noise and a checkerboard of a photograph's contrast (mid-grey +- 64),
         crossed gradients with an edge over the full range, and darkness, all in the network's units
-        (``InputSpec.scale`` and ``offset``). A little grain lies on each: where a picture repeats one value,
+        (``InputSpec.scale`` and ``offset``). A little grain lies on each: if a picture repeats one value,
         the float32 sums of squeeze-and-excitation drift, up to 30 times as far as they round otherwise, and
         hide what the gate is there to find. A network with a dynamic batch gets one image, then the rest
         as one batch.
@@ -156,7 +156,7 @@ def check_parity(folder: str | Path, *, images: int = 4) -> Parity:
     graphs with seeded defects are. Weights that were never trained can be chaotic, moving by 0.2 of the
     scale for one unit in the input's last place: then nothing can be proved, and ``is_decisive`` says so.
 
-    Raises CheckError where a head differs by more, InputError where a file is missing, damaged or does
+    Raises CheckError if a head differs by more, InputError if a file is missing, damaged or does
     not match ``spec.json``.
     """
     folder = Path(folder)
@@ -171,7 +171,7 @@ def check_parity(folder: str | Path, *, images: int = 4) -> Parity:
 def load_frozen(path: str | Path, content: bytes | None = None) -> Any:
     """The ``GraphDef`` in ``path``; InputError if it is damaged or lacks the nodes that export writes.
 
-    content: the bytes of the file, where they were read already.
+    content: the bytes of the file, if they were read already.
     """
     tf = odapi.tensorflow()
     from google.protobuf.message import DecodeError

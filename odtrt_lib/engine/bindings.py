@@ -23,7 +23,7 @@ from odtrt_lib.errors import MissingDependencyError, one_line
 from odtrt_lib.tensors import DOMAIN, PLUGIN, PLUGIN_VERSION
 from odtrt_lib.variants import RUNTIME_LIBRARIES
 
-# Overrides the builder's TF32 setting; a plan loads only where it has the value that it had at the build.
+# Overrides the builder's TF32 setting; a plan loads only if it has the value that it had at the build.
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 _MAX_MESSAGES = 20
@@ -33,7 +33,7 @@ _RTX_FOLDERS: List[Any] = []
 
 
 def import_library(runtime_library: str) -> ModuleType:
-    """The module ``tensorrt`` or ``tensorrt_rtx``; MissingDependencyError where it cannot be imported."""
+    """The module ``tensorrt`` or ``tensorrt_rtx``; MissingDependencyError if it cannot be imported."""
     if runtime_library == "tensorrt_rtx" and runtime_library not in sys.modules:
         with contextlib.suppress(OSError):
             let_rtx_find_itself()
@@ -61,7 +61,7 @@ def available_runtimes() -> List[Tuple[str, str]]:
 def load_plugin(registry: Any, library: Path) -> bool:
     """Loads ``libodtrt_tensorrt.so`` unless the registry has it. Returns whether it has it now.
 
-    registry: an ``IPluginRegistry``. Raises OSError where TensorRT 8.5's way, the dynamic loader, fails.
+    registry: an ``IPluginRegistry``. Raises OSError if TensorRT 8.5's way, the dynamic loader, fails.
     """
     creator = (PLUGIN, PLUGIN_VERSION, DOMAIN)
     find = registry.get_creator if hasattr(registry, "get_creator") else registry.get_plugin_creator
@@ -76,10 +76,10 @@ def load_plugin(registry: Any, library: Path) -> bool:
 def let_rtx_find_itself() -> None:
     """Makes TensorRT-RTX 1.7 able to parse a plugin's node; call it before ``tensorrt_rtx`` is imported.
 
-    Its parser loads ``libtensorrt_rtx.so``, a name that its wheel does not have, and ends the process where
+    Its parser loads ``libtensorrt_rtx.so``, a name that its wheel does not have, and ends the process if
     that fails. The libraries are loaded here through links in a temporary folder, which has that name too.
 
-    Raises MissingDependencyError where it is too late.
+    Raises MissingDependencyError if it is too late.
     """
     package = importlib.util.find_spec("tensorrt_rtx_libs")
     if _RTX_FOLDERS or package is None or package.origin is None:

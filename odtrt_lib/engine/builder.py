@@ -664,7 +664,7 @@ def weights_by_type(path: Union[str, Path]) -> Dict[str, int]:
     TensorProto.dims 1, .data_type 2 and .data_location 14), so it needs neither onnx nor the memory for the
     weights.
 
-    Raises InputError where the file is not an ONNX model, or where weights lie outside of it.
+    Raises InputError if the file is not an ONNX model, or if weights lie outside of it.
     """
     path = Path(path)
     refusal = InputError(f"{path}: not an ONNX model; run `odtrt convert` again")

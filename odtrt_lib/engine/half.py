@@ -21,8 +21,8 @@ def half_precision(model: Any) -> Any:
     and detections stay float32. Operators that onnxconverter-common holds
     unsafe in half precision (Resize, TopK, ...) stay float32 between casts.
 
-    Raises UnsupportedError where a weight exceeds 65504, the largest half number (it would be clipped
-    silently otherwise), MissingDependencyError without onnxconverter-common, and BuildError where
+    Raises UnsupportedError if a weight exceeds 65504, the largest half number (it would be clipped
+    silently otherwise), MissingDependencyError without onnxconverter-common, and BuildError if
     ``onnx.checker`` refuses the outcome.
     """
     try:

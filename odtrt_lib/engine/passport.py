@@ -43,7 +43,7 @@ JSON_KEYS = {"runtime_library": "flavour"}
 BUILD_PLUGIN = (
     "run `make plugin`, or `make plugin ARCH=all` where there is no GPU, with nvcc and TensorRT's headers"
 )
-"""What to do where the plugin library is absent: without a GPU, plain `make plugin` leaves it out."""
+"""What to do if the plugin library is absent: without a GPU, plain `make plugin` leaves it out."""
 
 _LARGEST_PASSPORT = 8 << 20
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}\Z")
@@ -74,7 +74,7 @@ class Passport:
     compute_capabilities: TensorRT-RTX's targets, ``("default",)`` or e.g. ``("8.6", "8.9")``; ``()`` for
     TensorRT. settings: the builder's, of the attempt that succeeded. layers: how many run in which precision.
     attempts: each step that was tried, with name, settings, outcome, seconds and memory. trtexec: the
-    equivalent command line, "" where there is none. built: the time, ISO 8601, UTC.
+    equivalent command line, "" if there is none. built: the time, ISO 8601, UTC.
     """
 
     fingerprint: str
@@ -126,8 +126,8 @@ def install(folder: Union[str, Path], plan: Union[str, Path], passport: Passport
     a name of its own, and the passport then replaces the old one in one step: a process killed anywhere in
     between leaves the old pair valid or the new one. At last, older plans of the fingerprint are removed.
 
-    Raises CheckError where ``plan`` is not the file that the passport describes, or the passport is not one
-    that :func:`read` takes, InputError where the folder cannot be written or the disk is full; nothing has
+    Raises CheckError if ``plan`` is not the file that the passport describes, or the passport is not one
+    that :func:`read` takes, InputError if the folder cannot be written or the disk is full; nothing has
     changed then.
     """
     folder, plan = Path(folder), Path(plan)
@@ -165,7 +165,7 @@ def install(folder: Union[str, Path], plan: Union[str, Path], passport: Passport
 def read(path: Union[str, Path]) -> Passport:
     """Reads one ``<fingerprint>.json``.
 
-    Raises InputError, on one line, where it is missing, not a regular file, not JSON, of another schema, has
+    Raises InputError, on one line, if it is missing, not a regular file, not JSON, of another schema, has
     a field that is missing or of another type, or is called otherwise than its fingerprint.
     """
     path = Path(path)
@@ -209,7 +209,7 @@ def passports(folder: Union[str, Path]) -> List[Passport]:
 
 
 def verify(folder: Union[str, Path], passport: Passport) -> Optional[str]:
-    """Why the plan in ``folder`` is not the one that ``passport`` describes; None where it is."""
+    """Why the plan in ``folder`` is not the one that ``passport`` describes; None if it is."""
     if not _PLAN.match(passport.plan):
         return f"{passport.plan!r} is not the name of a plan"
     return _difference(Path(folder) / PLANS / passport.plan, passport)
@@ -218,7 +218,7 @@ def verify(folder: Union[str, Path], passport: Passport) -> Optional[str]:
 def read_plan(folder: Union[str, Path], passport: Passport) -> bytes:
     """The bytes of a plan, for TensorRT's runtime: the very bytes that were compared with the passport.
 
-    Raises InputError where the file is missing, of another size or has another SHA-256.
+    Raises InputError if the file is missing, of another size or has another SHA-256.
     """
     if not _PLAN.match(passport.plan):
         raise InputError(f"{passport.plan!r}: not the name of a plan; {_BUILD_AGAIN}")
@@ -236,7 +236,7 @@ def read_plan(folder: Union[str, Path], passport: Passport) -> bytes:
 def plan_version(path: Union[str, Path]) -> Optional[str]:
     """The version of the library that built a plan, from the plan's header, without deserialising it.
 
-    ``major.minor.patch.build``, or None where the header is not understood. TensorRT: as ``trtexec
+    ``major.minor.patch.build``, or None if the header is not understood. TensorRT: as ``trtexec
     --getPlanVersionOnly`` reads it (NVIDIA/TensorRT, ``samples/common/sampleEngines.cpp``,
     ``printPlanVersion``: tag ``ftrt``, serialisation version 0, four bytes at offset 24), which holds for
     plans built by 8.6 and newer. TensorRT-RTX: the same layout behind the tag ``vtrt``, found in the plans
@@ -258,7 +258,7 @@ def plugin_identity(path: Union[str, Path]) -> PluginIdentity:
     Its ABI is told by the entry point that it exports for TensorRT's registry: ``getCreators`` is IPluginV3
     (one ABI from TensorRT 10.0 to 11), ``getPluginCreators`` or none IPluginV2DynamicExt.
 
-    Raises InputError where it cannot be read.
+    Raises InputError if it cannot be read.
     """
     path = Path(path)
     try:
@@ -282,7 +282,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _difference(path: Path, passport: Passport) -> Optional[str]:
-    """Why the file at ``path`` is not the plan that the passport describes; None where it is."""
+    """Why the file at ``path`` is not the plan that the passport describes; None if it is."""
     digest, size = hashlib.sha256(), 0
     try:
         with _opened(path) as file:

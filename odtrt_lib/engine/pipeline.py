@@ -4,7 +4,7 @@ All of it is enqueued on one stream, and the host waits once, at the end. :class
 is done. The kernels give the same bits on the CPU and on the GPU, so the switches change no detection.
 
 Two forms of a plan: fused, where the plugin inside does the post-processing; and split, where the kernels of
-:mod:`odtrt_lib.native` follow on the stream. Where the native library has none for this GPU, heads are copied
+:mod:`odtrt_lib.native` follow on the stream. If the native library has none for this GPU, heads are copied
 back and post-processed on the CPU.
 """
 
@@ -81,9 +81,9 @@ def load(
     anchors: float32 [N, 4]. plugin: ``libodtrt_tensorrt.so``, for a plan of ``detector.onnx``. Ask
     :func:`odtrt_lib.portability.check` first.
 
-    Raises InputError where the plan is not the one of its passport, MissingDependencyError where the library
-    or the CUDA runtime is absent, CheckError where its tensors are not those that ``spec`` describes,
-    RunError, with TensorRT's or CUDA's reasons, where it cannot be loaded or run. No device memory stays
+    Raises InputError if the plan is not the one of its passport, MissingDependencyError if the library
+    or the CUDA runtime is absent, CheckError if its tensors are not those that ``spec`` describes,
+    RunError, with TensorRT's or CUDA's reasons, if it cannot be loaded or run. No device memory stays
     behind then.
     """
     network = runtime.load(folder, passport, spec, plugin=plugin)
@@ -134,7 +134,7 @@ class Pipeline:
 
         A fused plan's ``anchors`` are -1: the plugin does not tell.
 
-        Raises InputError for arrays of another form, RunError where TensorRT or CUDA fails.
+        Raises InputError for arrays of another form, RunError if TensorRT or CUDA fails.
         """
         for image in images:
             check_image(image)
@@ -177,7 +177,7 @@ class Pipeline:
         self._network.enqueue(self.stream)
 
     def enqueue_postprocess(self) -> None:
-        """Starts the post-processing of the last batch's heads once more, where kernels of ours do it."""
+        """Starts the post-processing of the last batch's heads once more, if kernels of ours do it."""
         if self._postprocesses_on_gpu:
             self._enqueue_postprocess(self._buffers.bound)
 
@@ -291,7 +291,7 @@ class Pipeline:
         return batch
 
     def _make_room(self, batch: _Batch) -> None:
-        """Lays out the buffers of a batch. Where an address changes, the graphs that know it go."""
+        """Lays out the buffers of a batch. If an address changes, the graphs that know it go."""
         buffers, network, size = self._buffers, self._network, batch.size
         moved = buffers.input.arrange([_field(network.tensors.inputs[0], size)])
         if self._takes_windows:
@@ -571,7 +571,7 @@ def _library() -> native.Library:
 
 
 def _why_no_kernels() -> str:
-    """Why the native library cannot work on the GPU; empty where it can."""
+    """Why the native library cannot work on the GPU; empty if it can."""
     library = native.load()
     if library is None:
         return "the native library is not built: run `make plugin`"

@@ -11,7 +11,7 @@ TensorRT then computes in the types that the ONNX model carries, and half precis
 (:mod:`odtrt_lib.engine.half`). TensorRT 10 also has the older builder flag. It is not used there: a flag
 only permits half precision and leaves the choice to timings, so that two builds can differ, and TensorRT 11
 has dropped it. TensorRT 8.5 and 8.6 have nothing but the flag. After the build the
-layers are counted by precision, in the engine by its inspector where a GPU can load it, else in the network;
+layers are counted by precision, in the engine by its inspector if a GPU can load it, else in the network;
 half precision that was asked for and is not there is an error. An ONNX model that already has QuantizeLinear
 and DequantizeLinear nodes (chapter 6) builds as it is, in either precision; there is no calibrator here.
 
@@ -84,7 +84,7 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 
     identity: JSON values: model, runtime_library, version, precision, onnx_sha256, plugin, batch, the
     compatibility modes, the compute capabilities, for TensorRT the GPU's name and compute capability, and
-    where it is set :data:`TF32_OVERRIDE`.
+    if it is set :data:`TF32_OVERRIDE`.
     """
     text = json.dumps(passport.with_json_keys(identity), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -143,17 +143,17 @@ def build(
     progress: is told the phase and how much of the attempt is done, 0 to 1.
 
     Inputs and outputs of the network are compared with ``spec.json``. The plan is loaded only to inspect it,
-    and only where there is a GPU; a build with TensorRT-RTX needs none. Where an intact plan answers the same
+    and only if there is a GPU; a build with TensorRT-RTX needs none. If an intact plan answers the same
     call already, nothing is built unless ``force`` says so. Of several calls for one model at a time, one
     builds and the others wait. The files are named in ``result.record["outputs"]``::
 
         result = engine.build("out/parts", precision="fp16", memory="60%")
 
-    Raises InputError where a file is absent or not ONNX or an argument has another form,
-    MissingDependencyError where TensorRT, or for fp16 onnx, is absent, UnsupportedError for what the library
+    Raises InputError if a file is absent or not ONNX or an argument has another form,
+    MissingDependencyError if TensorRT, or for fp16 onnx, is absent, UnsupportedError for what the library
     cannot do, weights that do not fit into half precision, or a network with a dynamic height or width,
-    BuildError, naming the node, where TensorRT refuses the model or the plugin, and naming every step with
-    its peak where memory does not suffice, CheckError where the network is not the one that ``spec.json``
+    BuildError, naming the node, if TensorRT refuses the model or the plugin, and naming every step with
+    its peak if memory does not suffice, CheckError if the network is not the one that ``spec.json``
     describes, or half precision was asked for and the layers run in single precision.
 
     Long because its options and errors are described here.
@@ -334,7 +334,7 @@ def _check_arguments(precision: str, hardware_compatibility: str, allow: Sequenc
 
 
 def _batch_profile(spec: DetectorSpec, batch: Optional[Sequence[int]]) -> Optional[List[int]]:
-    """Smallest, best-tuned and largest batch of a dynamic one; None where the batch is fixed."""
+    """Smallest, best-tuned and largest batch of a dynamic one; None if the batch is fixed."""
     if spec.input.batch is not None:
         if batch is not None and tuple(batch) != (spec.input.batch,) * 3:
             raise InputError(

@@ -4,7 +4,7 @@ The Object Detection API's model is the oracle. Both sides get the same pictures
 raw heads to post-process. The heads are drawn, not computed: a network's own are too tame to show a wrong
 field (ten strong boxes are the same with an IoU threshold of 0.5, 0.6 or 0.9). They are drawn around what the
 spec says: scores a thousandth above and below its threshold, pairs of boxes whose IoU is just above and below
-its threshold, more boxes than its caps allow. Where the model has another value, the two sides disagree.
+its threshold, more boxes than its caps allow. If the model has another value, the two sides disagree.
 
 Scores and IoUs keep a distance from one another that is far larger than float32's rounding, so that the two
 sides may be compared box by box.
@@ -509,7 +509,7 @@ def _why_without_effect(field: str, spec: DetectorSpec) -> str:
 
 
 def _other_values(field: str, value: Any) -> list[Any]:
-    """Wrong values of a field, close to the right one where they are numbers."""
+    """Wrong values of a field, close to the right one if they are numbers."""
     parts = field.split(".")
     name = parts[-2] if parts[-1].isdigit() else parts[-1]
     if name == "kind":

@@ -49,7 +49,7 @@ def read(path: Path, num_classes: int) -> Dict[int, str]:
     Of ids that repeat the first counts, ``display_name`` goes before ``name``, and id 0 is the background's,
     as in the OD API. Names alone, in a ``.txt`` file, may have ``???`` or ``background`` for a first line.
 
-    Raises InputError where the file is neither, saying what it is, and where it has an id that the OD API
+    Raises InputError if the file is neither, saying what it is, and if it has an id that the OD API
     refuses or names another number of classes; MissingDependencyError without the OD API.
     """
     text = prototext.read_text(path, _EXPECTED)
@@ -112,7 +112,7 @@ def _names_of_items(path: Path, message: Any, num_classes: int) -> Dict[int, str
 
 
 def _other_format(text: str) -> str:
-    """What a file is that some take for a label map, where its form tells; else nothing."""
+    """What a file is that some take for a label map, if its form tells; else nothing."""
     if re.match(r"\s*<(!doctype html|html|head|body)\b", text, re.IGNORECASE):
         return "an HTML page (download the file itself, not the page that shows it)"
     if re.match(r"\s*<", text):

@@ -7,7 +7,7 @@ purposes here, and in float32. How far TensorFlow's own float32 is from the trut
 claims to compute the same, the eager model of chapter 1 or the ONNX graph of chapter 2, may be
 :data:`FACTOR` times as far from the truth. More is not rounding: the two compute something else.
 
-Where the noise is large, much can hide in it. So the yardstick also says what it would see
+If the noise is large, much can hide in it. So the yardstick also says what it would see
 (:attr:`Yardstick.sees_kernel_change`).
 """
 
@@ -26,7 +26,7 @@ INPUT, OUTPUTS = "image", ("box_encodings", "class_logits")
 FACTOR = 5.0
 """How many times as far from the truth as TensorFlow's float32 a correct program may be.
 
-Measured: the eager model is 1 to 1.4 times as far, ONNX Runtime 0.1 to 2; 3.5 times where a picture repeats
+Measured: the eager model is 1 to 1.4 times as far, ONNX Runtime 0.1 to 2; 3.5 times if a picture repeats
 one value and long sums drift, for which the gates' pictures have grain. A kernel x 1.001 is 100 to 4,000
 times as far (EfficientDet-D0 and D1, see results/noise.cpu.json).
 """
@@ -34,7 +34,7 @@ times as far (EfficientDet-D0 and D1, see results/noise.cpu.json).
 KERNEL_CHANGE = 1e-3
 """A yardstick that sees this relative change of a kernel is decisive."""
 
-# What float32 cannot avoid even where TensorFlow happens to be exact: a few roundings of the result.
+# What float32 cannot avoid even if TensorFlow happens to be exact: a few roundings of the result.
 _UNAVOIDABLE = 2.0**-21
 _CONVOLUTIONS = ("Conv2D", "DepthwiseConv2dNative")
 _BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
@@ -72,7 +72,7 @@ class Yardstick:
 class Distance:
     """How far a candidate's head is from the truth, where that is largest in units of the noise.
 
-    times_noise: distance over noise; NaN where the candidate is not finite. image, anchors: where that is.
+    times_noise: distance over noise; NaN if the candidate is not finite. image, anchors: where that is.
     max_relative, rms_relative: the candidate's distance; noise_max_relative, noise_rms_relative:
         TensorFlow's. All four over all anchors, the worst of the images, in units of the head's scale for
         an image: its standard deviation, or a thousandth of its largest magnitude if that is more (a head

@@ -116,7 +116,7 @@ def prepare() -> None:
 
 @functools.cache
 def tensorflow() -> Any:
-    """The TensorFlow module, prepared; MissingDependencyError where it is absent."""
+    """The TensorFlow module, prepared; MissingDependencyError if it is absent."""
     prepare()
     return importlib.import_module("tensorflow")
 
@@ -125,7 +125,7 @@ def load_model(pipeline: str | Path, checkpoint: str | Path) -> Any:
     """The OD API's own model, restored: what everything that odtrt makes is compared with.
 
     pipeline: a pipeline.config. checkpoint: a prefix such as ``model/checkpoint/ckpt-0``. Does none of
-    the checks of :func:`odtrt_lib.export.export`. Raises InputError or UnsupportedError where the OD API
+    the checks of :func:`odtrt_lib.export.export`. Raises InputError or UnsupportedError if the OD API
     cannot read, build, call or restore the model.
     """
     model, _ = _build_and_call(Path(pipeline), is_training=False)
@@ -222,7 +222,7 @@ def build_model(pipeline: Path, message: Any, *, is_training: bool = False) -> A
     """The OD API's model of a parsed ``TrainEvalPipelineConfig`` that was read from ``pipeline``.
 
     Layer names count from one again, so that a process gives its second model the names of its first.
-    Raises UnsupportedError where the OD API cannot build it.
+    Raises UnsupportedError if the OD API cannot build it.
     """
     tf = tensorflow()
     from object_detection.builders import model_builder
@@ -241,8 +241,8 @@ def build_model(pipeline: Path, message: Any, *, is_training: bool = False) -> A
 def call_errors(pipeline: Path, message: Any, size: tuple[int, int]) -> Iterator[None]:
     """What the OD API refuses only when its model is called becomes one line within this block.
 
-    size: ``(height, width)`` of the network input. Raises InputError: where the network cannot take that
-    size it names the nearest that were tried and work; where the anchors are made for another number of
+    size: ``(height, width)`` of the network input. Raises InputError: if the network cannot take that
+    size it names the nearest that were tried and work; if the anchors are made for another number of
     feature maps it names both numbers; else it quotes the cause.
     """
     tf = tensorflow()
@@ -256,8 +256,8 @@ def restore(model: Any, checkpoint: Path, pipeline: Path, message: Any, root: st
     """Reads a checkpoint into a model of ``pipeline`` that was called; TensorFlow's load status.
 
     checkpoint: a prefix; any name, also with ``[``, which TensorFlow takes for a pattern. root: the model's
-    name inside the checkpoint. Raises InputError where the checkpoint is absent, damaged, or has values of
-    other shapes, UnsupportedError where it is TensorFlow 1's.
+    name inside the checkpoint. Raises InputError if the checkpoint is absent, damaged, or has values of
+    other shapes, UnsupportedError if it is TensorFlow 1's.
     """
     tf = tensorflow()
     try:
@@ -278,7 +278,7 @@ def restore(model: Any, checkpoint: Path, pipeline: Path, message: Any, root: st
 
 @contextlib.contextmanager
 def _without_patterns(checkpoint: Path) -> Iterator[Path]:
-    """A path of the checkpoint that TensorFlow does not take for a pattern: links, where its own has one."""
+    """A path of the checkpoint that TensorFlow does not take for a pattern: links, if its own has one."""
     if glob.escape(str(checkpoint)) == str(checkpoint) and "\\" not in str(checkpoint):
         yield checkpoint
         return
@@ -343,7 +343,7 @@ def _multiple(extractor: Any) -> int:
 
 
 def _feature_map_sizes(pipeline: Path, message: Any, size: tuple[int, int]) -> list[tuple[int, int]] | None:
-    """The sizes of the feature maps for a network input of ``size``; None where the network refuses it."""
+    """The sizes of the feature maps for a network input of ``size``; None if the network refuses it."""
     tf = tensorflow()
     extractor = build_model(pipeline, message).feature_extractor
     image = tf.TensorSpec([1, *size, 3], tf.float32)

@@ -16,9 +16,9 @@ from odtrt_lib.spec import MAX_CLASSES, MAX_INT, BoxCoder, Label, NmsSpec, Resiz
 class PipelineSettings:
     """The settings of a pipeline.config that change a result, before the model itself was looked at.
 
-    ``input_size`` is ``(height, width)``, or None where the resizer alone does not fix it.
+    ``input_size`` is ``(height, width)``, or None if the resizer alone does not fix it.
     ``message`` is the parsed ``TrainEvalPipelineConfig`` and ``path`` where it was read. ``label_map`` is the
-    file that ``labels`` come from, None where none was found; ``label_map_note`` then says which was passed
+    file that ``labels`` come from, None if none was found; ``label_map_note`` then says which was passed
     over, and why, or nothing.
     """
 
@@ -44,8 +44,8 @@ def read_pipeline(path: Union[str, Path], label_map: Union[str, Path, None] = No
         is looked for at that path, then by its name beside the config, then ``label_map.pbtxt`` beside it,
         all in the config's folder; if none is found classes are called ``class 1`` and so on.
 
-    Raises InputError where the file is absent or not a pipeline.config, where a setting is out of its range,
-    and where the label map is not one of these classes; UnsupportedError, naming the setting, where the
+    Raises InputError if the file is absent or not a pipeline.config, if a setting is out of its range,
+    and if the label map is not one of these classes; UnsupportedError, naming the setting, if the
     config asks for something else than an SSD (EfficientDet is one) with settings that odtrt reproduces
     exactly; MissingDependencyError without the OD API.
     """
@@ -97,7 +97,7 @@ def read_pipeline(path: Union[str, Path], label_map: Union[str, Path, None] = No
 def parse_pipeline(path: Path) -> Any:
     """The ``TrainEvalPipelineConfig`` of a pipeline.config, as the OD API reads it.
 
-    Raises InputError where the file is absent or no such file, MissingDependencyError without the OD API.
+    Raises InputError if the file is absent or no such file, MissingDependencyError without the OD API.
     """
     message = prototext.messages("pipeline_pb2").TrainEvalPipelineConfig()
     problem = prototext.merge(prototext.read_text(path, "an OD API pipeline.config"), message)

@@ -24,7 +24,7 @@ _SNIFFED = 64
 def read_text(path: Path, expected: str) -> str:
     """The text of a UTF-8 file, without its byte order mark. expected: what it should be, for the message.
 
-    Raises InputError where it cannot be read, is empty, larger than :data:`MAX_BYTES`, a Git LFS pointer,
+    Raises InputError if it cannot be read, is empty, larger than :data:`MAX_BYTES`, a Git LFS pointer,
     binary, or in another encoding; that one is named, with the command that converts it.
     """
     try:
@@ -74,7 +74,7 @@ def messages(module: str) -> Any:
 
 
 def _foreign_encoding(content: bytes) -> str:
-    """Which encoding other than UTF-8 a file has, in words and with the cure; nothing where it has none."""
+    """Which encoding other than UTF-8 a file has, in words and with the cure; nothing if it has none."""
     name = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "")
     first, second = content[:_SNIFFED:2], content[1:_SNIFFED:2]
     for order, halves in (("LE", second), ("BE", first)):

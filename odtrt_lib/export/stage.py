@@ -80,12 +80,12 @@ def find_model(source: str | Path, pipeline: str | Path | None = None) -> ModelF
     """Finds pipeline.config and checkpoint in what a user has.
 
     source: an exported model (``pipeline.config`` with ``checkpoint/`` or only ``saved_model/``), one of its
-        folders, a training directory (the checkpoint that its ``checkpoint`` file names, where it has none
+        folders, a training directory (the checkpoint that its ``checkpoint`` file names, if it has none
         the highest ``ckpt-N``), a checkpoint itself (``.../ckpt-7`` or one of its files), or a
         ``pipeline.config`` beside one.
-    pipeline: the config, where it does not lie beside the checkpoint or in a folder above it.
+    pipeline: the config, if it does not lie beside the checkpoint or in a folder above it.
 
-    Raises InputError, saying what was looked for and where, and where the ``checkpoint`` file names one that
+    Raises InputError, saying what was looked for and where, and if the ``checkpoint`` file names one that
     is not there; UnsupportedError for a checkpoint of TensorFlow 1.
     """
     source = Path(source)
@@ -122,7 +122,7 @@ def export(
 
     source, pipeline: see :func:`find_model`; label_map: see :func:`odtrt_lib.export.pipeline.read_pipeline`.
     batch: the fixed batch size, or None for a dynamic one.
-    input_size: ``(height, width)`` of the network input where the config's resizer leaves it open
+    input_size: ``(height, width)`` of the network input if the config's resizer leaves it open
         (keep_aspect_ratio_resizer without padding).
 
     Checked, and recorded in ``log.jsonl``: every model variable was restored; the anchors that the
@@ -131,7 +131,7 @@ def export(
     own detections of raw heads (:func:`odtrt_lib.export.gate.compare_with_odapi`). Raises InputError,
     UnsupportedError or CheckError otherwise, and leaves nothing half-written.
 
-    Where a config or a label map changed, but neither the checkpoint nor what the config says of the network,
+    If a config or a label map changed, but neither the checkpoint nor what the config says of the network,
     ``frozen.pb`` and ``anchors.npy`` stay as they are; ``spec.json`` is made anew and compared with the OD
     API. The note and the check ``network_kept_from`` say so. force: make everything anew in any case.
     """
@@ -265,7 +265,7 @@ def _find_kept(
 def _keep_network(kept: _Kept, settings: PipelineSettings, size: tuple[int, int]) -> _Network | None:
     """The kept network with the new config's model, built without weights: only its post-processing is used.
 
-    None where that model has other anchors than the ones that are kept.
+    None if that model has other anchors than the ones that are kept.
     """
     tf = odapi.tensorflow()
     model = odapi.build_model(settings.path, settings.message)
@@ -357,7 +357,7 @@ def anchors_from_config(
     """The anchors that the config's generator makes for a network input of ``size`` (height, width).
 
     Computed by the OD API's generator, without the model. feature_maps: the sizes (height, width) of the
-    model's feature maps; where they are not given, those of a network whose levels halve, rounding up.
+    model's feature maps; if they are not given, those of a network whose levels halve, rounding up.
     Returns float32 ``[N, 4]``, (ycenter, xcenter, height, width), normalised.
     """
     tf = odapi.tensorflow()
@@ -424,7 +424,7 @@ def _looks_like_model(folder: Path) -> bool:
 
 
 def _chosen_checkpoint(folder: Path) -> tuple[Path, str] | None:
-    """The checkpoint to take in ``folder``, and why; None where there is none."""
+    """The checkpoint to take in ``folder``, and why; None if there is none."""
     present = sorted(path.name[: -len(".index")] for path in folder.glob("*.index"))
     if not present:
         return None
@@ -756,7 +756,7 @@ def _sort_nodes(graph: Any) -> None:
 def _compare_with_eager(
     graph: Any, images: np.ndarray, predictions: list[dict[str, Any]], batch: int | None
 ) -> dict[str, float | bool]:
-    """The figures of the comparison for the record; CheckError where the two differ by more than rounding."""
+    """The figures of the comparison for the record; CheckError if the two differ by more than rounding."""
     eager = {
         name: np.concatenate([prediction[theirs].numpy() for prediction in predictions])
         for name, theirs in zip(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def plugin_attributes(spec: DetectorSpec) -> Dict[str, Any]:
     """The attributes of ``OdtrtDetect``: the fields of ``odtrt_postprocess_params`` that no shape gives.
 
-    Raises InputError where ``spec`` asks for more than the plugin does.
+    Raises InputError if ``spec`` asks for more than the plugin does.
     """
     nms, coder, scores = spec.nms, spec.heads.box_coder, spec.heads.scores
     if scores.converter not in SCORE_CONVERTERS:

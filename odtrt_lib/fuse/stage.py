@@ -7,7 +7,7 @@ Two forms with the same inputs and outputs:
 * ``onnx_nms``: ``detector_onnxnms.onnx``, the same in ONNX's own operators around NonMaxSuppression, for
   those who cannot load a plugin; see :mod:`odtrt_lib.fuse.onnx_form` for its limits.
 
-Inputs: ``image`` as in ``heads.onnx``; where the resizer pads the image, also ``clip_windows``, float32
+Inputs: ``image`` as in ``heads.onnx``; if the resizer pads the image, also ``clip_windows``, float32
 ``[batch, 4]``, ``Frame.clip_window`` of each image (elsewhere it is 0, 0, 1, 1 and left out). Outputs:
 ``num_detections`` int32 ``[batch]``, ``boxes`` float32 ``[batch, M, 4]``, ``scores`` float32 ``[batch, M]``
 and ``classes`` int32 ``[batch, M]``, as in :class:`odtrt_lib.nms.Postprocessed`.
@@ -40,8 +40,8 @@ def fuse(folder: Union[str, Path], *, form: str = "plugin", force: bool = False)
     form: one of :data:`FUSED`. force: write even if the file is up to date. The same inputs
     give the same bytes.
 
-    Raises InputError for another form and where an input is missing, damaged or does not match
-    ``spec.json``, MissingDependencyError without onnx or onnx-graphsurgeon, CheckError where the ONNX checker
+    Raises InputError for another form and if an input is missing, damaged or does not match
+    ``spec.json``, MissingDependencyError without onnx or onnx-graphsurgeon, CheckError if the ONNX checker
     refuses the outcome; nothing is written then.
     """
     folder = Path(folder)

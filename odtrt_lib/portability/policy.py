@@ -78,8 +78,8 @@ class Verdict:
 class Environment:
     """Where a plan is to run.
 
-    runtime_library, version: of the installed TensorRT, None where there is none. tf32_override: what the
-    environment variable NVIDIA_TF32_OVERRIDE is, None where it is not set.
+    runtime_library, version: of the installed TensorRT, None if there is none. tf32_override: what the
+    environment variable NVIDIA_TF32_OVERRIDE is, None if it is not set.
     """
 
     machine: Machine
@@ -99,7 +99,7 @@ class PlanCheck:
 
     @cached_property
     def plan_bytes(self) -> Optional[int]:
-        """The size of the plan's file, None where there is none."""
+        """The size of the plan's file, None if there is none."""
         try:
             return self._plan.stat().st_size if self._plan.is_file() else None
         except OSError:
@@ -115,7 +115,7 @@ class PlanCheck:
 
     @cached_property
     def header_version(self) -> Optional[str]:
-        """The version in the plan's header; None where it is not understood, as before TensorRT 8.6."""
+        """The version in the plan's header; None if it is not understood, as before TensorRT 8.6."""
         is_known = self.passport.runtime_library == "tensorrt_rtx" or self.built >= (8, 6)
         return passports.plan_version(self._plan) if is_known else None
 
@@ -153,7 +153,7 @@ class PlanCheck:
 
     @property
     def installed(self) -> Tuple[int, ...]:
-        """The version of the library here, () where there is none."""
+        """The version of the library here, () if there is none."""
         return version_order(self.here.version or "")
 
     @property
@@ -278,7 +278,7 @@ class PlanCheck:
 
     @cached_property
     def _sealed(self) -> Dict[str, str]:
-        """What ``log.jsonl`` says of the files; nothing where it cannot be read."""
+        """What ``log.jsonl`` says of the files; nothing if it cannot be read."""
         try:
             return {name: one.sha256 for name, one in recorded(self.folder).items()}
         except InputError:
@@ -672,7 +672,7 @@ POLICY: Tuple[Rule, ...] = (
 def this_environment(plugin: Union[str, Path, None] = None) -> Environment:
     """This machine, the TensorRT that can be imported (the preferred one), and the plugin library.
 
-    Raises InputError where ``plugin`` cannot be read.
+    Raises InputError if ``plugin`` cannot be read.
     """
     runtime_library, version = next(iter(available_runtimes()), (None, None))
     identity = None if plugin is None else passports.plugin_identity(plugin)
@@ -691,7 +691,7 @@ def check(folder: Union[str, Path], passport: Passport, here: Environment) -> Ve
 def best_plan(
     folder: Union[str, Path], here: Environment, model: Optional[str] = None, precision: Optional[str] = None
 ) -> Optional[Passport]:
-    """The newest plan of the folder whose verdict is OK, None where there is none.
+    """The newest plan of the folder whose verdict is OK, None if there is none.
 
     model: ``heads.onnx`` or ``detector.onnx``; precision: ``fp32``, ...; None takes any.
     """
@@ -769,7 +769,7 @@ def _is_ampere_or_newer(case: PlanCheck) -> bool:
 
 
 def _plugins(case: PlanCheck) -> Optional[str]:
-    """``same`` or ``other``: the plugin library here, None where one of the two has none."""
+    """``same`` or ``other``: the plugin library here, None if one of the two has none."""
     built, here = case.passport.plugin, case.here.plugin
     if built is None or here is None:
         return None

@@ -43,7 +43,7 @@ LOCK, STATUS, OUTPUT = ".rebuild.lock", ".rebuild.json", ".rebuild.log"
 class RebuildStatus:
     """state: ``idle`` (never rebuilt), ``running``, ``failed`` or ``done``. since: when it began, ISO 8601.
 
-    progress: 0 to 1, None where unknown. message: what it does, or why it failed.
+    progress: 0 to 1, None if unknown. message: what it does, or why it failed.
     """
 
     state: str
@@ -64,11 +64,11 @@ def start_rebuild(
     """Starts a process that builds the plan again for this machine and library; returns its number.
 
     plugin: the plugin library, for a plan that has a plugin inside. command: what to run instead of
-    :func:`odtrt_lib.engine.build`; it succeeds with exit status 0. force: also where it failed before.
+    :func:`odtrt_lib.engine.build`; it succeeds with exit status 0. force: also if it failed before.
 
-    The process survives the caller and hears none of its signals. None, and nothing is started, where another
-    process rebuilds in this folder, where the folder cannot be written, where a rebuild of the same inputs
-    failed before or was killed twice, and where the plan needs a plugin and none is given.
+    The process survives the caller and hears none of its signals. None, and nothing is started, if another
+    process rebuilds in this folder, if the folder cannot be written, if a rebuild of the same inputs
+    failed before or was killed twice, and if the plan needs a plugin and none is given.
     """
     folder = Path(folder).resolve()
     if passport.plugin is None:
@@ -197,7 +197,7 @@ def _inputs(
 def _settings(folder: Path, passport: Passport, here: Environment) -> Dict[str, Any]:
     """The arguments of :func:`odtrt_lib.engine.build` that make such a plan for this machine and library.
 
-    What the plan was compatible with stays, where this machine takes it.
+    What the plan was compatible with stays, if this machine takes it.
     """
     settings: Dict[str, Any] = {"precision": passport.precision}
     capability = here.machine.compute_capability
@@ -297,9 +297,9 @@ def _opened_lock(folder: Path, flags: int) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[Optional[int]]:
-    """The descriptor of the rebuild lock, held; None where another process holds it.
+    """The descriptor of the rebuild lock, held; None if another process holds it.
 
-    It belongs to whoever inherits the descriptor, too. Raises OSError where the folder cannot be written.
+    It belongs to whoever inherits the descriptor, too. Raises OSError if the folder cannot be written.
     """
     with _opened_lock(folder, os.O_RDWR | os.O_CREAT) as descriptor:
         yield descriptor if _take(descriptor) else None
