@@ -24,7 +24,7 @@ class MissingDependencyError(OdtrtError):
 
 
 class CheckError(OdtrtError):
-    """A gate failed: two things that must agree do not."""
+    """A check failed: two things that must agree do not."""
 
 
 class BuildError(OdtrtError):

@@ -1,4 +1,4 @@
-"""Pictures for people: detections drawn into the image that they were found in."""
+"""Draws detections into images."""
 
 from __future__ import annotations
 

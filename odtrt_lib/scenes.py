@@ -129,7 +129,7 @@ class _Camera:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Everything on the belt, lowest first, and the belt below it."""
+    """Everything on the belt, lowest first, and the belt itself."""
 
     belt: np.ndarray
     sprites: tuple[_Sprite, ...]
@@ -802,7 +802,7 @@ _CLUTTER = (
 
 
 def _wave(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """cos(rows[:, None] + columns[None, :]) from one cosine and one sine a row and a column."""
+    """cos(rows[:, None] + columns[None, :]), with one cosine and one sine for each row and each column."""
     return np.outer(np.cos(rows), np.cos(columns)) - np.outer(np.sin(rows), np.sin(columns))
 
 

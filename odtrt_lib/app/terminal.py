@@ -31,7 +31,8 @@ class SafeConsole(Console):
         return super().render_str(printable(text), **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Raises InputError if the stream cannot be written, such as on a full disk."""
+        """Prints as rich does. Raises InputError if the stream cannot be written, e.g. if the disk is
+        full."""
         try:
             super().print(*objects, **options)
         except OSError as error:

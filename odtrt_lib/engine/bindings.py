@@ -33,7 +33,7 @@ _RTX_FOLDERS: List[Any] = []
 
 
 def import_library(runtime_library: str) -> ModuleType:
-    """The module ``tensorrt`` or ``tensorrt_rtx``; MissingDependencyError if it cannot be imported."""
+    """The module ``tensorrt`` or ``tensorrt_rtx``. Raises MissingDependencyError if it cannot be imported."""
     if runtime_library == "tensorrt_rtx" and runtime_library not in sys.modules:
         with contextlib.suppress(OSError):
             let_rtx_find_itself()

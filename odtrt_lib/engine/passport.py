@@ -319,7 +319,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _parse(data: Any, name: str) -> Passport:
-    """The passport in parsed JSON; ValueError names the field that is wrong."""
+    """The passport in parsed JSON. Raises ValueError, naming the field, if one is wrong."""
     if not isinstance(data, dict):
         raise ValueError(f"a {type(data).__name__}, expected an object")
     schema = data.get("schema")

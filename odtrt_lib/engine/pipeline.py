@@ -145,9 +145,9 @@ class Pipeline:
         return found
 
     def run_prepared(self, network_input: np.ndarray, frames: Sequence[Frame]) -> Postprocessed:
-        """:meth:`run` for pictures that are preprocessed already.
+        """The detections in pictures that are preprocessed already, see :meth:`run`.
 
-        network_input: float32 [B, 3, height, width]; frames: how each of the B pictures lies in it.
+        network_input: float32 [B, 3, height, width]. frames: how each of the B pictures lies in it.
         """
         self._check_input(network_input)
         found = _no_detections(self._spec, len(network_input))
@@ -460,7 +460,7 @@ class _Batch:
         return self.size, *self.image_sizes
 
     def clip_windows(self) -> np.ndarray:
-        """float32 [size, 4]."""
+        """The clip windows of all pictures, float32 [size, 4]."""
         rows = [frame.clip_window for frame in self.frames]
         return np.array(rows + rows[-1:] * (self.size - len(rows)), np.float32)
 

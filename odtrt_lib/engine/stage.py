@@ -92,7 +92,8 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 
 
 def parse_memory(text: str) -> int:
-    """A memory limit in bytes: ``1500MiB``, ``2GiB``, ``1500MB``, or ``60%`` of what is free here now.
+    """A memory limit in bytes, from ``1500MiB``, ``2GiB``, ``1500MB``, or ``60%`` of the memory that is free
+    now.
 
     Raises InputError for anything else.
     """

@@ -116,7 +116,7 @@ def prepare() -> None:
 
 @functools.cache
 def tensorflow() -> Any:
-    """The TensorFlow module, prepared; MissingDependencyError if it is absent."""
+    """The TensorFlow module, after :func:`prepare`. Raises MissingDependencyError if it is absent."""
     prepare()
     return importlib.import_module("tensorflow")
 

@@ -171,7 +171,8 @@ class PlanCheck:
 
     @property
     def step(self) -> int:
-        """-1: the library here is older than the plan's, 0: the same, as far as both are known, 1: newer."""
+        """-1: the library here is older than the plan's. 0: they are the same, as far as is known. 1:
+        newer."""
         pairs = list(zip(self.installed, self.built))
         return next((1 if one > other else -1 for one, other in pairs if one != other), 0)
 

@@ -228,7 +228,7 @@ def _spawn(
     force: bool,
     lock: int,
 ) -> int:
-    """Starts :func:`main` as a process that inherits the lock's descriptor; the caller may close its own."""
+    """Starts :func:`main` as a process that inherits the lock, so the caller may close its own descriptor."""
     request = {
         "folder": str(folder),
         "fingerprint": passport.fingerprint,
