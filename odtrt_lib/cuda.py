@@ -165,7 +165,11 @@ class Buffer:
             return False
         if self._device is None or offset > self._device.size:
             self.free()
-            self._allocate(offset)
+            try:
+                self._allocate(offset)
+            except BaseException:
+                self.free()
+                raise
         self._fields, self.size = placed, offset
         return True
 
@@ -311,14 +315,15 @@ class Graph:
         _call("cudaStreamBeginCapture", stream.handle, _CAPTURE_THREAD_LOCAL)
         try:
             enqueue()
+            _call("cudaStreamEndCapture", stream.handle, ctypes.byref(recorded))
         except BaseException:
-            library().cudaStreamEndCapture(stream.handle, ctypes.byref(recorded))
+            if not recorded.value:
+                library().cudaStreamEndCapture(stream.handle, ctypes.byref(recorded))
             library().cudaGetLastError()
             if recorded.value:
                 quietly(functools.partial(_call, "cudaGraphDestroy", recorded.value))
             raise
         try:
-            _call("cudaStreamEndCapture", stream.handle, ctypes.byref(recorded))
             self.handle = _made("cudaGraphInstantiateWithFlags", recorded.value, 0)
         except CudaError:
             library().cudaGetLastError()

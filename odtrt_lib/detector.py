@@ -86,7 +86,7 @@ class Backend:
     3, height, width] -> (box_encodings float32 [B, N, 4], class_logits float32 [B, N, columns]), see
     :class:`odtrt_lib.spec.SsdHeads`; B is ``InputSpec.batch`` where that is fixed. A fused plan has no heads
     to give and raises UnsupportedError. close: gives its memory back. description: what runs, for people.
-    plan: the fingerprint, where it is a plan.
+    plan: the fingerprint, where it is a plan. notes: which switches were turned off up to now, and why.
     """
 
     name: str
@@ -95,6 +95,7 @@ class Backend:
     close: Callable[[], None] = _nothing_to_close
     description: str = ""
     plan: Optional[str] = None
+    notes: Callable[[], Sequence[str]] = tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +226,7 @@ class Detector:
         with serving.lock:
             return Status(
                 backend.name,
-                backend.description,
+                "; ".join([backend.description, *backend.notes()]),
                 backend.plan,
                 serving.reasons,
                 serving.rebuild,
@@ -635,6 +636,7 @@ def _open_plan(wanted: _Wanted, one: Passport, spec: DetectorSpec, anchors: np.n
         f"{RUNTIME_LIBRARIES[one.runtime_library]} {wanted.here.version}, plan {one.fingerprint}, "
         f"{one.precision}, post-processing {plan.postprocessing}",
         one.fingerprint,
+        lambda: [note for note in plan.notes if not note.startswith("postprocess")],
     )
 
 

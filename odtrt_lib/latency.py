@@ -93,7 +93,7 @@ class Histogram:
         count = self.count
         if not count:
             raise ValueError("no call was timed")
-        rank = max(1, math.ceil(round(percent * count / 100, 6)))  # 99.9 % of 20,000 is no more than 19,980
+        rank = max(1, math.ceil(round(percent * count / 100, 6)))  # round: ceil must not see float errors
         bucket = int(np.searchsorted(np.cumsum(self.counts), rank))
         middle = MIN_US * math.exp(bucket * _LOG_RATIO) * (1 - RELATIVE_ERROR)
         return min(max(middle, self.min_us), self.max_us)

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 LOCALHOST = "127.0.0.1"
 
 _TELL_SECONDS = 5.0
+_TRIAL_SECONDS = 30
+# After this time without reading, a viewer's connection is closed.
+_VIEWER_SECONDS = 30
 _JPEG_QUALITY = 85
 _ESCAPE_KEY = 27
 _MAX_WINDOW_WIDTH = 1280
@@ -189,7 +192,13 @@ def _has_windows() -> bool:
     # Like this process, it must not import from the working folder.
     program = "import sys; sys.path[:] = filter(None, sys.path); import cv2; cv2.namedWindow('trial')"
     command = [sys.executable, "-c", program]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    try:
+        tried = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=_TRIAL_SECONDS
+        )
+    except subprocess.TimeoutExpired:  # the screen cannot be reached
+        return False
+    return tried.returncode == 0
 
 
 def watch(
@@ -251,6 +260,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
+    timeout = _VIEWER_SECONDS
 
     def do_GET(self) -> None:
         page = self.server.page

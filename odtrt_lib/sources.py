@@ -81,6 +81,7 @@ class Latest:
         camera."""
         with self._changed:
             self._is_over = True
+            self._changed.notify_all()
         self._thread.join(_JOIN_SECONDS)
 
     def _receive(self) -> None:
@@ -251,10 +252,14 @@ def _opencv(name: str) -> Any:
 
 
 def _without_password(address: str) -> str:
-    parts = urlsplit(address)
-    if parts.password is None:
-        return address
-    return parts._replace(netloc=f"{parts.username}:...@{parts.netloc.rpartition('@')[2]}").geturl()
+    """An address without passwords, for messages. What follows ``?`` may contain one, and is left out."""
+    try:
+        parts = urlsplit(address)
+        user, password = parts.username, parts.password
+    except ValueError as error:
+        raise InputError("the address of the stream is not one: expected rtsp://HOST/PATH") from error
+    netloc = parts.netloc if password is None else f"{user}:...@{parts.netloc.rpartition('@')[2]}"
+    return parts._replace(netloc=netloc, query="..." if parts.query else "").geturl()
 
 
 def _suffixes() -> str:

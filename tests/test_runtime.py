@@ -661,6 +661,7 @@ def test_a_step_that_cannot_be_recorded(folder, monkeypatch, host, kernels, refu
         for _ in range(3):
             assert differences([detector.detect(image) for image in images], expected) == []
         assert host.calls.count("cudaGraphLaunch") == int(refuses == "the network")
+        assert "launch: eager, because" in detector.status.description
         detector.close()
     assert nothing_is_left(host)
 
@@ -687,6 +688,96 @@ def test_a_graph_does_not_outlive_the_memory_that_it_knows(folder, monkeypatch, 
     with Detector.open(folder, switches=Switches(memory, "gpu", "graph")) as detector:
         found = [detector.detect(image) for image in images]
     assert differences(found, by_onnxruntime(folder, images)) == []
+
+
+@pytest.mark.parametrize("memory", ["pageable", "pinned", "mapped"])
+def test_a_call_keeps_its_own_detections(folder, monkeypatch, host, kernels, memory):
+    """Another thread's call runs as soon as the first one's is over, before its caller has them."""
+    pretend_installed(monkeypatch, host, "tensorrt")
+    one = install_plan(folder, "tensorrt")
+    plan = load(folder, one, switches=Switches(memory))
+    own, other = pictures(2)
+    expected, foreign = (plan.run([image]).scores.copy() for image in (own, other))
+    assert not np.array_equal(expected, foreign)
+    put, is_first = pipeline._put, [True]
+
+    def later(found, rows, part):
+        if is_first:
+            is_first.clear()
+            plan.run([other])
+        put(found, rows, part)
+
+    monkeypatch.setattr(pipeline, "_put", later)
+    assert np.array_equal(plan.run([own]).scores, expected)
+    plan.close()
+
+
+@pytest.mark.parametrize(
+    "fails",
+    ["the network is bound", "memory is allocated", "Ctrl-C before it is bound", "Ctrl-C after it grew"],
+)
+def test_the_call_after_a_failed_one_is_right(folder, monkeypatch, host, kernels, fails):
+    """What the failed call left half done is done again: no step works on memory that was given back."""
+    trt = pretend_installed(monkeypatch, host, "tensorrt")
+    plan = load(folder, install_plan(folder, "tensorrt"), switches=Switches("pinned", "gpu", "graph"))
+    images = pictures(4)
+    expected = [plan.run(images[:count]).scores for count in (1, 3) for _ in range(3)]
+    for _ in range(3):
+        plan.run(images[:1])
+    with monkeypatch.context() as failing:
+        if fails in ("memory is allocated", "Ctrl-C after it grew"):
+            images[3] = np.zeros((600, 700, 3), np.uint8)
+            failed = images[3:]
+        if fails == "memory is allocated":
+            host.refuses["cudaHostAlloc"] = 2
+        elif fails == "the network is bound":
+            failing.setattr(trt.Context, "set_input_shape", lambda self, name, shape: False)
+            failed = images[:3]
+        else:
+
+            def interrupted(*_):
+                raise KeyboardInterrupt
+
+            if fails == "Ctrl-C after it grew":
+                failing.setattr(pipeline._Buffers, "forget_graphs", interrupted)
+            else:
+                failing.setattr(runtime.Network, "bind", interrupted)
+                failed = images[:3]
+        with pytest.raises((OdtrtError, KeyboardInterrupt)):
+            plan.run(failed)
+    host.refuses.clear()
+    assert np.array_equal(plan.run(images[1:2]).scores[0], expected[3][1])
+    assert np.array_equal(plan.run(images[:1]).scores, expected[0])
+    for _ in range(3):
+        assert np.array_equal(plan.run(images[:3]).scores, expected[3])
+    plan.run(images[3:])
+    plan.close()
+    assert nothing_is_left(host)
+
+
+def test_more_sizes_in_turn_than_graphs_are_not_recorded_at_every_call(folder, monkeypatch, host, kernels):
+    pretend_installed(monkeypatch, host, "tensorrt")
+    install_plan(folder, "tensorrt")
+    sizes = range(30, 31 + pipeline.MAX_GRAPHS)
+    with Detector.open(folder, switches=Switches("mapped", "gpu", "graph")) as detector:
+        for _ in range(6):
+            for side in sizes:
+                detector.detect(np.zeros((side, 40, 3), np.uint8))
+    assert host.calls.count("cudaStreamBeginCapture") <= 3 * len(sizes)
+
+
+def test_a_child_after_fork_gives_nothing_of_its_parents_back(folder, monkeypatch, host, kernels):
+    """As at a child's normal end, when what is left of the parent's objects goes."""
+    pretend_installed(monkeypatch, host, "tensorrt")
+    plan = load(folder, install_plan(folder, "tensorrt"))
+    host.calls.clear()
+    child = os.fork()
+    if child == 0:
+        plan.close()
+        os._exit(len(host.calls))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    plan.close()
+    assert nothing_is_left(host)
 
 
 @pytest.mark.parametrize("wrong", [{"memory": "managed"}, {"preprocess": "GPU"}, {"launch": ""}])

@@ -207,7 +207,7 @@ def unpack(
     ``model/log.jsonl`` gets the bundle's hashes. force: unpack over an earlier bundle. What was built in it
     (plans, compiled libraries) stays. Files that the new bundle lacks are removed unless somebody changed
     them. Whoever opens the model in the meantime gets the old one or the new one. A folder that is no
-    unpacked bundle is not written over; no link in the folder is followed, so nothing outside of it changes.
+    unpacked bundle is not written over. No link in the folder is followed, so nothing outside of it changes.
     expected_sha256: that of the archive, as ``pack`` returned it; 64 hexadecimal digits.
 
     Raises InputError, naming the member, if the archive is damaged or is not what its manifest says, and if

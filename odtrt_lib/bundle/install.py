@@ -90,7 +90,7 @@ def build_here(
     batch, allow, version_compatible, force: see :func:`odtrt_lib.engine.build`. say: is called with each line
     about what was done, what could not be done, and last, how the detector is opened here.
 
-    Returns the content of ``built.json``: ``precision`` (of the plan; fp16 if ``allow`` gave up fp32),
+    Returns the content of ``built.json``: ``precision`` (of the plan; fp16 if ``allow`` let it replace fp32),
     ``plans`` (model -> path in the folder), ``library`` and ``plugin`` (such paths, or None), ``serving``
     (copies of plans for Triton and DeepStream), ``backend``, ``open`` (the Python expression that opens the
     detector in this folder), ``image``, ``drawn`` (the picture with boxes, or None) and ``detections``:
@@ -283,7 +283,7 @@ def _has_cuda_runtime() -> bool:
 
         cuda.library()
     except ImportError:
-        return True  # without numpy nobody knows
+        return True  # without numpy this cannot be known
     except MissingDependencyError:
         return False
     return True

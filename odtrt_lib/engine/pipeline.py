@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import threading
 import weakref
 from pathlib import Path
@@ -23,7 +24,7 @@ from odtrt_lib import cuda, native
 from odtrt_lib.engine import runtime
 from odtrt_lib.engine.passport import Passport
 from odtrt_lib.engine.runtime import Network
-from odtrt_lib.errors import InputError, OdtrtError, UnsupportedError, one_line
+from odtrt_lib.errors import InputError, UnsupportedError, one_line
 from odtrt_lib.nms import Postprocessed, postprocess
 from odtrt_lib.preprocess import Frame, check_image, frame_of, preprocess
 from odtrt_lib.spec import DetectorSpec
@@ -113,7 +114,7 @@ class Pipeline:
         self._takes_windows = has_clip_windows(spec)
         self._lock = threading.Lock()
         self._buffers = _Buffers()
-        self._release = weakref.finalize(self, _release, self._buffers, network)
+        self._release = weakref.finalize(self, _release, os.getpid(), self._lock, self._buffers, network)
         try:
             with network.errors("cannot load it"):
                 self._prepare()
@@ -150,6 +151,8 @@ class Pipeline:
         network_input: float32 [B, 3, height, width]. frames: how each of the B pictures lies in it.
         """
         self._check_input(network_input)
+        if len(frames) != len(network_input):
+            raise InputError(f"{len(frames)} frames for {len(network_input)} pictures; expected one for each")
         found = _no_detections(self._spec, len(network_input))
         for rows, size in self._chunks(len(network_input)):
             _put(found, rows, self._in_turn(self._detect_in, network_input[rows], frames[rows], size))
@@ -192,8 +195,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Frees all memory as soon as the running call has ended. Later calls raise RunError."""
-        with self._lock:
-            self._release()
+        self._release()
 
     def _check_input(self, network_input: np.ndarray) -> None:
         sizes = (3, self._spec.input.height, self._spec.input.width)
@@ -261,14 +263,15 @@ class Pipeline:
     # ---- one batch ----------------------------------------------------------------------------------------
 
     def _detect(self, images: Sequence[np.ndarray], size: int) -> Dict[str, np.ndarray]:
-        """The fields of ``Postprocessed`` for one batch. The next call overwrites these arrays."""
+        """The fields of ``Postprocessed`` for one batch."""
         batch = self._arrange(images, size)
         self._launch(batch)
         return self._found(batch)
 
     def _found(self, batch: _Batch) -> Dict[str, np.ndarray]:
         if self.is_fused or self._postprocesses_on_gpu:
-            return {name: self._results.array(name) for name in (DETECTIONS if self.is_fused else _FIELDS)}
+            fields = DETECTIONS if self.is_fused else _FIELDS
+            return {name: self._results.array(name).copy() for name in fields}
         heads = self._spec.heads
         encodings, logits = (self._results.array(name) for name in (heads.box_encodings, heads.class_logits))
         found = postprocess(encodings, logits, self._anchors, self._spec, batch.clip_windows())
@@ -294,7 +297,9 @@ class Pipeline:
     def _make_room(self, batch: _Batch) -> None:
         """Lays out the buffers of a batch. If an address changes, drops all graphs and binds the network."""
         buffers, network, size = self._buffers, self._network, batch.size
-        moved = buffers.input.arrange([_field(network.tensors.inputs[0], size)])
+        moved = buffers.bound != size
+        buffers.bound = 0  # until all is bound, so that after an error or Ctrl-C all is done again
+        moved |= buffers.input.arrange([_field(network.tensors.inputs[0], size)])
         if self._takes_windows:
             moved |= buffers.windows.arrange([(CLIP_WINDOWS, np.float32, (size, 4))])
         outputs = buffers.detections if self.is_fused else buffers.heads
@@ -311,8 +316,8 @@ class Pipeline:
             moved |= buffers.frames.generation != generation
         if moved:
             buffers.forget_graphs()
-            buffers.bound = size
             network.bind(size, {**buffers.addresses(), **outputs.addresses()})
+        buffers.bound = size
 
     def _launch(self, batch: _Batch) -> None:
         """Runs all steps of a batch, and waits until they are done."""
@@ -401,7 +406,7 @@ class Pipeline:
             buffers.stream.synchronize()
             if self._results.content() != expected:
                 raise self._network.error("finds something else in a CUDA graph than without one")
-        except OdtrtError as error:
+        except Exception as error:  # TensorRT's Python raises what it likes
             if graph is not None:
                 graph.free()
             self._turn_off("launch", "eager", one_line(error))
@@ -508,6 +513,7 @@ class _Buffers:
     def is_again(self, key: Any) -> bool:
         """Whether a batch of this key ran since the network was bound. A graph is recorded only then."""
         if key in self.once:
+            self.once.remove(key)
             return True
         if len(self.once) > MAX_GRAPHS:
             self.once.clear()
@@ -520,8 +526,15 @@ class _Buffers:
             self.graphs.popitem()[1].free()
 
 
-def _release(buffers: _Buffers, network: Network) -> None:
-    """Frees the graphs, then the network, then the memory that both use."""
+def _release(process: int, lock: threading.Lock, buffers: _Buffers, network: Network) -> None:
+    """Frees the graphs, then the network, then the memory that both use. Does nothing in a child after
+    ``fork``."""
+    if process == os.getpid():
+        with lock:
+            _free(buffers, network)
+
+
+def _free(buffers: _Buffers, network: Network) -> None:
     for free in (
         buffers.stream.synchronize if buffers.stream is not None else None,
         buffers.forget_graphs,
