@@ -291,8 +291,8 @@ def _first_frame(image: Any) -> np.ndarray:
 
 
 def _rgb_of_cmyk(image: Any) -> np.ndarray:
-    """Converts CMYK as TensorFlow does: only files of Adobe's programs store complements. Pillow always takes
-    the complement, which is undone here for the others."""
+    """RGB from CMYK as in TensorFlow: files of Adobe's programs store complements, others store ink. Pillow
+    takes the complement of both; here this is undone for Adobe's."""
     ink = np.asarray(image).astype(np.uint16)
     stored = 255 - ink
     colours = stored if "adobe" in image.info else ink

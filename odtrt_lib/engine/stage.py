@@ -334,7 +334,7 @@ def _check_arguments(precision: str, hardware_compatibility: str, allow: Sequenc
 
 
 def _batch_profile(spec: DetectorSpec, batch: Optional[Sequence[int]]) -> Optional[List[int]]:
-    """The smallest, best-tuned and largest batch; None if the model's batch is fixed."""
+    """Checks ``batch``; returns the smallest, best-tuned and largest batch, None if the model's is fixed."""
     if spec.input.batch is not None:
         if batch is not None and tuple(batch) != (spec.input.batch,) * 3:
             raise InputError(
