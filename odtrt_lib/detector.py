@@ -98,6 +98,29 @@ class Backend:
     notes: Callable[[], Sequence[str]] = tuple
 
 
+def host_backend(
+    name: str,
+    infer: Callable[[np.ndarray], Heads],
+    spec: DetectorSpec,
+    anchors: np.ndarray,
+    description: str = "",
+) -> Backend:
+    """A backend whose network runs on the CPU, between preprocessing and post-processing there.
+
+    infer: as of :class:`Backend`. anchors: float32 [N, 4], ``(ycenter, xcenter, height, width)``.
+    """
+
+    def run(images: Sequence[np.ndarray]) -> Postprocessed:
+        network, count = spec.input, len(images)
+        batch = np.zeros((network.batch or count, 3, network.height, network.width), np.float32)
+        frames = [preprocess(image, network, out=out)[1] for image, out in zip(images, batch)]
+        windows = np.array([frame.clip_window for frame in frames], np.float32)
+        box_encodings, class_logits = infer(batch)
+        return postprocess(box_encodings[:count], class_logits[:count], anchors, spec, windows)
+
+    return Backend(name, run, infer, description=description)
+
+
 @dataclasses.dataclass(frozen=True)
 class Status:
     """What serves now, and why nothing better does.
@@ -403,17 +426,8 @@ def _run_by_onnxruntime(path: Path, spec: DetectorSpec, anchors: np.ndarray, mod
         box_encodings, class_logits = session.run(outputs, {spec.input.name: images})
         return box_encodings, class_logits
 
-    def run(images: Sequence[np.ndarray]) -> Postprocessed:
-        network, count = spec.input, len(images)
-        batch = np.zeros((network.batch or count, 3, network.height, network.width), np.float32)
-        frames = [preprocess(image, network, out=out)[1] for image, out in zip(images, batch)]
-        windows = np.array([frame.clip_window for frame in frames], np.float32)
-        box_encodings, class_logits = infer(batch)
-        return postprocess(box_encodings[:count], class_logits[:count], anchors, spec, windows)
-
-    return Backend(
-        "onnxruntime", run, infer, description=f"ONNX Runtime {onnxruntime.__version__} on the CPU"
-    )
+    said = f"ONNX Runtime {onnxruntime.__version__} on the CPU"
+    return host_backend("onnxruntime", infer, spec, anchors, said)
 
 
 def _check_tensors(path: Path, kind: str, found: Sequence[Any], tensors: Sequence[Tensor]) -> None:

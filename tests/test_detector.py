@@ -19,12 +19,11 @@ from conftest import ROOT
 from odtrt_lib import detector as detector_room
 from odtrt_lib import preprocess as preprocess_room
 from odtrt_lib.bundle.archive import WORKSTATION
-from odtrt_lib.detector import Backend, Detections, Detector
+from odtrt_lib.detector import Detections, Detector, host_backend
 from odtrt_lib.errors import InputError, MissingDependencyError
 from odtrt_lib.evaluate import agreement, coco_results, load_detections
 from odtrt_lib.export import odapi
 from odtrt_lib.folder import seal
-from odtrt_lib.nms import postprocess
 from odtrt_lib.spec import load_spec
 
 PATIENCE = 300  # seconds until another thread counts as stuck; a busy machine needs many of them
@@ -119,9 +118,8 @@ def test_the_network_sees_the_batch_it_was_made_for(tiny, batch, expected):
         return np.concatenate([h[0] for h in heads]), np.concatenate([h[1] for h in heads])
 
     network = dataclasses.replace(single.spec.input, batch=batch)
-    batched = Detector(
-        dataclasses.replace(single.spec, input=network), single.anchors, Backend("recorder", infer)
-    )
+    spec = dataclasses.replace(single.spec, input=network)
+    batched = Detector(spec, single.anchors, host_backend("recorder", infer, spec, single.anchors))
     images = pictures(5)
     for one, other in zip(batched.detect_batch(images), single.detect_batch(images), strict=True):
         assert_same(one, other, 0.0)
@@ -235,7 +233,8 @@ def background_detector(tiny: Path, infer) -> Detector:
     """The tiny model, its network run by ``infer(images, run)``; ``run`` is ONNX Runtime's."""
     detector = Detector.open(tiny)
     run = detector.backend.infer
-    return dataclasses.replace(detector, backend=Backend("wrapped", lambda images: infer(images, run)))
+    wrapped = host_backend("wrapped", lambda images: infer(images, run), detector.spec, detector.anchors)
+    return dataclasses.replace(detector, backend=wrapped)
 
 
 def test_what_is_submitted_comes_back_in_order(tiny):
@@ -420,14 +419,14 @@ def test_closing_finishes_what_was_submitted_and_closes_the_backend(tiny):
     assert detector.status.backend == "closed"
 
 
-def test_a_backend_that_runs_everything_gets_images_and_their_windows(tiny):
+def test_a_backend_gets_the_pictures_themselves(tiny):
     single = Detector.open(tiny)
     images = pictures(3)
     seen = []
 
-    def run(batch: np.ndarray, windows: np.ndarray):
-        seen.append((batch.shape, windows.shape, windows.dtype))
-        return postprocess(*single.backend.infer(batch), single.anchors, single.spec, windows)
+    def run(given):
+        seen.extend(given)
+        return single.backend.run(given)
 
     backend = dataclasses.replace(single.backend, run=run)
     for one, other in zip(
@@ -436,7 +435,7 @@ def test_a_backend_that_runs_everything_gets_images_and_their_windows(tiny):
         strict=True,
     ):
         assert_same(one, other, 0.0)
-    assert seen == [((1, 3, 96, 128), (1, 4), np.float32)] * 3
+    assert [id(image) for image in seen] == [id(image) for image in images]
 
 
 def test_what_serves_is_named(tiny):
@@ -487,7 +486,8 @@ def test_a_wrong_stage_is_caught(corpus, corpus_folder, photographs, monkeypatch
     else:
         coder = dataclasses.replace(spec.heads.box_coder, y_scale=0.1, x_scale=0.1)
         spec = dataclasses.replace(spec, heads=dataclasses.replace(spec.heads, box_coder=coder))
-    wrong = dataclasses.replace(detector, spec=spec)
+    backend = host_backend("wrong", detector.backend.infer, spec, detector.anchors)
+    wrong = dataclasses.replace(detector, spec=spec, backend=backend)
     compared = compare(wrong, reference, own_results(wrong, images))
     assert not compared.agrees
     assert len(compared.missing) > 20, compared
@@ -607,7 +607,7 @@ DETECT_ON_38 = """
 import dataclasses, pathlib, sys
 import numpy as np
 {imports}
-from odtrt_lib.detector import Backend, Detector
+from odtrt_lib.detector import Detector, host_backend
 from odtrt_lib.spec import load_spec
 
 spec_path, arrays_path, found_path = sys.argv[1:]
@@ -618,7 +618,8 @@ def infer(images):
     seen.append(images)
     return arrays["box_encodings"], arrays["class_logits"]
 
-detector = Detector(load_spec(spec_path), arrays["anchors"], Backend("recorded", infer))
+spec, anchors = load_spec(spec_path), arrays["anchors"]
+detector = Detector(spec, anchors, host_backend("recorded", infer, spec, anchors))
 found = detector.detect(arrays["image"])
 np.savez(found_path, input=seen[0], names=found.names,
          boxes=found.boxes, scores=found.scores, class_ids=found.class_ids)
@@ -636,7 +637,8 @@ def test_python_38_with_numpy_alone_detects_the_same(python38, tiny, tmp_path):
         recorded.extend([images, *detector.backend.infer(images)])
         return recorded[1], recorded[2]
 
-    expected = dataclasses.replace(detector, backend=Backend("recorder", infer)).detect(image)
+    recorder = host_backend("recorder", infer, detector.spec, detector.anchors)
+    expected = dataclasses.replace(detector, backend=recorder).detect(image)
     np.savez(
         tmp_path / "in.npz",
         image=image,
