@@ -16,13 +16,13 @@ plugin) must equal it bit for bit. So each of them uses the same single float32 
 
 TensorFlow's threads flush subnormal numbers to zero. So coordinates, sides, areas, overlaps and scores whose
 magnitude is below 2^-126 are 0 here. An overlap that is NaN (from infinite areas or from NaN) suppresses.
-There is one difference: if the score threshold is below 0, TensorFlow returns a suppressed box again, with a
-score of 0.
+There is one difference: if the score threshold is below 0, TensorFlow returns a box that a NaN overlap
+suppressed once more, with a score of 0.
 
 From the same scores and boxes, the detections are the OD API's. ``exp`` and the sigmoid can differ from
-TensorFlow's in the last bit. TensorFlow's own results differ as much between versions, processors and places
-in an array. If many scores are that close to each other, as near 1, their order can differ, and so can the
-choice of those within a cap.
+TensorFlow's in the last bit, as TensorFlow's own do between versions, processors and places in an array. If
+many scores are that close to each other, as near 1, their order can differ, and with it the number within a
+cap.
 
 Class-agnostic suppression has one candidate for each anchor, its best class (the first of equals). All else
 is the same.

@@ -11,7 +11,7 @@ from typing import Callable, Dict, Optional, Tuple
 
 from odtrt_lib.spec import DetectorSpec, SsdHeads
 
-# The ONNX node of the post-processing, which is also the plugin's name.
+# The name of the ONNX node of the post-processing and of the plugin; the domain of both; the version.
 PLUGIN, DOMAIN, PLUGIN_VERSION = "OdtrtDetect", "odtrt", "1"
 CLIP_WINDOWS = "clip_windows"
 DETECTIONS = ("num_detections", "boxes", "scores", "classes")
