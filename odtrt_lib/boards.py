@@ -99,7 +99,7 @@ JETPACKS: Tuple[JetPack, ...] = (
     ),
     JetPack("7.2", ("R39.2.0",), "Orin, Thor", "10.16", "13.2", "3.12", False, "public build logs"),
 )
-"""JetPack releases, oldest first. The list may be incomplete: to know a board's release, ask the board."""
+"""JetPack releases, oldest first. A release that is not here may exist: ask the board, not this table."""
 
 TENSORRT: Tuple[TensorRTLine, ...] = (
     TensorRTLine("8.0 to 8.4", (8, 0), "none", "none", "none", False, False, False, False),
@@ -126,7 +126,7 @@ TENSORRT: Tuple[TensorRTLine, ...] = (
     ),
     TensorRTLine("11", (11, 0), "IPluginV3", "ONNX", "Q/DQ", True, True, True, True),
 )
-"""Lines of TensorRT releases that differ for odtrt, oldest first."""
+"""Lines of TensorRT releases, oldest first, as far as they differ for odtrt."""
 
 
 def jetpack(l4t: str) -> Optional[JetPack]:

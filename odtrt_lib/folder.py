@@ -42,10 +42,10 @@ from odtrt_lib.variants import models
 
 LOG = "log.jsonl"
 SEALED = ("spec.json", "anchors.npy", "frozen.pb", *models())
-"""The files that the seal covers. A plan has a passport instead."""
+"""The files that the seal covers. Plans have passports instead."""
 
 SPEC_PARTS = {model: form.spec_part for model, form in models().items()}
-"""Model -> the part of ``spec.json`` that goes into it, as records name it. No model has labels or source."""
+"""Model -> the part of ``spec.json`` that goes into it, as records name it; labels and source are in none."""
 
 _COMMIT, _STAGING, _REMOVED = ".commit-", ".staging-", ".removed.json"
 _MAKE_AGAIN = {

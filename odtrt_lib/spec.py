@@ -140,8 +140,8 @@ Heads = Union[SsdHeads]
 """The outputs of a network, of one of :data:`FAMILIES`.
 
 Every family has ``num_classes``, ``num_anchors`` (0 if it has no ``anchors.npy``), ``in_words`` and
-``problems``. Only code that knows families uses its other fields: export, nms, the kernels and their binding,
-fuse, and the tables in :mod:`odtrt_lib.tensors`.
+``problems``. Its other fields concern only the stages that know families: export, nms, the kernels and their
+binding, fuse, and the tables in :mod:`odtrt_lib.tensors`.
 """
 
 FAMILIES: Dict[str, Type[Heads]] = {kind.family: kind for kind in (SsdHeads,)}
@@ -211,7 +211,7 @@ _RANGES: Dict[str, Tuple[float, float]] = {
     "NmsSpec.max_detections_per_class": (1, MAX_INT),
     "NmsSpec.max_total_detections": (1, 2**20),  # 24 MiB an image
 }
-"""The ranges of a DetectorSpec's fields. Any other whole number must be an int32, any other float finite."""
+"""What the fields of a DetectorSpec may hold. Any other whole number is an int32, any other float finite."""
 
 _CHOICES: Dict[str, Tuple[str, ...]] = {
     "Resizer.kind": ("fixed_shape", "keep_aspect_ratio"),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     pass
 
 OPSETS = (15, 16, 17, 18)
-"""The ONNX opsets that tf2onnx 1.17 can write, and TensorRT 8.5 to 11 and TensorRT-RTX can read."""
+"""The ONNX opsets offered: what tf2onnx 1.17 writes and TensorRT 8.5 to 11 and TensorRT-RTX read."""
 
 _VERSIONED = ("tensorflow", "tf2onnx", "onnx", "onnxruntime")
 _DISTRIBUTIONS = {

@@ -38,12 +38,12 @@ from odtrt_lib.variants import HARDWARE_COMPATIBILITIES, RUNTIME_LIBRARIES
 PLANS = "plans"
 SCHEMA_VERSION = 2
 JSON_KEYS = {"runtime_library": "flavour"}
-"""Field -> its older name, which passports and fingerprints still use."""
+"""Fields that have an older name in passports and in what fingerprints hash: field -> key there."""
 
 BUILD_PLUGIN = (
     "run `make plugin`, or `make plugin ARCH=all` where there is no GPU, with nvcc and TensorRT's headers"
 )
-"""The advice if the plugin library is absent. Without a GPU, plain `make plugin` does not build it."""
+"""What to do where the plugin library is absent: without a GPU, plain `make plugin` leaves it out."""
 
 _LARGEST_PASSPORT = 8 << 20
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}\Z")

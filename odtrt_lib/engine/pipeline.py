@@ -31,8 +31,7 @@ from odtrt_lib.spec import DetectorSpec
 from odtrt_lib.tensors import CLIP_WINDOWS, DETECTIONS, Tensor, has_clip_windows
 
 MAX_GRAPHS = 8
-"""How many CUDA graphs a pipeline keeps, one for each combination of image sizes. A new one replaces the one
-that was not used for the longest time."""
+"""CUDA graphs that a pipeline keeps, one for each combination of image sizes; the oldest in use goes."""
 
 _CHOICES = {
     "memory": ("pageable", "pinned", "mapped"),

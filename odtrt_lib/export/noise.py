@@ -24,16 +24,15 @@ from odtrt_lib.export import odapi
 INPUT, OUTPUTS = "image", ("box_encodings", "class_logits")
 
 FACTOR = 5.0
-"""A correct program may be this many times as far from the truth as TensorFlow's float32.
+"""How many times as far from the truth as TensorFlow's float32 a correct program may be.
 
-Measured: the eager model is 1 to 1.4 times as far, ONNX Runtime 0.1 to 2 times. If a picture repeats one
-value, long sums drift, and it is 3.5 times; the gates' pictures have grain to avoid this. With one kernel
-multiplied by 1.001, a graph is 100 to 4,000 times as far (EfficientDet-D0 and D1, see
-results/noise.cpu.json).
+Measured: the eager model is 1 to 1.4 times as far, ONNX Runtime 0.1 to 2; 3.5 times where a picture repeats
+one value and long sums drift, for which the gates' pictures have grain. A kernel x 1.001 is 100 to 4,000
+times as far (EfficientDet-D0 and D1, see results/noise.cpu.json).
 """
 
 KERNEL_CHANGE = 1e-3
-"""A yardstick is decisive if it reveals this relative change of a kernel."""
+"""A yardstick that sees this relative change of a kernel is decisive."""
 
 # The least noise, even if TensorFlow happens to be exact: a few roundings of the result.
 _UNAVOIDABLE = 2.0**-21

@@ -38,7 +38,7 @@ from odtrt_lib.export.pipeline import parse_pipeline
 from odtrt_lib.folder import atomic_write
 
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
-"""The key that only TensorFlow 2's checkpoints have, and TensorFlow 1's lack."""
+"""The key that a TensorFlow 2 checkpoint has and one of TensorFlow 1 lacks."""
 
 TF1_ADVICE = (
     "a TensorFlow 1 checkpoint, which names its variables in another way; odtrt reads those of TensorFlow 2: "

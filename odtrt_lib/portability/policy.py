@@ -667,7 +667,7 @@ POLICY: Tuple[Rule, ...] = (
         lambda case: _plugins(case) == "same",
     ),
 )
-"""The rules about plans. :func:`check` applies all rows; the book shows them as a table."""
+"""What decides about a plan; :func:`check` goes through all rows. The book shows it as a table."""
 
 
 def this_environment(plugin: Union[str, Path, None] = None) -> Environment:
