@@ -1,6 +1,6 @@
-"""``odtrt``, and ``python -m odtrt_lib``: answers Ctrl-C from the first moment on.
+"""``odtrt``, and ``python -m odtrt_lib``: handles Ctrl-C from the start.
 
-The command line takes a while to be imported; an interruption in that time is no traceback.
+Importing the command line takes a while. Ctrl-C in that time must not end in a traceback.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""``anchors.npy`` of a model folder, read strictly."""
+"""Reads ``anchors.npy`` of a model folder, strictly."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ _HEADER = re.compile(
 def load_anchors(path: Path, spec: DetectorSpec, content: Optional[bytes] = None) -> np.ndarray:
     """The anchors of a model folder, float32 [N, 4], ``(ycenter, xcenter, height, width)``.
 
-    content: the bytes of the file, if they were read already. Reads what ``numpy.save`` writes for such an
-    array, and nothing else: the header is compared, not evaluated, and no more is read than N anchors take.
+    content: the bytes of the file, if they have been read already. Accepts only what ``numpy.save`` writes
+    for such an array: it compares the header without evaluating it, and reads no more bytes than N anchors
+    need.
 
-    Raises InputError where the file is absent, damaged, not what ``spec`` describes, or holds values that
-    are no anchors (see :func:`anchor_problem`).
+    Raises InputError if the file is absent, damaged, not what ``spec`` describes, or contains values that are
+    no anchors (see :func:`anchor_problem`).
     """
     shape = (spec.heads.num_anchors, 4)
     num_bytes = 4 * shape[0] * shape[1]
@@ -55,7 +56,8 @@ def load_anchors(path: Path, spec: DetectorSpec, content: Optional[bytes] = None
 
 
 def anchor_problem(anchors: np.ndarray) -> str:
-    """What makes float32 [N, 4] no anchors: values that are not finite, no height or width; else nothing."""
+    """Why float32 [N, 4] are no anchors: values that are not finite, or no height or width; empty if they
+    are."""
     is_good = np.isfinite(anchors).all(axis=1) & (anchors[:, 2:] > 0).all(axis=1)
     if is_good.all():
         return ""
@@ -67,7 +69,7 @@ def anchor_problem(anchors: np.ndarray) -> str:
 
 
 def _array_of(start: bytes, header: bytes) -> str:
-    """The type and shape that the head of an .npy file states, such as ``float32 [1917, 4]``."""
+    """The type and shape in the header of an .npy file, such as ``float32 [1917, 4]``."""
     match = _HEADER.fullmatch(header) if start[:-2] == _MAGIC else None
     if match is None:
         return "an npz archive" if start.startswith(b"PK") else "not a numpy array"
@@ -77,6 +79,6 @@ def _array_of(start: bytes, header: bytes) -> str:
     except (TypeError, ValueError):
         dtype = descr
     if dtype == "float32" and descr != "<f4":
-        dtype = repr(descr)  # of another byte order, or of this machine's, whichever that is
+        dtype = repr(descr)  # of another byte order, or of the native one (``=f4``)
     order = " in Fortran order" if is_fortran == "True" else ""
     return f"{dtype} [{sizes.rstrip(',')}]{order}"

@@ -1,9 +1,9 @@
-"""Which TensorRT a Jetson has, and what that TensorRT offers: the facts behind chapters 3 to 6, as data.
+"""Which TensorRT a Jetson has, and what that TensorRT offers: facts for chapters 3 to 6, as data.
 
-A Jetson's TensorRT comes with its JetPack and is not exchanged alone, so the release decides which plugin
-interface, which way to half precision and which way to INT8 there is. Nothing here was run on a board by us:
-:data:`JETPACKS` says for each row who states it, and ``tests/test_boards.py`` compares :data:`TENSORRT` with
-the names that NVIDIA's own Python bindings have (``results/tensorrt_names.json``).
+A Jetson's TensorRT comes with its JetPack and cannot be replaced alone. So the JetPack release determines the
+plugin interface, the way to half precision and the way to INT8. odtrt has run nothing on a board: the rows of
+:data:`JETPACKS` name their sources, and ``tests/test_boards.py`` compares :data:`TENSORRT` with the names in
+NVIDIA's own Python bindings (``results/tensorrt_names.json``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Optional, Tuple
 class JetPack:
     """A JetPack release.
 
-    l4t: the releases of Jetson Linux that belong to it, as ``/etc/nv_tegra_release`` names them. python: the
-    system's. is_vendor_stated: whether NVIDIA's own pages state the TensorRT version, or only third parties.
+    l4t: its releases of Jetson Linux, as ``/etc/nv_tegra_release`` names them. python: the system's version.
+    is_vendor_stated: whether NVIDIA's own pages state the TensorRT version; otherwise only third parties do.
     """
 
     release: str
@@ -35,8 +35,8 @@ class JetPack:
 class TensorRTLine:
     """What one line of TensorRT releases offers to odtrt.
 
-    since: the first release of the line. plugin: the interface that ``OdtrtDetect`` has there.
-    half_precision, int8: who makes them. is_supported: whether odtrt builds engines there.
+    since: the first release of the line. plugin: the interface that ``OdtrtDetect`` uses there.
+    half_precision, int8: how a plan gets them. is_supported: whether odtrt builds engines with it.
     """
 
     name: str
@@ -109,7 +109,7 @@ TENSORRT: Tuple[TensorRTLine, ...] = (
     TensorRTLine(
         "8.6", (8, 6), "IPluginV2DynamicExt", "builder flag", "calibrator or Q/DQ", True, True, False, True
     ),
-    # No JetPack has it, and no package index its bindings.
+    # No JetPack contains it, and no package index has its bindings.
     TensorRTLine(
         "9",
         (9, 0),
@@ -130,10 +130,10 @@ TENSORRT: Tuple[TensorRTLine, ...] = (
 
 
 def jetpack(l4t: str) -> Optional[JetPack]:
-    """The JetPack of a Jetson Linux release such as ``R36.4.3``; None for one that :data:`JETPACKS` lacks.
+    """The JetPack of a Jetson Linux release such as ``R36.4.3``; None if :data:`JETPACKS` lacks it.
 
-    A release that is newer than a listed one in its last number only, such as ``R36.4.7``, is taken for an
-    update of that.
+    If only the last number of a release is newer than that of a listed one, as in ``R36.4.7``, it counts as
+    an update of the listed one.
     """
     family = l4t.rpartition(".")[0]
     older = [
@@ -150,9 +150,9 @@ def _numbers(l4t: str) -> Tuple[int, ...]:
 
 
 def tensorrt_line(version: str) -> TensorRTLine:
-    """The line that a TensorRT version such as ``10.3.0`` belongs to.
+    """The line to which a TensorRT version such as ``10.3.0`` belongs.
 
-    Raises ValueError where ``version`` is not one, or older than the oldest line.
+    Raises ValueError if ``version`` is no version, or is older than the oldest line.
     """
     found = re.match(r"(\d+)\.(\d+)", version)
     lines = [line for line in TENSORRT if found and line.since <= (int(found[1]), int(found[2]))]

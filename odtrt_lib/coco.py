@@ -1,8 +1,8 @@
-"""Annotations in COCO's form: one strict reader, for the metrics and for the images on the disk.
+"""Reads annotations in COCO's form, strictly, for the metrics and to find the images.
 
-A file is judged before any picture is opened. What writers of such files really leave out or write
-differently is taken (``area`` or ``iscrowd`` absent or null, numbers as text, ids that are words, annotation
-ids that repeat, start at 0 or are absent: nobody needs those); what could change a metric is refused.
+A file is checked before any picture is opened. Common deviations are accepted: ``area`` or ``iscrowd`` absent
+or null, numbers as text, ids that are words, annotation ids (which nobody needs) that repeat, start at 0 or
+are absent. Anything that could change a metric is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from odtrt_lib.errors import InputError, one_line
 Identity = Union[int, str]
 
 _EXPECTED = "a COCO instances file with images, annotations and categories"
-# pycocotools leaves objects out that are larger.
+# pycocotools ignores larger objects.
 _MAX_AREA = 1e10
 
 
@@ -40,7 +40,7 @@ class Annotation:
 class Instances:
     """The content of an instances file. source: its name, for messages.
 
-    files: image id -> ``file_name``, None where the file has none. class_names: category id -> name.
+    files: image id -> ``file_name``, None if the entry has none. class_names: category id -> name.
     objects: in the file's order.
     """
 
@@ -60,7 +60,7 @@ class CocoFolder:
     class_ids: for each image int64 [K], the category ids of the file.
     crowd: for each image bool [K]; True marks a region that is ignored in evaluation.
     class_names: category id -> name.
-    instances: all of it as the file has it.
+    instances: the content of the file.
     """
 
     annotations: Path
@@ -74,15 +74,15 @@ class CocoFolder:
 
 
 def load_coco(annotations: Union[str, Path], images_root: Union[str, Path, None] = None) -> CocoFolder:
-    """Reads a COCO instances file and finds its images; see :class:`CocoFolder` for what comes back.
+    """Reads a COCO instances file and finds its images, without opening them.
 
-    An image is ``images_root / file_name``; without a root, the root is the annotations' folder. Where it is
-    not there, it is the one file below the root whose path and ``file_name`` agree from their ends as far
-    as the shorter goes, so that a root that is one folder too high, or another machine's absolute path, do
-    no harm. Nothing outside the root is opened because a file name says so.
+    An image is ``images_root / file_name``; by default the root is the folder of the annotations. If that
+    file does not exist, the image is the one file below the root whose path ends with ``file_name``, or whose
+    path is the end of ``file_name``. So a root that is one folder too high works, and so does another
+    machine's absolute path. No file outside of the root is used.
 
-    Raises InputError, naming the file and the entry, where the file is damaged or malformed, an image is
-    missing, several files could be one image, or two images are one file. Images are found, not opened.
+    Raises InputError, naming the file and the entry, if the file is damaged or malformed, if an image is
+    missing, if several files could be one image, or if two images are one file.
     """
     path = Path(annotations)
     root = Path(images_root) if images_root is not None else path.parent
@@ -135,7 +135,7 @@ def read_instances(annotations: Union[str, Path, Dict[str, Any]]) -> Instances:
 
 
 def read_json(path: Union[str, Path], expected: str) -> Any:
-    """The content of a JSON file. Raises InputError where it is absent, damaged or nested too deep."""
+    """The content of a JSON file. Raises InputError if it is absent, damaged or nested too deep."""
     try:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -148,7 +148,7 @@ def read_json(path: Union[str, Path], expected: str) -> Any:
 
 
 def identity(value: Any) -> Identity:
-    """An id as it is compared: 7, 7.0 and "7" are the same. Raises ValueError for what is no id."""
+    """An id in the form for comparisons: 7, 7.0 and "7" are the same. Raises ValueError if it is no id."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and value:
@@ -160,7 +160,7 @@ def identity(value: Any) -> Identity:
 
 
 def number(value: Any) -> float:
-    """A finite number, also where it is written as text. Raises ValueError for anything else."""
+    """A finite number, from a number or a text. Raises ValueError for anything else."""
     try:
         is_one = isinstance(value, (int, float, str, np.number)) and not isinstance(value, bool)
         found = float(value) if is_one else math.nan
@@ -216,7 +216,7 @@ def _file_name(entry: Dict[str, Any]) -> Optional[str]:
 
 
 def _add(known: Dict[Any, Any], key: Identity, value: Any) -> None:
-    """An entry that is there twice is one; two entries with one id cannot be told apart."""
+    """Adds an entry. An equal entry with the same id is ignored, and a different one is an error."""
     if known.setdefault(key, value) != value:
         raise ValueError(f"id {_shown(key)} is that of {_shown(known[key])} and of {_shown(value)}")
 
@@ -261,7 +261,7 @@ def _locate_images(instances: Instances, root: Path) -> Tuple[Path, ...]:
 
 
 def _advice(parts: Tuple[str, ...], by_name: Dict[str, List[Path]]) -> str:
-    """The root with which the most alike file would be found."""
+    """Advice that names the root with which the most similar file would be found."""
 
     def agreement(path: Path) -> int:
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(path.parts[::-1], parts[::-1]))
@@ -286,7 +286,7 @@ def _below(root: Path, parts: Tuple[str, ...]) -> Optional[Path]:
     path = root.joinpath(*parts)
     try:
         return path if path.is_file() else None
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # no file can have this name
         return None
 
 
@@ -305,7 +305,7 @@ def _agreeing(
     root: Path,
     by_name: Dict[str, List[Path]],
 ) -> Optional[Path]:
-    """The one file whose path below the root agrees with ``parts``; None where there is none."""
+    """The one file whose path below the root agrees with ``parts``; None if there is none."""
     agreeing = []
     for path in by_name.get(parts[-1] if parts else "", []):
         own = path.relative_to(root).parts

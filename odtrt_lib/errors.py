@@ -1,9 +1,9 @@
-"""The errors a user can meet. Each message says what was found, where, what was expected, what to do."""
+"""The errors for users. Each message says what was found, where, what was expected, and what to do."""
 
 import shlex
 import unicodedata
 
-# Letters of many scripts are joined or kept apart by these two.
+# Many scripts need these two, which join letters or keep them apart.
 _JOINERS = "\u200c\u200d"
 
 
@@ -12,19 +12,19 @@ class OdtrtError(Exception):
 
 
 class InputError(OdtrtError):
-    """A file or an array handed in is missing, damaged or not of the expected form."""
+    """A file or an array from the caller is missing, damaged or not of the expected form."""
 
 
 class UnsupportedError(OdtrtError):
-    """The input is valid, but asks for something that odtrt does not do. Names the setting."""
+    """The input is valid, but asks for something that odtrt does not do. The message names the setting."""
 
 
 class MissingDependencyError(OdtrtError):
-    """An optional package is not installed. Says which command installs it."""
+    """An optional package is not installed. The message says which command installs it."""
 
 
 class CheckError(OdtrtError):
-    """A gate failed: two things that must agree do not."""
+    """A check failed: two things that must agree do not."""
 
 
 class BuildError(OdtrtError):
@@ -32,21 +32,22 @@ class BuildError(OdtrtError):
 
 
 def one_line(message: object) -> str:
-    """Another library's message or exception without line breaks, to quote in one of ours."""
+    """Another library's message or exception without line breaks, for a quotation in one of odtrt's."""
     return " ".join(str(message).split()) or type(message).__name__
 
 
 def printable(text: object, keep: str = "") -> str:
-    """Text from outside for a terminal, a page or a picture: what acts instead of showing becomes an escape.
+    """Makes text from outside safe to show in a terminal, a page or a picture.
 
-    Those are control characters (a terminal obeys ESC and U+009B), marks that change the direction of
-    writing, line separators, and bytes of a file name that are no text. keep: characters that stay.
+    Escapes replace control characters (a terminal obeys ESC and U+009B), marks that change the direction of
+    writing, line separators, and bytes of a file name that are no text. keep: characters that are not
+    replaced.
     """
     return "".join(one if one in keep or _shows(one) else _escape(one) for one in str(text))
 
 
 def is_utf8(path: object) -> bool:
-    """Whether a path's bytes are UTF-8; TensorFlow and ONNX Runtime open no other."""
+    """Whether a path's bytes are UTF-8. TensorFlow and ONNX Runtime cannot open other paths."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
@@ -55,7 +56,8 @@ def is_utf8(path: object) -> bool:
 
 
 def shell_word(text: object) -> str:
-    """A file name as one word of a command to copy: quoted where a shell needs it, escaped where it acts."""
+    """A file name as one word of a shell command: quoted if a shell needs it, with escapes for control
+    characters."""
     plain = str(text)
     if printable(plain) == plain:
         return shlex.quote(plain)

@@ -1,11 +1,11 @@
-"""How good a detector is (COCO mAP) and whether two of them say the same (agreement, box by box).
+"""Measures how good a detector is (COCO mAP), and whether two detectors agree, box by box.
 
 Detections are in COCO's results form, one ``dict`` each: ``image_id``, ``category_id``, ``bbox`` =
 ``[x, y, width, height]`` in pixels of the original image, and ``score``.
 
-Evaluation is shards: :func:`detect_shard` takes a :class:`Recipe` and some pictures, both picklable, in any
-process on any machine that has the folder and the pictures, and :func:`merge` puts the answers together. Here
-it is a map: ``merge(detect_shard(recipe, shard) for shard in shards(coco, 3))``.
+Evaluation can be divided into shards. :func:`detect_shard` takes a :class:`Recipe` and some pictures, both
+picklable, so it can run in any process on any machine that has the folder and the pictures. :func:`merge`
+joins the results. On one machine: ``merge(detect_shard(recipe, shard) for shard in shards(coco, 3))``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from odtrt_lib.preprocess import load_image
 if TYPE_CHECKING:
     from odtrt_lib.detector import Detections, Detector
 
-# The fields of CocoMetrics in the order of pycocotools' summary.
+# The fields of CocoMetrics, in the order of pycocotools' summary.
 _SUMMARY = (
     *("map", "map50", "map75", "map_small", "map_medium", "map_large"),
     *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
@@ -47,11 +47,12 @@ _SUMMARY = (
 
 @dataclasses.dataclass(frozen=True)
 class CocoMetrics:
-    """COCO's twelve figures for boxes, in 0..1; -1 where there is nothing to find, as in pycocotools.
+    """COCO's twelve figures for boxes, 0 to 1; -1 if there is nothing to find, as in pycocotools.
 
-    map: mean average precision at IoU 0.50:0.05:0.95; map50, map75: at that IoU; map_small, ...: of objects
-    below 32² pixels, between, above 96². ar1, ar10, ar100: average recall with so many detections an image.
-    ap_per_class: category id -> its share of ``map``. images: how many were evaluated.
+    map: mean average precision at IoU 0.50:0.05:0.95; map50, map75: at that IoU; map_small, map_medium,
+    map_large: of objects below 32² pixels, up to 96², and above. ar1, ar10, ar100: average recall with at
+    most that many detections an image. ap_per_class: category id -> its average precision. images: how many
+    were evaluated.
     """
 
     map: float
@@ -70,12 +71,12 @@ class CocoMetrics:
     images: int
 
 
-Picture = Tuple[Identity, Path]  # its id in the annotations, and its file
+Picture = Tuple[Identity, Path]  # the picture's id in the annotations, and its file
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What opens the same detector in any process: the arguments of ``Detector.open``."""
+    """The arguments of ``Detector.open``, with which any process can open the same detector."""
 
     folder: Path
     backend: str = "auto"
@@ -83,7 +84,7 @@ class Recipe:
     precision: Optional[str] = None
 
     def open(self) -> Detector:
-        """Raises what ``Detector.open`` raises."""
+        """Opens the detector. Raises what ``Detector.open`` raises."""
         from odtrt_lib.detector import Detector
 
         return Detector.open(self.folder, self.backend, plugin=self.plugin, precision=self.precision)
@@ -93,8 +94,8 @@ class Recipe:
 class PictureResult:
     """What was found in one picture.
 
-    detections: in COCO's results form. problem: why the picture could not be used, naming its file, in one
-    line; None if it could.
+    detections: in COCO's results form. problem: one line that names the file and says why it could not be
+    used; None if it could.
     """
 
     image_id: Identity
@@ -105,9 +106,10 @@ class PictureResult:
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """The pictures of all shards, in their order.
+    """The results of all shards, in their order.
 
-    image_ids: of the pictures that could be used. unreadable: the others' files, and why.
+    image_ids: those of the pictures that could be used. unreadable: the files of the others, each with the
+    reason.
     """
 
     detections: List[Dict[str, Any]]
@@ -119,10 +121,11 @@ class Merged:
 class Agreement:
     """How two lists of detections of the same images compare; see :func:`agreement`.
 
-    references: reference detections that count; matched: those found again. missing: those that were not.
-    extra: candidate detections that no reference explains. at_threshold: unmatched ones on either side that
-    are excused, because their score lies within the tolerance of the point where its list was cut.
-    max_score_difference, min_iou: over all matches; 0 and 1 where there is none.
+    references: reference detections that count. matched: those of them that have a counterpart. missing:
+    those that have none. extra: candidate detections without a counterpart. at_threshold: detections of
+    either list without a counterpart that are excused, because their score is within the tolerance of the
+    point where the other list was cut. max_score_difference, min_iou: over all matches; 0 and 1 if there is
+    none.
     """
 
     images: int
@@ -142,7 +145,7 @@ class Agreement:
 
 
 def load_detections(path: Union[str, Path]) -> List[Dict[str, Any]]:
-    """Reads a COCO results file. Raises InputError where it is absent, damaged or of another form."""
+    """Reads a COCO results file. Raises InputError if it is absent, damaged or of another form."""
     detections = read_json(path, "a COCO results file, a list of detections")
     if not isinstance(detections, list):
         raise InputError(f"{path}: {type(detections).__name__}, expected a list of detections")
@@ -162,10 +165,10 @@ def detect_folder(detector: Detector, coco: CocoFolder) -> List[Dict[str, Any]]:
 
 
 def shards(coco: CocoFolder, count: int, limit: Optional[int] = None) -> List[Tuple[Picture, ...]]:
-    """The pictures of ``coco``, or its first ``limit``, in ``count`` parts of nearly the same size.
+    """Divides the pictures of ``coco``, or the first ``limit``, into ``count`` parts of nearly the same size.
 
-    Their order stays. With fewer pictures than ``count`` there are fewer parts, none of them empty. Raises
-    ValueError if ``count`` is not positive.
+    Their order is kept. No part is empty, so there are fewer parts if there are fewer pictures than
+    ``count``. Raises ValueError if ``count`` is not positive.
     """
     if count < 1:
         raise ValueError(f"{count} shards: expected one at least")
@@ -177,8 +180,8 @@ def shards(coco: CocoFolder, count: int, limit: Optional[int] = None) -> List[Tu
 def detect_shard(recipe: Recipe, pictures: Sequence[Picture]) -> List[PictureResult]:
     """Opens the detector of ``recipe``, runs it on the pictures, closes it.
 
-    A picture that cannot be used does not end the shard: its result says why. Raises what ``Detector.open``
-    raises.
+    If a picture cannot be used, its result says why, and the next ones are still run. Raises what
+    ``Detector.open`` raises.
     """
     with recipe.open() as detector:
         return list(detect_pictures(detector, pictures))
@@ -187,7 +190,7 @@ def detect_shard(recipe: Recipe, pictures: Sequence[Picture]) -> List[PictureRes
 def detect_pictures(
     detector: Detector, pictures: Iterable[Picture], advance: Callable[[], None] = lambda: None
 ) -> Iterator[PictureResult]:
-    """One result a picture, as soon as it is there; ``advance`` is called after each."""
+    """Yields one result for each picture as soon as it is known, and calls ``advance`` after each."""
     for image_id, path in pictures:
         try:
             _, found = detect_file(detector, path)
@@ -199,7 +202,7 @@ def detect_pictures(
 
 
 def detect_file(detector: Detector, path: Path) -> Tuple[np.ndarray, Detections]:
-    """A picture, uint8 [height, width, 3], and what is in it. Raises InputError that names the file."""
+    """A picture, uint8 [height, width, 3], and its detections. Raises InputError, naming the file."""
     try:
         image = load_image(path)
         return image, detector.detect(image)
@@ -210,7 +213,7 @@ def detect_file(detector: Detector, path: Path) -> Tuple[np.ndarray, Detections]
 
 
 def merge(parts: Iterable[Iterable[PictureResult]]) -> Merged:
-    """The results of several shards as those of one; give them in the order of :func:`shards`."""
+    """Joins the results of several shards. Pass them in the order of :func:`shards`."""
     merged = Merged([], [], {})
     for result in (result for part in parts for result in part):
         merged.detections.extend(result.detections)
@@ -238,13 +241,13 @@ def coco_metrics(
 ) -> CocoMetrics:
     """COCO's box metrics, computed by pycocotools.
 
-    annotations: a COCO instances file, its content, or what :func:`odtrt_lib.coco.read_instances` made of
-        it. Where an annotation has no ``area`` its box's is taken, where it has no ``iscrowd`` it is no
-        crowd. Its ids are not used: pycocotools takes id 0 for "no match" and an id twice for one object.
+    annotations: a COCO instances file, its content, or the result of :func:`odtrt_lib.coco.read_instances`.
+        An annotation without ``area`` gets that of its box, and one without ``iscrowd`` is no crowd.
+        Annotation ids are not used: pycocotools takes id 0 for "no match", and an id twice for one object.
     image_ids: the images to evaluate; by default all of ``annotations``.
 
-    Raises InputError where ``annotations`` cannot be read, or a detection is malformed or of an image that
-    is not in it; MissingDependencyError without pycocotools.
+    Raises InputError if ``annotations`` cannot be read, or if a detection is malformed or of an image that
+    they do not have; MissingDependencyError without pycocotools.
     """
     try:
         from pycocotools.coco import COCO
@@ -295,13 +298,13 @@ def agreement(
 ) -> Agreement:
     """Compares two lists of detections of the same images, each box with its counterpart.
 
-    Within an image and a class, boxes with an IoU of at least ``iou`` are paired one to one, best IoU
-    first. A detection of either list with a score of at least ``score_threshold`` must have a counterpart
-    with a score of at least ``score_threshold - score_tolerance``, unless its own score is within
-    ``score_tolerance`` of where the other list was cut: at ``score_threshold``, or, in an image where
-    the other list has ``max_detections`` entries, at the lowest of their scores.
+    Within an image and a class, boxes with an IoU of at least ``iou`` are paired one to one, best IoU first.
+    A detection of either list with a score of at least ``score_threshold`` must have a counterpart with a
+    score of at least ``score_threshold - score_tolerance``. It is excused if its score is within
+    ``score_tolerance`` of the point where the other list was cut. That is ``score_threshold``; but in an
+    image for which the other list has ``max_detections`` entries, it is the lowest of their scores.
 
-    Raises InputError where a detection is malformed.
+    Raises InputError if a detection is malformed.
     """
     _check_detections(reference, "reference")
     _check_detections(candidate, "candidate")
@@ -359,7 +362,8 @@ def _cut(detections: List[Dict[str, Any]], threshold: float, max_detections: Opt
 def _pairs(
     ones: List[Dict[str, Any]], others: List[Dict[str, Any]], iou: float
 ) -> List[Tuple[int, int, float]]:
-    """Pairs (index, index, IoU) of the same class, best IoU first, none used twice."""
+    """Pairs (index, index, IoU) of detections of the same class, best IoU first. Each is in one pair at
+    most."""
     if not ones or not others:
         return []
     overlaps = iou_matrix([d["bbox"] for d in ones], [d["bbox"] for d in others])
@@ -404,7 +408,7 @@ def _check_detections(detections: Sequence[Dict[str, Any]], where: str) -> None:
 
 
 def _numbered(truth: Instances) -> Dict[Identity, int]:
-    """A number for each image, from 1, in the order in which pycocotools would sort the ids."""
+    """Image id -> a number from 1 up, in the order in which pycocotools would sort the ids."""
     return {image_id: i for i, image_id in enumerate(sorted(truth.files, key=_order), 1)}
 
 
@@ -429,7 +433,7 @@ def _truth_rows(truth: Instances, numbers: Dict[Identity, int]) -> List[Dict[str
 def _detection_rows(
     detections: Sequence[Dict[str, Any]], numbers: Dict[Identity, int]
 ) -> List[Dict[str, Any]]:
-    """As pycocotools' ``loadRes`` makes them."""
+    """The detections as annotations, as pycocotools' ``loadRes`` makes them."""
     rows = []
     for i, one in enumerate(detections, 1):
         bbox = [number(side) for side in one["bbox"]]

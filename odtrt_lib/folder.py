@@ -1,16 +1,16 @@
-"""The model folder: what each stage leaves behind for the next, written whole or not at all.
+"""The model folder: the files that each stage writes for the next, whole or not at all.
 
-``<name>/`` holds ``spec.json``, ``anchors.npy``, ``frozen.pb`` (stage 1), ``heads.onnx`` (stage 2),
-``plans/`` (stage 3), ``detector.onnx`` (stage 4) and ``log.jsonl``: one record a finished stage.
+``<name>/`` contains ``spec.json``, ``anchors.npy``, ``frozen.pb`` (stage 1), ``heads.onnx`` (stage 2),
+``plans/`` (stage 3), ``detector.onnx`` (stage 4) and ``log.jsonl``, with one record for each finished stage.
 
 **The seal.** The newest record that names a file holds the SHA-256 that the file must have, and the hashes of
-what it was made from. :func:`sealed` hands out the bytes that were compared, so that what is used is what
-was checked; a file of which no record tells is refused. The seal finds rot and mix-ups. It is no signature:
-whoever may write into the folder can write a record, too.
+the files from which it was made. :func:`sealed` returns the bytes that it compared, so what is used is what
+was checked. A file without a record is refused. The seal finds damage and mix-ups. It is no signature:
+whoever can write into the folder can write a record, too.
 
-**One step.** A change of several files is prepared in a folder of its own. It is decided when that folder is
-renamed to ``.commit-...``; from then on the files move to their places, and whoever opens the model folder
-next completes what a process that was killed left undone. Writers hold the folder's lock, readers share it.
+**One step.** A change of several files is prepared in a folder of its own. Renaming that folder to
+``.commit-...`` decides the change; then the files move to their places. If a process is killed in between,
+whoever opens the model folder next completes the move. Writers hold the folder's lock, and readers share it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _COMMANDS = {model: form.command for model, form in models().items()}
 _LARGEST = {"spec.json": 1 << 24, "anchors.npy": 1 << 30, LOG: 1 << 26}
 _LARGEST_MODEL = 1 << 31  # protobuf's own limit
 _DEEPEST_JSON = 20
-# A file that changed a moment ago can change again within the same tick of its time stamp.
+# A file that has just changed can change again without a new time stamp.
 _SETTLED_NS = 2 * 10**9
 _digests: Dict[Tuple[int, ...], str] = {}
 
@@ -66,7 +66,7 @@ _digests: Dict[Tuple[int, ...], str] = {}
 class StageResult:
     """What a stage function returns: its record in ``log.jsonl``, and whether it had nothing to do.
 
-    ``note`` is a line that the user should read in either case, or nothing.
+    ``note`` is a line that the user should read; it can be empty.
     """
 
     record: Dict[str, Any]
@@ -76,11 +76,11 @@ class StageResult:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One run of a stage: what it is made from, and the record that it leaves.
+    """One run of a stage: its inputs and settings, and the record that it writes.
 
-    inputs: what the stage reads, name -> SHA-256 of the content that matters. settings: JSON values. A stage
-    that finds :meth:`finished` has nothing to do; else it writes its files inside :func:`staging` and calls
-    :meth:`record` there, so that files and record appear in one step.
+    inputs: what the stage reads, name -> SHA-256 of the content that matters. settings: JSON values. If
+    :meth:`finished` returns a record, the stage has nothing to do. Otherwise it writes its files inside
+    :func:`staging` and calls :meth:`record` there, so that files and record appear in one step.
     """
 
     folder: Path
@@ -90,7 +90,7 @@ class Stage:
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def finished(self, force: bool = False) -> Optional[Dict[str, Any]]:
-        """The record of an earlier run with the same inputs and settings whose outputs are intact."""
+        """The record of an earlier run with the same inputs and settings, if its outputs are intact."""
         return None if force else up_to_date(self.folder, self.name, self.inputs, self.settings)
 
     def record(
@@ -100,7 +100,7 @@ class Stage:
         versions: Mapping[str, str],
         checks: Mapping[str, Any],
     ) -> Dict[str, Any]:
-        """Writes the record, with the time since this object was made and the process's peak of memory."""
+        """Writes the record, with the seconds since this object was made and the process's peak memory."""
         return write_record(
             self.folder,
             self.name,
@@ -126,13 +126,14 @@ def sha256(path: Union[str, Path]) -> str:
 
 @contextlib.contextmanager
 def staging(folder: Union[str, Path]) -> Iterator[Path]:
-    """A temporary folder inside ``folder``; its files move into ``folder`` when the block ends well.
+    """A temporary folder inside ``folder``. On success, its files move into ``folder`` at the end of the
+    block.
 
-    All of them appear in one step, see the module; a record that :func:`write_record` staged is part of it.
-    Each file is on the disk before it gets its name. Any exception, Ctrl-C included, removes what was
-    written, and ``folder`` itself if this call made it. What an earlier process that was killed left behind
-    is removed at the start. Raises InputError where ``folder`` cannot be written, a file or folder is in the
-    way, or the disk is full.
+    They appear in one step (see the module's docstring), together with a record that :func:`write_record`
+    staged. Each file is on the disk before it gets its name. After any exception, Ctrl-C included, what was
+    written is removed, and so is ``folder`` if this call made it. Files that a killed process left are
+    removed at the start. Raises InputError if ``folder`` cannot be written, if a file or folder is in the
+    way, or if the disk is full.
     """
     folder = Path(folder)
     try:
@@ -145,7 +146,7 @@ def staging(folder: Union[str, Path]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Makes a folder and those above it; if the block fails, what this call made of them goes again."""
+    """Makes a folder and its parents. If the block fails, removes those that this call made."""
     absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,10 +160,10 @@ def made(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def workplace(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder in ``parent`` of a name that cannot be guessed; what is left of it goes after the block.
+    """A new folder in ``parent`` with a name that cannot be guessed. It is removed after the block.
 
-    Folders of this prefix whose process is dead and that nobody holds are removed first. The process alone
-    does not tell: in another container it is alive and not to be seen from here.
+    First removes folders with this prefix whose process is dead and whose lock nobody holds. The process
+    number alone does not tell: a process of another container is alive, but not visible here.
     """
     for path in parent.glob(f"{glob.escape(prefix)}*"):
         if not _is_alive(path.name[len(prefix) :].split("-")[0]) and not _is_held(path):
@@ -185,11 +186,12 @@ def workplace(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_write(path: Union[str, Path]) -> Iterator[Path]:
-    """A temporary path beside ``path`` that becomes ``path`` when the block ends well, else vanishes.
+    """A temporary file beside ``path``. On success it replaces ``path`` after the block; otherwise it is
+    removed.
 
-    The bytes are on the disk before they get their name, so that a power cut leaves the old file or the new
-    one. The temporary file is created exclusively, under a name that cannot be guessed, and held by a lock;
-    what an earlier process that was killed left behind, nobody holds, and it is removed.
+    The bytes are on the disk before they get their name, so a power cut leaves the old file or the new one.
+    The temporary file is created exclusively, with a name that cannot be guessed, and is locked. Files that a
+    killed process left are not locked, and are removed.
     """
     path = Path(path)
     temporary = None
@@ -222,9 +224,9 @@ def atomic_write(path: Union[str, Path]) -> Iterator[Path]:
 def commit(content: Path, folder: Path, removed: Sequence[str] = ()) -> None:
     """Moves all files below ``content`` into ``folder``, on the same disk, in one step for every reader.
 
-    ``content`` is used up. A staged ``log.jsonl`` in it continues the one in its place. removed: files to
-    remove, relative to ``folder``. Raises InputError, and nothing has changed, where a folder, a file or a
-    link is in the way.
+    ``content`` does not exist afterwards. A staged ``log.jsonl`` in it continues the one in ``folder``.
+    removed: files to remove, relative to ``folder``. If a folder, a file or a link is in the way, raises
+    InputError and changes nothing.
     """
     names = sorted(path.relative_to(content) for path in content.rglob("*") if path.is_file())
     if not names:
@@ -239,15 +241,15 @@ def commit(content: Path, folder: Path, removed: Sequence[str] = ()) -> None:
         sync(folder)
         try:
             finish(folder)
-        except KeyboardInterrupt:  # it is decided already
+        except KeyboardInterrupt:  # the change is decided already
             finish(folder)
             raise
 
 
 def finish(folder: Path) -> None:
-    """Completes the change that is under way in ``folder``, if there is one; the caller holds the lock.
+    """Completes an unfinished change in ``folder``, if there is one. The caller must hold the lock.
 
-    Raises InputError where the folder cannot be written.
+    Raises InputError if the folder cannot be written.
     """
     for change in _under_way(folder):
         try:
@@ -260,7 +262,8 @@ def finish(folder: Path) -> None:
 
 
 def _under_way(folder: Path) -> List[Path]:
-    """The decided changes whose files are not all in their places yet: none or, after a kill, one."""
+    """The decided changes whose files are not all in their places yet: one if a process was killed, else
+    none."""
     try:
         with os.scandir(str(folder)) as entries:
             found = [one.name for one in entries if one.name.startswith(_COMMIT)]
@@ -270,7 +273,7 @@ def _under_way(folder: Path) -> List[Path]:
 
 
 def _list_removed(content: Path, removed: Sequence[str]) -> None:
-    """Writes down what to remove, beside the log of the model folder that it is in."""
+    """Writes the list of files to remove, for each model folder beside that folder's log."""
     places = [log.parent for log in content.rglob(LOG) if log.parent != content]
     lists: Dict[Path, List[str]] = {}
     for name in removed:
@@ -281,9 +284,10 @@ def _list_removed(content: Path, removed: Sequence[str]) -> None:
 
 
 def _move_all(change: Path, folder: Path) -> None:
-    """Every step can be the last one of a process; doing all of them again leads to the same end.
+    """Moves the files of a decided change to their places.
 
-    A folder inside with a log of its own is another model folder: it becomes a change of that folder first.
+    The process can be killed after any step; repeating all steps gives the same result. A folder inside that
+    has a log of its own is another model folder, so its part becomes a change of that folder first.
     """
     for log in sorted(change.rglob(LOG)):
         if log.parent == change:
@@ -315,7 +319,7 @@ def _move_all(change: Path, folder: Path) -> None:
 
 
 def _join_logs(staged: Path, present: Path) -> None:
-    """Makes the staged log continue the present one, which has records more if somebody wrote meanwhile."""
+    """Adds to the staged log the records that others wrote into the present log in the meantime."""
     if not present.exists():
         return
     old, new = (path.read_bytes().splitlines(keepends=True) for path in (present, staged))
@@ -345,9 +349,9 @@ def _refuse_obstacles(folder: Path, names: Sequence[Path], removed: Sequence[Pat
 def exclusive(folder: Union[str, Path]) -> Iterator[None]:
     """Holds the lock of an existing folder while the block runs; other processes and threads wait for it.
 
-    The lock is flock(2)'s on the folder itself: it leaves no file behind and ends with the process, however
-    that ends. Not reentrant. Where the folder cannot be locked (some network file systems), the block runs
-    without.
+    The lock is flock(2)'s, on the folder itself. It needs no file, and ends when the process ends in any way.
+    It is not reentrant. If the folder cannot be locked (some network file systems), the block runs without a
+    lock.
     """
     with _flocked(folder, fcntl.LOCK_EX):
         yield
@@ -355,11 +359,10 @@ def exclusive(folder: Union[str, Path]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(folder: Union[str, Path]) -> Iterator[None]:
-    """While the block runs no file of ``folder`` changes, and none is half changed: for readers.
+    """For readers: no file of ``folder`` changes while the block runs, and no change is half done.
 
-    Completes a change that a killed process left undone. Several readers share the lock; do not write a
-    record in the block, which would wait for its end. Raises InputError where such a change cannot be
-    completed.
+    First completes a change that a killed process left. Several readers share the lock. Do not write a record
+    in the block: it would wait for the block's end. Raises InputError if the change cannot be completed.
     """
     folder = Path(folder)
     while True:
@@ -378,7 +381,7 @@ def _flocked(folder: Union[str, Path], operation: int) -> Iterator[None]:
             descriptor = os.open(str(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, operation)
-            stack.callback(_unlock, descriptor)  # a child that was forked meanwhile would hold it on
+            stack.callback(_unlock, descriptor)  # else a forked child would keep the lock
         yield
 
 
@@ -389,9 +392,9 @@ def _unlock(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def ctrl_c_later() -> Iterator[None]:
-    """Ctrl-C during the block is heard at its end, e.g. between the start of a process and its handle.
+    """Delays Ctrl-C to the end of the block, e.g. until a process that was started has a handle.
 
-    Nothing changes where Ctrl-C is ignored, or outside the main thread, which alone hears it.
+    Does nothing if Ctrl-C is ignored, or outside the main thread, which alone receives it.
     """
     hears = signal.getsignal(signal.SIGINT)
     if not callable(hears) or threading.current_thread() is not threading.main_thread():
@@ -410,7 +413,7 @@ def ctrl_c_later() -> Iterator[None]:
 def sync(path: Union[str, Path]) -> None:
     """Waits until a file's bytes, or the names in a folder, are on the disk.
 
-    Raises OSError where a file could not be stored: a full disk can show as late as here.
+    Raises OSError if a file could not be stored; some file systems report a full disk only now.
     """
     descriptor = os.open(str(path), os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -450,9 +453,9 @@ def write_record(
 
     Stages that finish at the same time wait for one another, so that no record is lost.
 
-    inputs: what the stage read, name -> SHA-256. outputs: names of files in ``folder``, hashed here.
-    checks: what was verified, with its figures. staged: the folder of :func:`staging` that the outputs are
-    still in; the record then appears together with them.
+    inputs: what the stage read, name -> SHA-256. outputs: names of files in ``folder``; this function hashes
+    them. checks: what was verified, with its figures. staged: the folder of :func:`staging`, if the outputs
+    are still in it; the record then appears together with them.
     """
     folder = Path(folder)
     place = folder if staged is None else staged
@@ -472,7 +475,7 @@ def write_record(
 
 
 def append_record(folder: Path, record: Mapping[str, Any], staged: Optional[Path] = None) -> None:
-    """Appends a record as it is; staged as for :func:`write_record`."""
+    """Appends a record as it is. For ``staged`` see :func:`write_record`."""
     record = _plain(record)
     line = (json.dumps({**record, "check": _checksum(record)}) + "\n").encode()
     if staged is not None:
@@ -486,9 +489,9 @@ def append_record(folder: Path, record: Mapping[str, Any], staged: Optional[Path
 
 
 def read_log(folder: Union[str, Path]) -> List[Dict[str, Any]]:
-    """The records of ``log.jsonl``, oldest first; an empty list where there is none.
+    """The records of ``log.jsonl``, oldest first; an empty list if there is none.
 
-    Raises InputError, naming the line, where a record is damaged or is not what :func:`write_record` writes.
+    Raises InputError, naming the line, if a record is damaged or is not what :func:`write_record` writes.
     """
     path = Path(folder) / LOG
     records = []
@@ -516,7 +519,8 @@ def _log_bytes(path: Path) -> bytes:
 
 
 def read_whole(path: Path, largest: int) -> bytes:
-    """The bytes of a regular file. OSError for anything else, such as a named pipe, and for a larger one."""
+    """The bytes of a regular file of at most ``largest`` bytes. Raises OSError for anything else, such as a
+    named pipe."""
     descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         found = os.fstat(file.fileno())
@@ -538,7 +542,7 @@ def _parse_record(line: bytes) -> Dict[str, Any]:
             raise ValueError(f"{name} is {record[name]!r:.60}")
     if not _is_plain_json(record, _DEEPEST_JSON):
         raise ValueError("nested too deep, or text that is not Unicode")
-    check = record.pop("check", None)  # records of odtrt 0.1 have none
+    check = record.pop("check", None)  # odtrt 0.1 wrote none
     if check is not None and check != _checksum(record):
         raise ValueError("altered: its fields do not go with their checksum `check`")
     return record
@@ -559,7 +563,7 @@ def _are_outputs(value: Any) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name is that of a file in the folder: records can come from strangers."""
+    """Whether a name in a record, which a stranger may have written, is that of a file in the folder."""
     parts = PurePosixPath(name).parts
     return bool(parts) and ".." not in parts and name[0] != "/" and "\0" not in name and len(name) < 256
 
@@ -600,7 +604,8 @@ def last_record(folder: Union[str, Path], stage: str) -> Optional[Dict[str, Any]
 def up_to_date(
     folder: Union[str, Path], stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]
 ) -> Optional[Dict[str, Any]]:
-    """The last record of ``stage`` if it had these inputs and settings and its outputs are intact."""
+    """The last record of ``stage`` if its inputs and settings are these and its outputs are intact, or
+    None."""
     folder = Path(folder)
     with undisturbed(folder):
         record = last_record(folder, stage)
@@ -611,7 +616,7 @@ def up_to_date(
             path = folder / name
             if not path.is_file() or sha256(path) != digest:
                 return None
-            if name in newest and newest[name].sha256 != digest:  # sealed by hand since
+            if name in newest and newest[name].sha256 != digest:  # its user has sealed it since
                 return None
     return record
 
@@ -621,7 +626,7 @@ def up_to_date(
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """What the newest record that names a file says of it. origins: what it was made from, by SHA-256."""
+    """What the newest record of a file says. origins: the files from which it was made -> their SHA-256."""
 
     sha256: str
     stage: str
@@ -629,12 +634,12 @@ class Recorded:
 
 
 def recorded(folder: Union[str, Path]) -> Dict[str, Recorded]:
-    """The files of :data:`SEALED` that ``log.jsonl`` tells of."""
+    """The files of :data:`SEALED` that ``log.jsonl`` records: name -> what the newest record says."""
     found: Dict[str, Recorded] = {}
     for record in read_log(folder):
         for name in SEALED:
             if name in record["outputs"]:
-                # A bundle or a seal has no inputs; its files belong together.
+                # The record of a bundle or a seal has no inputs; all its files belong together.
                 together = {} if record["inputs"] else record["outputs"]
                 origins = {one: digest for one, digest in together.items() if one in _origins(name)}
                 found[name] = Recorded(
@@ -644,11 +649,12 @@ def recorded(folder: Union[str, Path]) -> Dict[str, Recorded]:
 
 
 def sealed(folder: Union[str, Path], *names: str) -> Dict[str, bytes]:
-    """The bytes of files of a model folder, all of one generation, each the one that its stage wrote.
+    """The bytes of files of a model folder, after a check that their stages wrote them and that they belong
+    together.
 
-    Name -> the very bytes that were compared with the records, and with what they were made from. Raises
-    InputError, naming the file, the two hashes and the command that makes it again, where one of them is
-    missing, damaged, of another generation than the others, or of no record.
+    Returns name -> the bytes that were compared with the records. Raises InputError if a file is missing,
+    damaged, without a record, or made from other files than those beside it. The message names the file, the
+    two hashes and the command that makes the file again.
     """
     folder = Path(folder)
     require_folder(folder)
@@ -663,8 +669,8 @@ def sealed(folder: Union[str, Path], *names: str) -> Dict[str, bytes]:
 
 
 def check_seal(folder: Union[str, Path], *names: str) -> Dict[str, str]:
-    """As :func:`sealed`, but does not keep the bytes: name -> SHA-256. A file that was hashed before and has
-    kept size, times and inode is not read again."""
+    """Checks like :func:`sealed`, and returns name -> SHA-256. A file that was hashed before is not read
+    again if its size, times and inode are the same."""
     folder = Path(folder)
     require_folder(folder)
     with undisturbed(folder):
@@ -682,9 +688,10 @@ def check_seal(folder: Union[str, Path], *names: str) -> Dict[str, str]:
 
 
 def is_outdated(folder: Union[str, Path], name: str) -> bool:
-    """Whether a model was made from other files than those that the newest records tell of.
+    """Whether a model was made from other files than those that the newest records name.
 
-    The model's own file is not read: a plan that was built from it can be all that is left.
+    The model's own file is not read, and may be absent: a plan that was built from it may be all that is
+    left.
     """
     folder = Path(folder)
     with undisturbed(folder):
@@ -699,9 +706,9 @@ def is_outdated(folder: Union[str, Path], name: str) -> bool:
 
 
 def seal(folder: Union[str, Path]) -> Dict[str, Any]:
-    """Records the files of :data:`SEALED` as they are now: for files of your own that no stage wrote.
+    """Records the files of :data:`SEALED` as they are now. Use it for your own files, which no stage wrote.
 
-    Whoever calls it vouches that they belong together. Returns the record.
+    The caller must know that they belong together. Returns the record.
     """
     folder = Path(folder)
     require_folder(folder)
@@ -720,9 +727,9 @@ def seal(folder: Union[str, Path]) -> Dict[str, Any]:
 
 
 def made_from(model: str, files: Mapping[str, bytes]) -> Dict[str, str]:
-    """What the record of a model says that it was made from, by the content that matters: name -> SHA-256.
+    """The inputs for a model's record: name -> SHA-256 of the content that matters.
 
-    model: a key of :data:`SPEC_PARTS`; files: what :func:`sealed` gave, ``spec.json`` among them.
+    model: a key of :data:`SPEC_PARTS`. files: what :func:`sealed` returned, with ``spec.json``.
     """
     inputs = {
         name: hashlib.sha256(content).hexdigest() for name, content in files.items() if name != "spec.json"
@@ -732,7 +739,7 @@ def made_from(model: str, files: Mapping[str, bytes]) -> Dict[str, str]:
 
 
 def part_sha256(spec: bytes, part: str) -> Optional[str]:
-    """The SHA-256 of one of :data:`SPEC_PARTS` of a spec.json's text; None where it has no such part."""
+    """The SHA-256 of one of :data:`SPEC_PARTS` in the text of a spec.json; None if it has no such part."""
     try:
         data = sections_for_records(spec)
         sections = {section: data[section] for section in part.partition(": ")[2].split(", ")}
@@ -742,7 +749,7 @@ def part_sha256(spec: bytes, part: str) -> Optional[str]:
 
 
 def known_sha256(path: Path) -> str:
-    """:func:`sha256`, remembered for a file that keeps its size, times and inode."""
+    """:func:`sha256`, but a file is read again only if its size, times or inode have changed."""
     found = path.stat()
     key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     if key not in _digests:
@@ -800,14 +807,14 @@ def _compare_origins(folder: Path, name: str, known: Mapping[str, Recorded], spe
 
 
 def _origins(name: str) -> Tuple[str, ...]:
-    """The sealed files that a file is made from, or has to fit."""
+    """The sealed files from which a file is made, or with which it must agree."""
     if name == "heads.onnx":
         return ("frozen.pb", "anchors.npy", "spec.json")
     return ("heads.onnx", "anchors.npy", "spec.json") if name.startswith("detector") else ()
 
 
 def require_folder(folder: Union[str, Path]) -> None:
-    """Raises InputError where there is no such folder."""
+    """Raises InputError if there is no such folder."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder; expected a model folder, as `odtrt export` writes it")
 
@@ -815,7 +822,7 @@ def require_folder(folder: Union[str, Path]) -> None:
 def require(folder: Union[str, Path], name: str, made_by: str) -> Path:
     """The path of a file that an earlier stage wrote.
 
-    Raises InputError where it is absent, naming that stage's command, or where there is no such folder.
+    Raises InputError if it is absent, naming that stage's command, or if there is no such folder.
     """
     require_folder(folder)
     path = Path(folder) / name

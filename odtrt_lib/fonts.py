@@ -1,4 +1,4 @@
-"""Letters for pictures: a font of this machine that has them, or a spelling that the built-in font has."""
+"""Letters for pictures: finds a font of this machine that has them, or a spelling for the built-in font."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from typing import Any, FrozenSet, Iterable, List, NamedTuple, Optional, Tuple
 from odtrt_lib.errors import MissingDependencyError, one_line, printable
 
 _TRIAL_SIZE = 20
-# No characters, so that every font shows its sign for a missing one; a font of last resort shows two signs.
+# These are no characters, so a font shows its sign for a missing one. A font of last resort shows two signs.
 _ABSENT, _ABSENT_TOO = "\U0010ffff", "\u0378"
 _UNLIKE_TEXT = ("bold", "italic", "oblique", "mono", "serif", "light", "thin", "condensed", "black", "emoji")
 
 
 class Spelling(NamedTuple):
-    """text: as it is to be drawn, on one line. font: the file of a font that has it; None is the built-in."""
+    """text: the text to draw, on one line. font: the file of a font that has its letters; None: the built-in
+    font."""
 
     text: str
     font: Optional[Path]
 
 
 def font(path: Optional[Path], size: int) -> Any:
-    """Pillow's font of ``size`` pixels: the file's, or the built-in one."""
+    """Pillow's font of ``size`` pixels, from the file; None: the built-in font."""
     from PIL import ImageFont
 
     return ImageFont.load_default(size) if path is None else ImageFont.truetype(str(path), size)
 
 
 def require_letters() -> None:
-    """Raises MissingDependencyError where Pillow cannot draw letters: before 10.1, or without FreeType."""
+    """Raises MissingDependencyError if Pillow cannot draw letters: it is older than 10.1, or lacks
+    FreeType."""
     import PIL
 
     try:
@@ -46,7 +48,8 @@ def require_letters() -> None:
 
 @functools.lru_cache(maxsize=1024)
 def spelling(text: str) -> Spelling:
-    """How ``text`` can be drawn here: as it is, else without accents, else with escapes such as \\u87ba."""
+    """A spelling of ``text`` that can be drawn: as it is, without accents, or with escapes such as
+    \\u87ba."""
     text = printable(text)
     letters = frozenset(text)
     builtin = font(None, _TRIAL_SIZE)
@@ -60,7 +63,7 @@ def spelling(text: str) -> Spelling:
 
 
 def undrawable(names: Iterable[str]) -> List[str]:
-    """Those names that are drawn in another spelling, for want of a font."""
+    """The names that are drawn in another spelling, because no font has their letters."""
     return [name for name in dict.fromkeys(names) if spelling(name).text != printable(name)]
 
 
@@ -74,7 +77,7 @@ def _respelt(letter: str, builtin: Any) -> str:
 
 
 def _needs_shaping(text: str) -> bool:
-    """Written from right to left, or with marks that join the letter before them."""
+    """Whether text is written from right to left, or has marks that join the letter before them."""
     return any(
         unicodedata.bidirectional(one) in ("R", "AL") or unicodedata.category(one) in ("Mn", "Mc")
         for one in text
@@ -105,14 +108,14 @@ def _system_font(letters: FrozenSet[str]) -> Optional[Path]:
         try:
             if _has(font(path, _TRIAL_SIZE), letters):
                 return path
-        except (OSError, ValueError):  # no font, or one of bitmaps in other sizes
+        except (OSError, ValueError):  # no font, or a font of bitmaps in other sizes
             continue
     return None
 
 
 @functools.lru_cache(maxsize=1)
 def _font_files() -> Tuple[Path, ...]:
-    """Those of the folders that fontconfig looks into, and matplotlib's; the plainest first."""
+    """The font files in fontconfig's folders, and matplotlib's, the plainest first."""
     shared = os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share"
     home = os.environ.get("XDG_DATA_HOME") or str(Path("~/.local/share").expanduser())
     folders = [Path(one) / "fonts" for one in (home, *shared.split(":")) if one]

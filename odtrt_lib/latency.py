@@ -1,7 +1,7 @@
-"""How long calls take: one loop that times them, and a histogram of bounded memory, all in microseconds.
+"""Times calls: one timing loop, and a histogram of bounded memory. All times are in microseconds.
 
-A figure of a :class:`Histogram` differs from the recorded time by at most :data:`RELATIVE_ERROR`; those of
-several processes or machines can be merged. Needs numpy only.
+A figure of a :class:`Histogram` differs from the recorded time by at most :data:`RELATIVE_ERROR`. Histograms
+of several processes or machines can be merged. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BUCKETS = math.ceil(math.log(MAX_US / MIN_US) / _LOG_RATIO) + 1
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Percentiles of so many calls, their least and their longest, in microseconds."""
+    """The number of calls, and the percentiles, minimum and maximum of their times, in microseconds."""
 
     p50_us: float
     p95_us: float
@@ -33,7 +33,7 @@ class Timing:
     runs: int
 
     def row(self, prefix: str = "") -> Dict[str, float]:
-        """The figures as a results file's row has them: four digits, each name with ``prefix`` before it."""
+        """The figures for a row of a results file: four digits, each name with ``prefix`` before it."""
         figures = dataclasses.asdict(self)
         rounded = {name: float(f"{figures[name]:.4g}") for name in figures if name != "runs"}
         return {f"{prefix}{name}": figure for name, figure in {**rounded, "runs": self.runs}.items()}
@@ -43,8 +43,8 @@ class Timing:
 class Sampling:
     """How many calls are timed.
 
-    First ``warmup`` calls that do not count, but none that begins after ``seconds``. Then ``max_count``; only
-    ``min_count`` or as many as begin within ``seconds``, if these are fewer.
+    First come ``warmup`` calls that are not timed; none begins after ``seconds``. Then ``max_count`` calls
+    are timed. After ``seconds`` no further call begins, unless fewer than ``min_count`` were timed.
     """
 
     warmup: int
@@ -54,11 +54,11 @@ class Sampling:
 
 
 class Histogram:
-    """Counts of times in buckets whose limits grow by a constant ratio: 116 kB, however many times there are.
+    """Counts times in buckets whose limits grow by a constant ratio. Takes 116 kB for any number of times.
 
-    A bucket stands for the value from which both of its limits are RELATIVE_ERROR away (as in DDSketch,
-    Masson et al. 2019, arXiv:1908.10693). Times outside of MIN_US to MAX_US are counted in the first and last
-    bucket. ``min_us`` and ``max_us`` are exact.
+    A bucket stands for the value from which both of its limits differ by RELATIVE_ERROR (as in DDSketch,
+    Masson et al. 2019, arXiv:1908.10693). Times below MIN_US and above MAX_US are counted in the first and
+    the last bucket. ``min_us`` and ``max_us`` are exact.
     """
 
     def __init__(self) -> None:
@@ -80,26 +80,26 @@ class Histogram:
         self.max_us = max(self.max_us, microseconds)
 
     def merge(self, other: Histogram) -> None:
-        """Counts what ``other`` has counted, too."""
+        """Adds the counts of ``other``."""
         self.counts += other.counts
         self.min_us = min(self.min_us, other.min_us)
         self.max_us = max(self.max_us, other.max_us)
 
     def percentile(self, percent: float) -> float:
-        """The least time that at least ``percent`` of all times do not exceed, in microseconds.
+        """The shortest time that at least ``percent`` % of all times do not exceed, in microseconds.
 
         Raises ValueError if nothing was counted.
         """
         count = self.count
         if not count:
             raise ValueError("no call was timed")
-        rank = max(1, math.ceil(round(percent * count / 100, 6)))  # 99.9 % of 20,000 is no more than 19,980
+        rank = max(1, math.ceil(round(percent * count / 100, 6)))  # round: ceil must not see float errors
         bucket = int(np.searchsorted(np.cumsum(self.counts), rank))
         middle = MIN_US * math.exp(bucket * _LOG_RATIO) * (1 - RELATIVE_ERROR)
         return min(max(middle, self.min_us), self.max_us)
 
     def timing(self) -> Timing:
-        """Raises ValueError if nothing was counted."""
+        """The percentiles, minimum and maximum. Raises ValueError if nothing was counted."""
         p50, p95, p99, p999 = (self.percentile(percent) for percent in (50, 95, 99, 99.9))
         return Timing(p50, p95, p99, p999, self.min_us, self.max_us, self.count)
 
@@ -107,7 +107,7 @@ class Histogram:
 def time_calls(
     call: Callable[[], Any], sampling: Sampling, synchronize: Optional[Callable[[], Any]] = None
 ) -> Timing:
-    """Wall-clock times of ``call``, each with ``synchronize`` after it if there is one."""
+    """The wall-clock times of ``call``; each includes ``synchronize``, if it is given."""
     return sample(wall_clock(call, synchronize), sampling).timing()
 
 
@@ -127,7 +127,7 @@ def wall_clock(
 
 
 def sample(once: Callable[[], float], sampling: Sampling) -> Histogram:
-    """The times that ``once`` returns, in microseconds: of the wall clock, of CUDA events, ..."""
+    """A histogram of the times that ``once`` returns, in microseconds, from any clock, e.g. CUDA events."""
     begun = time.perf_counter()
     for _ in range(sampling.warmup):
         once()

@@ -1,6 +1,6 @@
-"""Boxes on moving pictures: a window or a page in the browser, how many frames a second, how long each takes.
+"""Shows detections in moving pictures, in a window or on a page in the browser, with frame rate and latency.
 
-The page needs the standard library and Pillow only. It listens on this machine alone unless told otherwise.
+The page needs the standard library and Pillow only. By default it listens on this machine only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOCALHOST = "127.0.0.1"
 
 _TELL_SECONDS = 5.0
 _TRIAL_SECONDS = 30
-# A viewer who does not read for so long is let go.
+# After this time without reading, a viewer's connection is closed.
 _VIEWER_SECONDS = 30
 _JPEG_QUALITY = 85
 _ESCAPE_KEY = 27
@@ -42,12 +42,11 @@ _MAX_WINDOW_WIDTH = 1280
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """How it goes so far.
+    """The figures so far.
 
-    frames: that were detected in. dropped: that came while the detector was busy, and were left out. fps:
-    frames a second. p50_ms, p99_ms: milliseconds that the detector took for a frame, from the image in memory
-    to its boxes. The first frame, in which everything starts, counts in none of these three; None before the
-    second.
+    frames: how many the detector processed. dropped: how many were skipped because the detector was busy.
+    fps: frames a second. p50_ms, p99_ms: milliseconds from an image in memory to its boxes. These three leave
+    out the first frame, which is slow; they are None before the second.
     """
 
     frames: int = 0
@@ -71,7 +70,7 @@ class _Meter:
         self._first = self._last = 0.0
 
     def add(self, start: float, end: float) -> None:
-        """One frame, detected in from ``start`` to ``end``, both in seconds."""
+        """Counts one frame, which took from ``start`` to ``end``, in seconds."""
         self.frames += 1
         self._last = end
         if self.frames == 1:
@@ -88,7 +87,7 @@ class _Meter:
 
 
 class Window:
-    """A window of OpenCV, as large as the first picture, but no wider than 1,280 pixels."""
+    """A window of OpenCV, as large as the first picture, but at most 1,280 pixels wide."""
 
     def __init__(self, title: str, min_score: float) -> None:
         import cv2
@@ -99,7 +98,7 @@ class Window:
         self._has_size = False
 
     def show(self, image: np.ndarray, found: Detections, statistics: Statistics) -> bool:
-        """False once somebody has closed the window, or pressed q or Escape."""
+        """Shows a picture. Returns False if somebody has closed the window, or pressed q or Escape."""
         drawn = draw_detections(image, found, self._min_score)
         if not self._has_size:
             shrink = min(1.0, _MAX_WINDOW_WIDTH / drawn.shape[1])
@@ -108,7 +107,7 @@ class Window:
         self._cv2.setWindowTitle(self._title, f"{self._title}: {statistics}")
         self._cv2.imshow(self._title, np.ascontiguousarray(drawn[..., ::-1]))
         key = self._cv2.waitKey(1) & 0xFF
-        # Negative without a window; WND_PROP_VISIBLE says nothing with GTK, which JetPack's OpenCV has.
+        # Negative if the window is closed. WND_PROP_VISIBLE fails with GTK, which JetPack's OpenCV uses.
         is_open = self._cv2.getWindowProperty(self._title, self._cv2.WND_PROP_AUTOSIZE) >= 0
         return is_open and key not in (_ESCAPE_KEY, ord("q"))
 
@@ -119,9 +118,9 @@ class Window:
 class Page:
     """A page in the browser with the newest picture, as a stream of JPEG files, and the figures.
 
-    Pictures are drawn and encoded in the threads of those who look, once for all of them; where nobody looks,
-    not at all. host: the address to listen on; port: 0 for a free one, which :attr:`url` tells. Raises
-    InputError where it cannot listen there.
+    The threads that serve viewers draw and encode a picture, once for all viewers; without viewers nothing is
+    drawn. host: the address to listen on. port: 0 for a free one; :attr:`url` contains it. Raises InputError
+    if it cannot listen there.
     """
 
     def __init__(self, title: str, min_score: float, host: str = LOCALHOST, port: int = 0) -> None:
@@ -144,7 +143,7 @@ class Page:
         serve.start()
 
     def show(self, image: np.ndarray, found: Detections, statistics: Statistics) -> bool:
-        """Puts this picture in the place of the last. It is not copied: do not write into it. True."""
+        """Replaces the last picture by this one. It is not copied, so do not write into it. Returns True."""
         with self._changed:
             number = 1 if self._shown is None else self._shown[0] + 1
             self._shown, self.statistics = (number, image, found), statistics
@@ -152,7 +151,8 @@ class Page:
         return True
 
     def newest(self, after: int) -> Optional[Tuple[int, bytes]]:
-        """The number and the JPEG file of a picture that came after number ``after``; None at the end."""
+        """Waits for a picture newer than number ``after``; returns its number and JPEG file, None at the
+        end."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._is_newer(after))
             if self._shown is None or not self._is_newer(after):
@@ -178,24 +178,25 @@ class Page:
 def open_display(
     title: str, min_score: float, *, page_only: bool = False, host: str = LOCALHOST, port: int = 0
 ) -> Union[Window, Page]:
-    """A window where there is a screen and an OpenCV that can open one, else a page; see :class:`Page`."""
+    """A window if there is a screen and OpenCV can open one, otherwise a page; see :class:`Page`."""
     if not page_only and _has_windows():
         return Window(title, min_score)
     return Page(title, min_score, host, port)
 
 
 def _has_windows() -> bool:
-    """Tried in a process of its own, because Qt ends the process where the screen cannot be reached."""
+    """Whether OpenCV can open a window. Tries it in another process, because Qt ends the process if it
+    fails."""
     if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         return False
-    # Not from the working folder, from which this process imports nothing either.
+    # Like this process, it must not import from the working folder.
     program = "import sys; sys.path[:] = filter(None, sys.path); import cv2; cv2.namedWindow('trial')"
     command = [sys.executable, "-c", program]
     try:
         tried = subprocess.run(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=_TRIAL_SECONDS
         )
-    except subprocess.TimeoutExpired:  # a screen that cannot be reached
+    except subprocess.TimeoutExpired:  # the screen cannot be reached
         return False
     return tried.returncode == 0
 
@@ -208,11 +209,11 @@ def watch(
     frames: Optional[int] = None,
     say: Callable[[str], None] = print,
 ) -> Statistics:
-    """Detects in one frame after the other and shows them, to the source's end, or that of the window.
+    """Detects in one frame after the other and shows them, until the source ends or the window is closed.
 
-    A live source is read by a thread of its own: the detector gets the newest frame, see
-    :class:`odtrt_lib.sources.Latest`. frames: end after so many. say: is told the figures every five seconds
-    and at the end, also where that is an error or Ctrl-C. The source is closed, the display is not.
+    Another thread reads a live source, so that the detector gets the newest frame; see
+    :class:`odtrt_lib.sources.Latest`. frames: end after this number. say: is called with the figures every
+    five seconds and at the end, even after an error or Ctrl-C. Closes the source, but not the display.
 
     Raises what ``source.read`` and ``detector.detect`` raise.
     """
@@ -248,12 +249,12 @@ class _Server(ThreadingHTTPServer):
     page: Page
 
     def server_bind(self) -> None:
-        """HTTPServer's own asks the network for a name of the address."""
+        """Binds the address. HTTPServer's own method would also ask the network for a name of it."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a viewer who leaves is no error
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a viewer may leave at any time
             super().handle_error(request, client_address)
 
 
@@ -264,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         page = self.server.page
         if not self._is_for_us():
-            # Another site's name that leads here would let that site's scripts read the pictures.
+            # If another site's name resolved to this address, that site's scripts could read the pictures.
             self.send_error(403, "ask for it by the address that detect.py printed")
         elif self.path == "/":
             name = html.escape(printable(page.title))
@@ -306,7 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
             shown = page.newest(number)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing: the terminal is for the figures."""
+        """Does nothing: the terminal is for the figures."""
 
 
 def _jpeg(image: np.ndarray) -> bytes:

@@ -1,6 +1,7 @@
-"""What this machine is and what it has left: its GPU, its driver, its memory, a Jetson's release.
+"""Facts about this machine: GPU, driver, memory, a Jetson's release; and the memory that is free.
 
-The driver's own libraries and ``/proc`` are asked; no program is started and no CUDA context created.
+They come from the driver's libraries and from ``/proc``. No program is started, and no CUDA context is
+created.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _L4T_FILE = "/etc/nv_tegra_release"
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a plan can depend on outside the library; None where it is unknown or there is no GPU.
+    """What a plan can depend on besides the library. A field is None if it is unknown or there is no GPU.
 
     gpu_memory_mb: MiB of the device, or of the MIG slice. cuda: the newest CUDA that the driver supports.
     l4t: the Jetson's Linux for Tegra release, e.g. ``R36.4.3``.
@@ -40,9 +41,9 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """This machine, with the first GPU that this process can see (``CUDA_VISIBLE_DEVICES`` applies).
+    """This machine, with the first GPU that is visible to this process (``CUDA_VISIBLE_DEVICES`` applies).
 
-    Asks the CUDA driver library itself; starts no program, creates no CUDA context, never raises.
+    Uses the CUDA driver library. Starts no program, creates no CUDA context and never raises.
     """
     gpu = _gpu()
     return Machine(
@@ -55,8 +56,8 @@ def this_machine() -> Machine:
 
 
 def _gpu() -> Dict[str, Any]:
-    """Name, compute capability, SM count, memory and CUDA version of GPU 0; empty where there is none."""
-    # From cuda.h: CUdevice_attribute's values, which never change.
+    """Name, compute capability, SM count, memory and CUDA version of GPU 0; empty if there is none."""
+    # Values of CUdevice_attribute in cuda.h, which never change.
     multiprocessors, major, minor = 16, 75, 76
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
@@ -113,7 +114,7 @@ def _driver_version() -> Optional[str]:
 
 
 def _l4t() -> Optional[str]:
-    """From ``# R36 (release), REVISION: 4.3, GCID: ...``: ``R36.4.3``."""
+    """A Jetson's release, e.g. ``R36.4.3`` from ``# R36 (release), REVISION: 4.3, GCID: ...``; or None."""
     try:
         text = Path(_L4T_FILE).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -123,7 +124,7 @@ def _l4t() -> Optional[str]:
 
 
 def free_memory() -> int:
-    """Bytes of host memory that a new process can have: what is available, or what its cgroup leaves it."""
+    """Bytes of host memory that a new process can use: what is available, or less if its cgroup limits it."""
     known = meminfo()
     free = [known["MemAvailable"]] if "MemAvailable" in known else []
     with contextlib.suppress(OSError, ValueError):
@@ -145,7 +146,7 @@ def free_memory() -> int:
 
 
 def meminfo() -> Dict[str, int]:
-    """/proc/meminfo in bytes."""
+    """The values of /proc/meminfo, in bytes."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -155,10 +156,10 @@ def meminfo() -> Dict[str, int]:
 
 
 def device_memory_meter() -> Tuple[Callable[[], Optional[float]], bool]:
-    """A function for the MiB in use on the first visible GPU, and whether that is the host's memory.
+    """A function that returns the MiB in use on the first visible GPU, and whether the GPU uses host memory.
 
-    A Jetson's is; there it is what is gone from MemAvailable. Elsewhere NVML tells, without a CUDA context.
-    The function gives None where there is no GPU.
+    A Jetson's GPU does; there the function returns MemTotal minus MemAvailable. Elsewhere it asks NVML, which
+    needs no CUDA context. It returns None if there is no GPU.
     """
     if Path(_L4T_FILE).exists():
         return _used_host_mb, True
@@ -208,10 +209,10 @@ def state_and_ticks(process: int) -> Tuple[str, int]:
 
 
 def peak_rss_mb(process: Union[int, str]) -> Optional[float]:
-    """The most host memory that a process has had, MiB; None where it is gone.
+    """The peak host memory of a process, in MiB; None if the process has ended.
 
-    Read from /proc, not from getrusage: a child's ``ru_maxrss`` starts with what its parent had, so that a
-    large notebook would seem to be a large build.
+    Read from /proc, not from getrusage: a child's ``ru_maxrss`` starts with its parent's, so a build that a
+    large notebook started would seem to be large.
     """
     with contextlib.suppress(OSError, ValueError):
         for line in Path(f"/proc/{process}/status").read_text().splitlines():

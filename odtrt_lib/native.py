@@ -1,13 +1,13 @@
 """The native library ``libodtrt.so``: post-processing, suppression and preprocessing in C++ and CUDA.
 
-``make plugin`` builds it; ``plugins/kernels/odtrt.h`` says what each function does, and this module is that
-header in Python. The modules :mod:`odtrt_lib.nms` and :mod:`odtrt_lib.preprocess` use it if :func:`load`
-finds it and do the same in numpy where not, so that most users need nothing from here.
+``make plugin`` builds it. This module is ``plugins/kernels/odtrt.h`` in Python; that header says what each
+function does. :mod:`odtrt_lib.nms` and :mod:`odtrt_lib.preprocess` use the library if :func:`load` finds it,
+and otherwise do the same in numpy. So most users need nothing from this module.
 
-The functions that end in ``_cpu`` take numpy arrays. Those that end in ``_cuda`` take device memory:
-addresses as integers, or what PyCUDA, CuPy and PyTorch allocate; structures hold
-:func:`odtrt_lib.cuda.address_of` of these. They enqueue their work on a stream and return at once. They
-allocate nothing, and may be captured in a CUDA graph.
+The functions that end in ``_cpu`` take numpy arrays. Those that end in ``_cuda`` take device memory: integer
+addresses, or what PyCUDA, CuPy and PyTorch allocate. In structures, pass :func:`odtrt_lib.cuda.address_of` of
+it. These functions enqueue their work on a stream and return at once. They allocate nothing, and a CUDA graph
+can capture them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SCORE_CONVERTERS = {"sigmoid": 0, "softmax": 1, "identity": 2}
 
 
 class NativeError(OdtrtError):
-    """The native library failed, e.g. because CUDA did; the message quotes its own."""
+    """The native library failed, e.g. because CUDA did; the message quotes the library's."""
 
 
 class PostprocessParams(ctypes.Structure):
@@ -71,7 +71,7 @@ class HeadPointers(ctypes.Structure):
 
 
 class DetectionPointers(ctypes.Structure):
-    """``odtrt_detections``: the addresses that are written; ``anchors`` may be None."""
+    """``odtrt_detections``: the addresses to which results are written; ``anchors`` may be None."""
 
     _fields_ = (
         ("num_detections", ctypes.c_void_p),
@@ -140,7 +140,7 @@ _SIGNATURES: Dict[str, Tuple[Any, Sequence[Any]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """The loaded library. cuda_architectures: e.g. ``"87 90"``; empty where it was built without CUDA."""
+    """The loaded library. cuda_architectures: e.g. ``"87 90"``; empty if it was built without CUDA."""
 
     path: Path
     handle: ctypes.CDLL
@@ -148,13 +148,13 @@ class Library:
 
 
 def load() -> Optional[Library]:
-    """The native library, or None where there is none.
+    """The native library, or None if there is none.
 
-    Looked for at the path that the environment variable ODTRT_LIBRARY names, else at
-    ``plugins/build/libodtrt.so`` of this checkout, else beside this package's modules.
+    It is looked for at the path in the environment variable ODTRT_LIBRARY; otherwise at
+    ``plugins/build/libodtrt.so`` of this checkout, then beside this package's modules.
 
-    Raises MissingDependencyError where the variable names no file, and where a file is there but cannot be
-    loaded or has another ABI version than this module.
+    Raises MissingDependencyError if the variable names no file, and if a file cannot be loaded or has another
+    ABI version than this module.
     """
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
@@ -193,7 +193,7 @@ def _open(path: Path) -> Library:
 
 
 def can_postprocess(spec: DetectorSpec) -> bool:
-    """Whether the native library takes this detector; numpy takes every one."""
+    """Whether the native library can post-process for this detector. Numpy can for every one."""
     heads, nms = spec.heads, spec.nms
     return (
         1 <= nms.max_total_detections <= MAX_DETECTIONS
@@ -204,7 +204,7 @@ def can_postprocess(spec: DetectorSpec) -> bool:
 
 
 def postprocess_params(spec: DetectorSpec) -> PostprocessParams:
-    """The settings of one detector."""
+    """The post-processing settings of a detector, for the native library."""
     coder = spec.heads.box_coder
     return PostprocessParams(
         num_anchors=spec.heads.num_anchors,
@@ -232,10 +232,10 @@ def preprocess_params(
     dtype: int = FLOAT32,
     nhwc: bool = False,
 ) -> PreprocessParams:
-    """The settings for images of one size; sizes are ``(height, width)``.
+    """The preprocessing settings for images of one size; sizes are ``(height, width)``.
 
     true_size: the size after resizing, :func:`odtrt_lib.preprocess.network_size`. pitch: bytes from one row
-    of the image to the next; None: rows follow each other.
+    of the image to the next; None: there is no gap between rows.
     """
     return PreprocessParams(
         image_height=image_size[0],
@@ -265,11 +265,11 @@ def postprocess_cpu(
 ) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """``(num_detections, boxes, scores, classes, anchors)`` as in :class:`odtrt_lib.nms.Postprocessed`.
 
-    box_encodings [B, N, 4] and class_logits [B, N, columns]: both float16, or else taken as float32.
-    anchors: float32 [N, 4]. clip_windows: float32 [B, 4]; None: the whole input. num_threads: 0 for all
-    that the machine has.
+    box_encodings [B, N, 4] and class_logits [B, N, columns]: both float16; otherwise both are converted to
+    float32. anchors: float32 [N, 4]. clip_windows: float32 [B, 4]; None: the whole input. num_threads: 0 for
+    as many as the machine has.
 
-    Raises InputError where a shape or a setting is not as ``odtrt.h`` says.
+    Raises InputError if a shape or a setting is not as ``odtrt.h`` says.
     """
     batch, most = len(box_encodings), spec.nms.max_total_detections
     are_half = box_encodings.dtype == np.float16 and class_logits.dtype == np.float16
@@ -342,9 +342,9 @@ def preprocess_cpu(
 ) -> None:
     """Writes the network input for one image, with all threads that the machine has.
 
-    image: uint8 [height, width, 3], RGB; rows may lie apart, as in a region of a larger image, and the
-    channels backwards, as in ``bgr[..., ::-1]``; what lies otherwise is copied first. true_size: see
-    :func:`preprocess_params`. out: float32 or float16 [3, spec.height, spec.width], C-contiguous.
+    image: uint8 [height, width, 3], RGB. There may be gaps between rows, as in a region of a larger image,
+    and the channels may be reversed, as in ``bgr[..., ::-1]``; any other layout is copied first. true_size:
+    see :func:`preprocess_params`. out: float32 or float16 [3, spec.height, spec.width], C-contiguous.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise InputError(f"image: {image.dtype} {list(image.shape)}, expected uint8 [height, width, 3]")
@@ -384,12 +384,12 @@ def postprocess_cuda(
     workspace_size: int,
     stream: int = 0,
 ) -> None:
-    """Enqueues the post-processing of a batch. All addresses are of device memory, aligned to 16 bytes.
+    """Enqueues the post-processing of a batch. All addresses are in device memory, aligned to 16 bytes.
 
-    workspace: what :func:`odtrt_lib.cuda.address_of` takes. stream: a ``cudaStream_t``.
+    workspace: see :func:`odtrt_lib.cuda.address_of`. stream: a ``cudaStream_t``.
 
-    Raises MissingDependencyError where the library was built without CUDA, NativeError where CUDA fails,
-    InputError where an argument is not as ``odtrt.h`` says.
+    Raises MissingDependencyError if the library was built without CUDA, NativeError if CUDA fails,
+    InputError if an argument is not as ``odtrt.h`` says.
     """
     status = library.handle.odtrt_postprocess_cuda(
         ctypes.byref(params),
@@ -420,9 +420,9 @@ def nms_cuda(
     workspace_size: int,
     stream: int = 0,
 ) -> None:
-    """Enqueues a suppression; ``kept``, int32 [max_kept], ends in -1.
+    """Enqueues a suppression. In ``kept``, int32 [max_kept], the unused rest is -1.
 
-    All but the size are what :func:`odtrt_lib.cuda.address_of` takes. Raises as :func:`postprocess_cuda`.
+    For the arrays see :func:`odtrt_lib.cuda.address_of`; for errors, :func:`postprocess_cuda`.
     """
     addresses = [
         None if memory is None else address_of(memory)
@@ -437,7 +437,7 @@ def preprocess_cuda(
 ) -> None:
     """Enqueues the preprocessing of one image.
 
-    image, output: in device memory, as :func:`odtrt_lib.cuda.address_of` takes it. Raises as
+    image, output: device memory, see :func:`odtrt_lib.cuda.address_of`. For errors see
     :func:`postprocess_cuda`.
     """
     status = library.handle.odtrt_preprocess_cuda(

@@ -1,9 +1,9 @@
 """From raw heads to detections: the OD API's SSD post-processing, exactly.
 
-:func:`postprocess` and :func:`nms` run in the native library where that was built (see
-:mod:`odtrt_lib.native`), else in numpy. The numpy functions here are the reference that every other
-implementation (C++, CUDA, TensorRT plugin) must equal bit for bit: each is written in the single float32
-operations of ``plugins/kernels/semantics.h``, the exponential included. They follow
+:func:`postprocess` and :func:`nms` run in the native library if it was built (see :mod:`odtrt_lib.native`),
+otherwise in numpy. The numpy functions are the reference: every other implementation (C++, CUDA, TensorRT
+plugin) must equal it bit for bit. So each of them uses the same single float32 operations as
+``plugins/kernels/semantics.h``, for the exponential too. They follow
 ``SSDMetaArch.postprocess`` and ``post_processing.batch_multiclass_non_max_suppression`` of the OD API
 (dynamic path) step by step:
 
@@ -14,19 +14,23 @@ operations of ``plugins/kernels/semantics.h``, the exponential included. They fo
    lower anchor. At most ``max_detections_per_class`` stay, counted before the next step;
 4. clip to the window, drop what has no area left, cut to ``max_total_detections``, change the frame.
 
-TensorFlow's threads flush subnormal numbers to zero, so here coordinates, sides, areas, overlaps and scores
-below 2^-126 in size are 0. An overlap that is NaN, of infinite areas or of NaN, suppresses. One thing is not
-copied: with a score threshold below 0, TensorFlow gives such a box again, with a score of 0.
+TensorFlow's threads flush subnormal numbers to zero. So coordinates, sides, areas, overlaps and scores whose
+magnitude is below 2^-126 are 0 here. An overlap that is NaN (from infinite areas or from NaN) suppresses.
+There is one difference: if the score threshold is below 0, TensorFlow returns a box that a NaN overlap
+suppressed once more, with a score of 0.
 
-The answer is the OD API's from the same scores and boxes. ``exp`` and the sigmoid are not TensorFlow's to
-the last bit (neither are TensorFlow's own from one version, processor or place in an array to another). Where
-many scores are that close, as near 1, their order and so the number within a cap can differ.
+From the same scores and boxes, the detections are the OD API's. ``exp`` and the sigmoid can differ from
+TensorFlow's in the last bit, as TensorFlow's own do between versions, processors and places in an array. If
+many scores are that close to each other, as near 1, their order can differ, and with it the number within a
+cap.
 
-Class-agnostic suppression is the same with one candidate an anchor, its best class (the first of equals).
+Class-agnostic suppression has one candidate for each anchor, its best class (the first of equals). All else
+is the same.
 
-TensorFlow runs one full suppression a class and merges. Here one pass walks the candidates of all classes
-in their final order and stops when ``max_total_detections`` are found, so only the head of that order is
-ever sorted; if the head was too short the pass is repeated on a longer one. Nothing is ever truncated.
+TensorFlow suppresses each class completely and then merges the results. Here one pass goes through the
+candidates of all classes in their final order, and stops when ``max_total_detections`` are found. So only the
+head of that order is sorted. If the head is too short, the pass is repeated with a longer one; nothing is
+truncated.
 """
 
 from __future__ import annotations
@@ -43,9 +47,9 @@ from odtrt_lib.spec import BoxCoder, DetectorSpec, NmsSpec, ScoreSpec
 
 _FIRST_HEAD = 2048
 _HEAD_GROWTH = 4
-_BLOCK = 8192  # elements: what lies between two operations then stays in the processor's cache
+_BLOCK = 8192  # elements; intermediate values of a block stay in the processor's cache
 
-_ROUND_TO_WHOLE = np.float32(1.5 * 2**23)  # adding it leaves no fraction bits
+_ROUND_TO_WHOLE = np.float32(1.5 * 2**23)  # a sum with it has no fraction bits
 _LOG2_E = np.float32(1.44269504)
 _LN_2_HIGH, _LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _EXPONENTIAL = tuple(
@@ -69,8 +73,8 @@ class Postprocessed:
 
     num_detections: int32 [B]. boxes: float32 [B, M, 4], ``[ymin, xmin, ymax, xmax]``, normalised to the
     network input, or to the clip window with ``NmsSpec.change_coordinate_frame``. scores: float32 [B, M].
-    classes: int32 [B, M], 0-based columns without the background. anchors: int32 [B, M], the row of the
-    heads that each detection comes from.
+    classes: int32 [B, M], 0-based columns without the background. anchors: int32 [B, M], the row of the heads
+    from which each detection comes.
     """
 
     num_detections: np.ndarray
@@ -82,10 +86,10 @@ class Postprocessed:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The detections of one image, best score first: K rows, nothing padded.
+    """The detections of one image, best score first: K rows without padding.
 
     boxes: float32 [K, 4] as in :class:`Postprocessed`. scores: float32 [K]. classes: int32 [K].
-    anchors: int64 [K], the row of the heads that each detection comes from.
+    anchors: int64 [K], the row of the heads from which each detection comes.
     """
 
     boxes: np.ndarray
@@ -96,7 +100,8 @@ class Selection:
 
 @dataclasses.dataclass(frozen=True)
 class _Candidates:
-    """The head of the final order. groups: who competes with whom. is_complete: nothing is left behind."""
+    """The head of the final order. groups: only candidates of the same group can suppress each other.
+    is_complete: the head contains all candidates."""
 
     anchors: np.ndarray
     classes: np.ndarray
@@ -119,7 +124,7 @@ def postprocess(
     normalised. clip_windows: float32 [B, 4], the part of each input that shows the image,
     ``[ymin, xmin, ymax, xmax]``, normalised. A score that is NaN is never a detection.
 
-    Raises InputError where a shape does not agree with ``spec``, and what :func:`odtrt_lib.native.load`
+    Raises InputError if a shape does not agree with ``spec``, and what :func:`odtrt_lib.native.load`
     raises.
     """
     library = native.load()
@@ -138,7 +143,7 @@ def postprocess_reference(
     spec: DetectorSpec,
     clip_windows: np.ndarray,
 ) -> Postprocessed:
-    """:func:`postprocess` in numpy, also where the native library is there."""
+    """:func:`postprocess` in numpy, even if the native library was built."""
     _check_shapes(box_encodings, class_logits, anchors, spec, clip_windows)
     batch, most = len(box_encodings), spec.nms.max_total_detections
     result = Postprocessed(
@@ -171,14 +176,14 @@ def nms(
 ) -> np.ndarray:
     """Greedy non-maximum suppression: the indices of the boxes that are kept, int32 [K], best first.
 
-    From the best score down (the lower index first where scores are equal), a box is kept unless its IoU
-    with a kept one of its class is greater than ``iou_threshold``.
+    From the best score down (the lower index first if scores are equal), a box is kept unless its IoU with a
+    kept box of its class is greater than ``iou_threshold``.
 
-    boxes: float32 [n, 4], ``[ymin, xmin, ymax, xmax]`` in any unit; opposite corners in any order.
-    scores: float32 [n]; those not greater than ``score_threshold``, and NaN, are left out. classes: int32
-    [n]; None: all boxes compete. max_kept: at most so many; None: all.
+    boxes: float32 [n, 4], ``[ymin, xmin, ymax, xmax]`` in any unit; opposite corners in any order. scores:
+    float32 [n]; boxes with a score that is NaN, or not greater than ``score_threshold``, are left out.
+    classes: int32 [n]; None: all boxes are of one class. max_kept: how many boxes may be kept; None: all.
 
-    Raises InputError where a shape is another, and what :func:`odtrt_lib.native.load` raises.
+    Raises InputError if a shape is wrong, and what :func:`odtrt_lib.native.load` raises.
     """
     prepared = _nms_arguments(boxes, scores, classes, max_kept)
     library = native.load()
@@ -195,7 +200,7 @@ def nms_reference(
     score_threshold: float = -np.inf,
     max_kept: Optional[int] = None,
 ) -> np.ndarray:
-    """:func:`nms` in numpy, also where the native library is there."""
+    """:func:`nms` in numpy, even if the native library was built."""
     prepared = _nms_arguments(boxes, scores, classes, max_kept)
     return _nms_in_numpy(*prepared, iou_threshold=iou_threshold, score_threshold=score_threshold)
 
@@ -240,10 +245,10 @@ def convert_scores(class_logits: np.ndarray, scores: ScoreSpec) -> np.ndarray:
 
 
 def exponential(x: np.ndarray) -> np.ndarray:
-    """e to the power of each float32 of ``x``, within 1 ulp where the result is normal; any shape.
+    """e to the power of each float32 of ``x``, an array of any shape; within 1 ulp if the result is normal.
 
-    ``semantics.h``'s, bit for bit, which is Cephes' ``expf`` (S. Moshier): ``x = n ln 2 + r`` with ln 2 in
-    two parts, a polynomial of degree 7 in r, times ``2^n`` in two steps. NaN stays NaN.
+    The same bits as in ``semantics.h``, which uses Cephes' ``expf`` (S. Moshier): ``x = n ln 2 + r`` with ln
+    2 in two parts, a polynomial of degree 7 in r, times ``2^n`` in two steps. NaN stays NaN.
     """
     return _by_blocks(_exponential, np.asarray(x, np.float32))
 
@@ -300,7 +305,8 @@ def _check_shapes(
 
 
 def _by_blocks(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
-    """float32 ``function(values)``, a few rows (or elements, of any other shape than [R, C]) at a time."""
+    """float32 ``function(values)``, computed block by block: a few rows of [R, C], or of another shape a few
+    elements, at a time."""
     rows = values if values.ndim == 2 else np.ascontiguousarray(values).reshape(-1)
     result = np.empty(rows.shape, np.float32)
     step = max(1, _BLOCK // max(1, rows[:1].size))
@@ -333,12 +339,12 @@ def _exponential(x: np.ndarray) -> np.ndarray:
 
 
 def _flushed(values: np.ndarray) -> np.ndarray:
-    """0 where a value is subnormal, as in TensorFlow's threads, and for -0."""
+    """The values, with 0 for those that are subnormal, as in TensorFlow's threads, and for -0."""
     return np.where(np.abs(values) < _SMALLEST_NORMAL, np.float32(0), values)
 
 
 def _normal_or_zero(values: np.ndarray) -> np.ndarray:
-    """0 where a value is subnormal or negative; NaN stays NaN. Changes ``values``."""
+    """The values, with 0 for those that are subnormal or negative. NaN stays NaN. Changes ``values``."""
     values[values < _SMALLEST_NORMAL] = 0
     return values
 
@@ -354,9 +360,9 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def _softmax(rows: np.ndarray) -> np.ndarray:
-    """Summed in whole units of 2^-40, so that the order does not matter.
+    """Softmax of each row. The sum counts whole units of 2^-40, so that its order does not matter.
 
-    NaN throughout where a row's greatest is not finite.
+    A row whose maximum is not finite becomes NaN.
     """
     greatest = rows.max(axis=1, keepdims=True)
     values = _exponential(rows - np.where(np.isfinite(greatest), greatest, np.float32(np.nan)))
@@ -402,15 +408,16 @@ def _nms_in_numpy(
 
 
 def _strongest(scores: np.ndarray, nms: NmsSpec, at_least: int) -> _Candidates:
-    """At least so many candidates from the head of the final order, or all that there are.
+    """The ``at_least`` best candidates or some more, in the final order; all, if there are fewer.
 
-    With NaN among the scores of an anchor, the others still count, but class-agnostic the anchor does not.
+    If an anchor has NaN among its scores, its other scores still count; class-agnostic, the anchor is left
+    out.
     """
     threshold = np.float32(nms.score_threshold)
     best = (np.maximum if nms.class_agnostic else np.fmax).reduce(scores, axis=1)
     rows = np.flatnonzero(best > threshold)
     rows_in_all = len(rows)
-    if len(rows) > at_least:  # then the best of their pairs are in the best rows
+    if len(rows) > at_least:  # the best rows contain the best pairs
         rows = rows[best[rows] >= _nth_best(best[rows], at_least)]
     strong = best[np.newaxis, rows] if nms.class_agnostic else scores[rows].T
     is_candidate = strong > threshold
@@ -433,10 +440,10 @@ def _nth_best(values: np.ndarray, n: int) -> np.float32:
 def _suppress(
     boxes: np.ndarray, groups: np.ndarray, is_visible: np.ndarray, nms: NmsSpec, max_per_group: int
 ) -> np.ndarray:
-    """Greedy suppression within each group; the positions that stay, ascending.
+    """Greedy suppression within each group; returns the positions of the kept boxes, ascending.
 
-    boxes [P, 4], groups [P] and is_visible [P] are in the final order. Ends early once
-    ``max_total_detections`` visible boxes stay.
+    boxes [P, 4], groups [P] and is_visible [P] are in the final order. Ends as soon as
+    ``max_total_detections`` visible boxes are kept.
     """
     corners, areas = _ordered_corners(boxes)
     threshold = np.float32(nms.iou_threshold)
@@ -471,7 +478,7 @@ def _ordered_corners(boxes: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def _iou(corner: np.ndarray, area: np.ndarray, corners: np.ndarray, areas: np.ndarray) -> np.ndarray:
-    """IoU of one box with many, in TensorFlow's order of float32 operations; 0 where an area is 0."""
+    """IoU of one box with each of many, in TensorFlow's order of float32 operations; 0 if an area is 0."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         top_left = _larger(corners[:, :2], corner[:2])
         bottom_right = _smaller(corners[:, 2:], corner[2:])
@@ -483,12 +490,12 @@ def _iou(corner: np.ndarray, area: np.ndarray, corners: np.ndarray, areas: np.nd
 
 
 def _smaller(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """C++'s ``std::min``, which TensorFlow's kernel uses: ``a`` where either is NaN."""
+    """C++'s ``std::min``, which TensorFlow's kernel uses: ``a`` if either is NaN."""
     return np.where(b < a, b, a)
 
 
 def _larger(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """C++'s ``std::max``: ``a`` where either is NaN."""
+    """C++'s ``std::max``: ``a`` if either is NaN."""
     return np.where(a < b, b, a)
 
 
@@ -499,7 +506,7 @@ def _clip(boxes: np.ndarray, window: np.ndarray) -> np.ndarray:
 
 
 def _signed_area(boxes: np.ndarray) -> np.ndarray:
-    """Height times width of flushed corners; positive too where a box is upside down both ways."""
+    """Height times width of flushed corners. It is positive, too, if both are negative."""
     with np.errstate(over="ignore", invalid="ignore"):
         sides = _flushed(boxes[:, 2:] - boxes[:, :2])
         return _flushed(sides[:, 0] * sides[:, 1])

@@ -1,4 +1,4 @@
-"""Pictures for people: detections drawn into the image that they were found in."""
+"""Draws detections into images."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from odtrt_lib import fonts
 from odtrt_lib.detector import Detections
 
-# Okabe and Ito's set, made to be told apart with any kind of colour vision (https://jfly.uni-koeln.de/color/),
-# without its black.
+# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/) without black. They can be told apart with any
+# kind of colour vision.
 _CLASS_COLOURS = (
     (230, 159, 0),
     (86, 180, 233),
@@ -26,7 +26,7 @@ MIN_SCORE = 0.3
 
 
 def confident(detections: Detections, min_score: float) -> Detections:
-    """The detections with at least ``min_score``; they come best first."""
+    """The detections with a score of at least ``min_score``, best first."""
     count = int((detections.scores >= min_score).sum())
     return dataclasses.replace(
         detections,
@@ -40,9 +40,10 @@ def confident(detections: Detections, min_score: float) -> Detections:
 def draw_detections(image: np.ndarray, detections: Detections, min_score: float = MIN_SCORE) -> np.ndarray:
     """A copy of ``image`` with a box, the class and the score of each detection from ``min_score`` up.
 
-    image: uint8 [height, width, 3], RGB. Returns the same. Boxes that reach out of the picture are drawn
-    along its edge, and labels stay inside it; lines and letters grow with the picture. A name that no font of
-    this machine can show is drawn in another spelling, see :func:`odtrt_lib.fonts.spelling`.
+    image: uint8 [height, width, 3], RGB; the result has the same form. A box that extends beyond the picture
+    is drawn along its edge. Labels stay inside the picture. Lines and letters grow with the picture. If no
+    font of this machine has a name's letters, another spelling is drawn, see
+    :func:`odtrt_lib.fonts.spelling`.
     """
     from PIL import Image, ImageDraw
 
@@ -74,7 +75,7 @@ def _draw_box(
     colour: tuple[int, int, int],
     line: int,
 ) -> None:
-    """A frame of ``colour`` between two thin lines of contrast."""
+    """Draws a frame of ``colour`` between two thin lines of a contrasting colour."""
     left, top, right, bottom = edges
     draw.rectangle(edges, outline=_contrast(colour), width=line + 2)
     inset = 1 if min(right - left, bottom - top) > 2 else 0
@@ -89,9 +90,9 @@ def _draw_label(
     letters: int,
     colour: tuple[int, int, int],
 ) -> None:
-    """The text on a plate of ``colour`` above ``corner``, or below it where there is no room above.
+    """Draws the text on a rectangle of ``colour`` above ``corner``, or below it if there is no room above.
 
-    size: the picture's (width, height); letters shrink where the text is wider than that.
+    size: the picture's (width, height); letters shrink if the text is wider than that.
     """
     pad = max(2, letters // 6)
     text, file = fonts.spelling(text)

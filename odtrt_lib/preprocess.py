@@ -1,14 +1,14 @@
-"""From an image of any size to the network input, exactly as the OD API does it, and boxes back again.
+"""From an image of any size to the network input, exactly as in the OD API; and boxes back to pixels.
 
-The OD API normalises the image, resizes it, and then pads it; ``preprocess`` does the same. Its resizer is
+The OD API normalises the image, resizes it, and then pads it; ``preprocess`` does the same. The resizer is
 TensorFlow 1's ``ResizeBilinear`` with ``align_corners=False`` and ``half_pixel_centers=False``: output pixel
 ``i`` samples the source at ``i * in / out``. OpenCV, Pillow and ``tf.image.resize`` sample it at
-``(i + 0.5) * in / out - 0.5`` instead, so that an image resized by one of them shifts every box by
-:func:`half_pixel_shift` pixels. OpenCV also rounds an 8-bit image's result to whole grey levels.
+``(i + 0.5) * in / out - 0.5`` instead. An image that they resize shifts every box by :func:`half_pixel_shift`
+pixels. OpenCV also rounds the result of an 8-bit image to whole grey levels.
 
-The native library does it where that was built (see :mod:`odtrt_lib.native`); else numpy is all that is
-needed. Where OpenCV is installed it picks and adds pixels for numpy, which is faster; the results of the
-three are the same to within a few rounding errors of float32 (checked with OpenCV 4.5.5, 4.11 and 5.0).
+The native library does this if it was built (see :mod:`odtrt_lib.native`); otherwise numpy does. If OpenCV is
+installed, it picks and adds pixels for numpy, which is faster. The results of the three differ by a few
+rounding errors of float32 (checked with OpenCV 4.5.5, 4.11 and 5.0).
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ _BYTE_UNIT = 128
 class Frame:
     """How one image lies in the network input; all in pixels.
 
-    ``image_*`` is the original image's size, ``true_*`` that of the resized image at the input's top left
-    corner, ``input_*`` the network input's; what is not covered, at the bottom and at the right, is padding.
+    ``image_*`` is the size of the original image, ``true_*`` that of the resized image, ``input_*`` that of
+    the network input. The resized image is at the top left; the rest, at the bottom and at the right, is
+    padding.
     """
 
     image_height: int
@@ -60,13 +61,13 @@ class Frame:
 def load_image(path: Union[str, Path]) -> np.ndarray:
     """Reads a JPEG, PNG, GIF, BMP or WebP file: uint8 ``[height, width, 3]``, RGB.
 
-    The pixels are those of the OD API's decoder, ``tf.io.decode_image`` with ``channels=3``: grey is copied
-    to all three channels, transparency is dropped (in a GIF it is black), of 16 bits the upper 8 stay, an
-    animation is its first frame, an orientation in the EXIF data is ignored. Two things differ. JPEG pixels
-    are those of ``tf.io.decode_jpeg`` with ``dct_method="INTEGER_ACCURATE"``; TensorFlow's default is a
-    faster, coarser transform. A BMP file's palette is obeyed, where TensorFlow takes its indices for grey.
+    The pixels are those of the OD API's decoder, ``tf.io.decode_image`` with ``channels=3``. Grey is copied
+    to all three channels. Transparency is dropped (in a GIF it becomes black). Of 16 bits the upper 8 are
+    kept, and of an animation the first frame. The EXIF orientation is ignored. Two things differ: JPEG pixels
+    are those of ``tf.io.decode_jpeg`` with ``dct_method="INTEGER_ACCURATE"``, because TensorFlow's default is
+    a coarser transform; and a BMP file's palette is used, whereas TensorFlow takes its indices for grey.
 
-    Raises InputError where the file is absent, empty, a Git LFS pointer, damaged, no such image or larger
+    Raises InputError if the file is absent, empty, a Git LFS pointer, damaged, of another format or larger
     than :data:`MAX_PIXELS`; MissingDependencyError without Pillow.
     """
     path = Path(path)
@@ -78,7 +79,7 @@ def load_image(path: Union[str, Path]) -> np.ndarray:
     try:
         if plugin is None:
             raise ValueError("unknown format")
-        # Not by Image.open, which warns of large images before it tells their size.
+        # Image.open would warn of a large image before its size is known.
         with plugin(str(path)) as image:
             _check_pixel_count(path, *image.size)
             return _rgb(image)
@@ -86,7 +87,7 @@ def load_image(path: Union[str, Path]) -> np.ndarray:
         raise
     except MemoryError as error:
         raise InputError(f"{path}: not enough memory to decode it; scale the image down") from error
-    except Exception as error:  # the decoders of damaged files raise what they like
+    except Exception as error:  # for damaged files, decoders raise errors of any kind
         raise InputError(
             f"{path}: damaged, or not an image ({one_line(error)}); expected a {_IMAGE_FORMATS} file"
         ) from error
@@ -95,7 +96,7 @@ def load_image(path: Union[str, Path]) -> np.ndarray:
 def check_image(image: Any) -> None:
     """Raises InputError, saying what to do, unless ``image`` is a uint8 array ``[height, width, 3]``.
 
-    That it is RGB, not OpenCV's BGR, cannot be seen from the array.
+    It cannot check that the image is RGB, not OpenCV's BGR.
     """
     if not isinstance(image, np.ndarray):
         raise InputError(
@@ -112,14 +113,14 @@ def check_image(image: Any) -> None:
 
 
 def network_size(input_spec: InputSpec, height: int, width: int) -> Tuple[int, int]:
-    """``(height, width)`` that an image of ``height`` x ``width`` pixels has after resizing, before padding.
+    """The ``(height, width)`` of an image of ``height`` x ``width`` pixels after resizing, before padding.
 
-    ``fixed_shape``: always the network input's. ``keep_aspect_ratio``: by the rule of TensorFlow 1's
-    ``resize_images(preserve_aspect_ratio=True)``, in float32: one scale for both sides, the largest at
-    which the image fits in ``min_dimension`` x ``max_dimension`` (the longer side along the image's longer
-    side), each new side rounded half to even.
+    ``fixed_shape``: always that of the network input. ``keep_aspect_ratio``: the rule of TensorFlow 1's
+    ``resize_images(preserve_aspect_ratio=True)``, in float32: one scale for both sides, the largest with
+    which the image fits into ``min_dimension`` x ``max_dimension`` (with the longer sides parallel); each new
+    side is rounded half to even.
 
-    Raises InputError where a side would become 0, as in TensorFlow.
+    Raises InputError if a side would become 0, as in TensorFlow.
     """
     resizer = input_spec.resizer
     if resizer.kind == "fixed_shape":
@@ -142,15 +143,15 @@ def preprocess(
 ) -> Tuple[np.ndarray, Frame]:
     """The network input for one image, and where the image lies in it.
 
-    image: uint8 ``[height, width, 3]``, RGB, of any size; fastest where it is C-contiguous. The native
-    library also reads a region of a larger image, and ``bgr[..., ::-1]``, where they lie.
+    image: uint8 ``[height, width, 3]``, RGB, of any size; fastest if it is C-contiguous. The native
+    library also reads a region of a larger image, and ``bgr[..., ::-1]``, without a copy.
     out: where to write, e.g. one image of a batch; float32 ``[3, height, width]``, C-contiguous.
 
     Returns float32 ``[3, input_spec.height, input_spec.width]``, normalised and C-contiguous (``out``, if
     given), and the Frame. The values differ from TensorFlow's by less than 1e-4 of the value range
     (``255 * scale``).
 
-    Raises InputError where ``image`` is not such an array (see :func:`check_image`), and where its size after
+    Raises InputError if ``image`` is not such an array (see :func:`check_image`), and if its size after
     resizing is not the network input's, as happens with ``keep_aspect_ratio`` without padding; and what
     :func:`odtrt_lib.native.load` raises.
     """
@@ -181,7 +182,7 @@ def preprocess(
 def frame_of(image: np.ndarray, input_spec: InputSpec) -> Frame:
     """How ``image``, [height, width, 3], lies in the network input.
 
-    Raises InputError where its size after resizing does not fit, see :func:`preprocess`.
+    Raises InputError if its size after resizing does not fit, see :func:`preprocess`.
     """
     height, width = image.shape[:2]
     true_height, true_width = network_size(input_spec, height, width)
@@ -199,11 +200,11 @@ def frame_of(image: np.ndarray, input_spec: InputSpec) -> Frame:
 
 
 def boxes_to_pixels(boxes: np.ndarray, frame: Frame, nms: NmsSpec) -> np.ndarray:
-    """Boxes as the post-processing returns them, in pixels of the original image.
+    """Converts boxes from the post-processing to pixels of the original image.
 
     boxes: ``[count, 4]``, ``(ymin, xmin, ymax, xmax)``. With ``nms.change_coordinate_frame`` they are
     normalised to the resized image (``frame.clip_window`` is their unit square), otherwise to the whole
-    network input, its padding included.
+    network input with its padding.
 
     Returns float32 ``[count, 4]``; the image's bottom right corner is ``(image_height, image_width)``.
     """
@@ -218,9 +219,9 @@ def boxes_to_pixels(boxes: np.ndarray, frame: Frame, nms: NmsSpec) -> np.ndarray
 def half_pixel_shift(in_size: int, out_size: int) -> float:
     """By how many pixels of the original a half-pixel resizer moves every box up, or to the left.
 
-    The OD API samples the source at ``i * s`` with ``s = in_size / out_size``, OpenCV, Pillow and
-    ``tf.image.resize`` at ``(i + 0.5) * s - 0.5``: the difference is ``0.5 * (s - 1)``, the same
-    everywhere in the image. It is negative, that is down or to the right, where the image is enlarged.
+    The OD API samples the source at ``i * s`` with ``s = in_size / out_size``. OpenCV, Pillow and
+    ``tf.image.resize`` sample it at ``(i + 0.5) * s - 0.5``. The difference is ``0.5 * (s - 1)`` everywhere
+    in the image. If the image is enlarged, it is negative: boxes move down, or to the right.
     """
     return 0.5 * (in_size / out_size - 1)
 
@@ -241,7 +242,7 @@ def _file_header(path: Path) -> bytes:
 
 
 def _image_plugin(header: bytes) -> Any:
-    """Pillow's reader for a file that starts like this, or None."""
+    """Pillow's reader for a file that starts with ``header``; None if it is of no supported format."""
     from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
     starts = (
@@ -277,7 +278,7 @@ def _rgb(image: Any) -> np.ndarray:
 
 
 def _first_frame(image: Any) -> np.ndarray:
-    """A GIF's first frame, black where it is transparent."""
+    """A GIF's first frame, uint8 [height, width, 3]; transparent pixels become black."""
     extent = tuple(image.tile[0][1])
     if extent != (0, 0, *image.size):
         raise ValueError(f"its first frame covers {extent} of {image.size}; TensorFlow would shift it")
@@ -290,7 +291,8 @@ def _first_frame(image: Any) -> np.ndarray:
 
 
 def _rgb_of_cmyk(image: Any) -> np.ndarray:
-    """TensorFlow's two rules: Adobe's programs store the complements. Pillow complements always."""
+    """RGB from CMYK as in TensorFlow: files of Adobe's programs store complements, others store ink. Pillow
+    takes the complement of both; here this is undone for Adobe's."""
     ink = np.asarray(image).astype(np.uint16)
     stored = 255 - ink
     colours = stored if "adobe" in image.info else ink
@@ -340,10 +342,10 @@ class _Sampling:
 
 @functools.lru_cache(maxsize=64)
 def _sampling(in_size: int, out_size: int) -> _Sampling:
-    """TensorFlow's ``compute_interpolation_weights`` with ``LegacyScaler``, in float32 as there.
+    """TensorFlow's ``compute_interpolation_weights`` with ``LegacyScaler``, in float32 as in TensorFlow.
 
-    Near the end of a long axis the rounding of float32 moves a sample by 1e-4 of a pixel, which can be
-    more than 1e-4 of the value range: the exact fraction ``i * in / out`` would not be close enough.
+    Near the end of a long axis, rounding to float32 moves a sample by 1e-4 of a pixel, which can change a
+    value by more than 1e-4 of the value range. So the exact fraction ``i * in / out`` would not do.
     """
     position = np.arange(out_size, dtype=np.float32) * (np.float32(in_size) / np.float32(out_size))
     lower = np.minimum(np.floor(position).astype(np.intp), in_size - 1)
@@ -355,7 +357,7 @@ def _sampling(in_size: int, out_size: int) -> _Sampling:
 def _resize_and_normalise(image: np.ndarray, scale: np.ndarray, offset: np.ndarray, out: np.ndarray) -> None:
     """Fills ``out`` [3, height, width] from ``image`` [any height, any width, 3].
 
-    Works on a few output rows at a time, so that what lies between stays in the processor's cache.
+    Works on a few output rows at a time, so that intermediate values stay in the processor's cache.
     """
     _, height, width = out.shape
     rows = _sampling(image.shape[0], height)
@@ -376,9 +378,10 @@ def _resize_and_normalise(image: np.ndarray, scale: np.ndarray, offset: np.ndarr
 
 
 def _resized_lines(image: np.ndarray, rows: np.ndarray, width: int) -> Tuple[np.ndarray, float]:
-    """The named rows of ``image``, resized to ``width`` pixels and multiplied by a unit: both are returned.
+    """These rows of ``image``, resized to ``width`` pixels and multiplied by a unit; and the unit.
 
-    The lines, float32 ``[len(rows), width * 3]``, are scratch memory: valid until this thread's next call.
+    The lines, float32 ``[len(rows), width * 3]``, are scratch memory: the next call in this thread overwrites
+    them.
     """
     count, in_width = len(rows), image.shape[1]
     flat = _scratch("source", (count * in_width + 1) * 3, np.uint8)
@@ -390,7 +393,7 @@ def _resized_lines(image: np.ndarray, rows: np.ndarray, width: int) -> Tuple[np.
     if not columns.interpolates:
         np.copyto(lines, left)
         return lines, 1
-    one_pixel_on = flat[3:].reshape(source.shape)  # what follows a row's last pixel has weight 0
+    one_pixel_on = flat[3:].reshape(source.shape)  # a pixel behind the end of a row has weight 0
     right = _pick_columns(one_pixel_on, width, "right")
     byte_weights = _byte_weights(in_width, width)
     if byte_weights is None or _opencv_strays(in_width, width) is None:
@@ -428,8 +431,8 @@ def _pick_columns(source: np.ndarray, width: int, name: str) -> np.ndarray:
 def _opencv_strays(in_width: int, width: int) -> Optional[np.ndarray]:
     """The output columns for which OpenCV's nearest-neighbour resize does not pick the left neighbour.
 
-    It does for most, but rounds some positions differently than TensorFlow; which, is not documented and
-    may differ between versions: look. None without OpenCV, or where it picks others throughout.
+    OpenCV rounds some positions differently from TensorFlow. Which ones is not documented and may differ
+    between versions, so this function tries it. None without OpenCV, or if most columns differ.
     """
     try:
         import cv2
@@ -448,7 +451,7 @@ def _opencv_strays(in_width: int, width: int) -> Optional[np.ndarray]:
 def _byte_weights(in_width: int, width: int) -> Optional[Tuple[np.ndarray, np.ndarray]]:
     """The weights of the left and the right neighbours in 128ths, uint8 ``[2 * _BLOCK_ROWS, width * 3]``.
 
-    None where they are not whole. OpenCV multiplies and adds bytes much faster than numpy does.
+    None if these weights are not whole numbers. OpenCV multiplies and adds bytes much faster than numpy.
     """
     parts = np.repeat(_sampling(in_width, width).weight * np.float32(_BYTE_UNIT), 3)
     if not np.array_equal(parts, np.rint(parts)):
@@ -461,7 +464,7 @@ _scratch_of_thread = threading.local()
 
 
 def _scratch(name: str, size: int, dtype: Any) -> np.ndarray:
-    """An array of ``size`` elements with any content, the same memory at every call of one thread."""
+    """An array of ``size`` elements with undefined content. All calls in one thread share its memory."""
     buffers: Dict[str, np.ndarray] = _scratch_of_thread.__dict__
     if name not in buffers or buffers[name].size < size:
         buffers[name] = np.empty(size, dtype)

@@ -1,8 +1,8 @@
-"""``report.html``: what went into each stage, what came out, what was checked, how long it took.
+"""Writes ``report.html``: the inputs and outputs of each stage, its checks, and its time.
 
-One file that needs nothing else: styles and pictures are inside, and its content security policy lets
-the browser load nothing from anywhere. Everything in it comes from the folder's ``log.jsonl``,
-``spec.json`` and the pictures handed in.
+The file needs no other: it contains styles and pictures, and its content security policy forbids the browser
+to load anything. Its content comes from the folder's ``log.jsonl`` and ``spec.json``, and from the caller's
+pictures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from odtrt_lib.spec import DetectorSpec, load_spec
 
 REPORT = "report.html"
 
-# What a stage fails over gets a tick in the report; its other figures are only told.
+# Figures that can make a stage fail get a tick in the report; others are only shown.
 _GATE = re.compile("err|worst|restored|control_flow|agree|match|checker|(?<!max_)times_noise")
 
 # A picture's longer side in the report, in pixels; larger ones are scaled down.
@@ -42,7 +42,7 @@ _STAGES = {
     "detect": ("Detect", "The model looked at pictures, with exactly the OD API's pre- and post-processing."),
 }
 
-# The chapter that each stage belongs to; what belongs to none has a dot.
+# Stage -> its chapter. A stage without a chapter gets a dot.
 _CHAPTERS = {"export": "1", "convert": "2", "engine": "3", "fuse": "4", "fuse_onnx": "4"}
 
 Picture = Tuple[str, Union[bytes, np.ndarray]]
@@ -58,8 +58,8 @@ def write_report(
     """Writes ``report.html`` into ``folder`` and returns its path.
 
     pictures: (title, picture); a picture is a JPEG or PNG file's bytes, or uint8 ``[height, width, 3]``, RGB.
-    detections: for each picture what was found in it, an :class:`odtrt_lib.detector.Detections`, for the
-        text beside it; empty if there is none to tell.
+    detections: for each picture its :class:`odtrt_lib.detector.Detections`, for the text beside it; empty: no
+        text.
     skipped: stage -> why it was not run.
 
     Raises InputError if the folder has no finished stage, or a picture is of another form.
@@ -97,15 +97,15 @@ def write_report(
 
 
 def figures(checks: Mapping[str, Any]) -> List[Tuple[str, str]]:
-    """A record's checks in words: (what was checked, its figure)."""
+    """A record's checks in words, as pairs: what was checked, and its figure."""
     return [(_words(name), _figure(value)) for name, value in _flat(checks)]
 
 
 def undecided(checks: Mapping[str, Any]) -> Optional[Tuple[str, str]]:
-    """Which checks of a record could not see enough (their names' common start), and that in a sentence.
+    """The first check of a record that was not decisive: the start of its figures' names, and a sentence.
 
-    None where all could. What they could have seen is recorded as ``sees_kernel_change``, the smallest
-    relative change of a kernel; see :mod:`odtrt_lib.export.noise`.
+    None if all were decisive. The figure ``sees_kernel_change`` is the smallest relative change of a kernel
+    that the check would reveal; see :mod:`odtrt_lib.export.noise`.
     """
     flat = dict(_flat(checks))
     for name, value in flat.items():
@@ -123,7 +123,7 @@ def undecided(checks: Mapping[str, Any]) -> Optional[Tuple[str, str]]:
 
 
 def _current_records(log: Iterable[Dict[str, Any]]) -> List[Dict[str, Any]]:
-    """The newest record for each set of files that a stage wrote; a folder can hold several plans."""
+    """The newest record for each set of files that a stage wrote. A folder can contain several plans."""
     newest: Dict[Tuple[str, Tuple[str, ...]], Dict[str, Any]] = {}
     for record in log:
         key = (record["stage"], tuple(sorted(record["outputs"])))
@@ -227,7 +227,8 @@ def _stage(folder: Path, record: Dict[str, Any], number: str) -> str:
 
 
 def _digest_now(folder: Path, name: str) -> Optional[str]:
-    """Of an input of a stage, which can be a part of ``spec.json``; None where there is no such file."""
+    """The present SHA-256 of a stage's input, a file or a part of ``spec.json``; None if there is no such
+    file."""
     file, _, sections = name.partition(": ")
     if Path(file).name != file or len(file) > 200 or not (folder / file).is_file():
         return None

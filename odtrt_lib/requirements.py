@@ -1,4 +1,4 @@
-"""Which part of odtrt needs which Python package, stated once for ``odtrt doctor`` and ``build_here.py``."""
+"""Which part of odtrt needs which Python package, for ``odtrt doctor`` and ``build_here.py``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ _INSTALL = "pip install -e '.[{}]'"
 class Package:
     """A Python package that a chapter needs.
 
-    module: what must be there. statement: what is run to see whether it works, if that is more than to
-    import the module. distribution: the name under which pip knows it, for its version. install: the
-    command that installs it.
+    module: the module that must exist. statement: the test whether it works, if importing the module is not
+    enough. distribution: pip's name for it, for its version. install: the command that installs it.
     """
 
     name: str
@@ -38,7 +37,7 @@ PACKAGES = (
         "object_detection",
         "tf-models-research-object-detection",
         "make install",
-        # All that the OD API's models need, without prepare()'s repair: to look is not to change.
+        # Imports all that the OD API's models need, but repairs nothing: a check must not change anything.
         "from odtrt_lib.export import odapi; odapi.regenerate_protos = lambda: 0; odapi.prepare(); "
         "import object_detection.builders.model_builder",
     ),
@@ -64,8 +63,8 @@ BUILD, HALF_PRECISION, RUN_A_PLAN = "3 engine (build)", "3 engine (fp16)", "3 en
 DETECT = "detect"
 
 
-# The one table of what needs which package; a bundle's build_here.py asks it too. TensorRT itself is handled
-# apart: chapter 3 needs one of the runtime libraries.
+# Part of odtrt -> the packages that it needs. TensorRT is not in this table: chapter 3 needs one of the two
+# runtime libraries.
 NEEDS = {
     "1 export": ("NumPy", "TensorFlow", "OD API", "OD API protobuf modules"),
     "2 convert": ("NumPy", "TensorFlow", "onnx", "tf2onnx", "onnx-graphsurgeon", "ONNX Runtime"),
@@ -79,6 +78,6 @@ NEEDS = {
 
 
 def modules(part: str) -> Tuple[str, ...]:
-    """The Python modules that a part of odtrt needs besides TensorRT's, e.g. :data:`BUILD`."""
+    """The Python modules that a part of odtrt, e.g. :data:`BUILD`, needs besides TensorRT's."""
     of = {package.name: package.module.split(".")[0] for package in PACKAGES}
     return tuple(of[name] for name in NEEDS[part])

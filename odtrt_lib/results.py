@@ -1,8 +1,8 @@
-"""Measurements: one JSON file a topic under ``results/``, written only by the command that it names.
+"""Measurements: one JSON file for each topic under ``results/``. Only the command that it names writes it.
 
 ``{"schema": 1, "topic", "command", "date", "device": {...}, "versions": {...}, "rows": [...]}``. A row is
-flat: one figure a key, the unit in the key's name (``seconds``, ``p50_us``, ``max_abs_err``). It is one line
-of the file, as each of the other keys is. Needs the standard library only.
+flat: each key has one figure, and its name contains the unit (``seconds``, ``p50_us``, ``max_abs_err``). Each
+row is one line of the file, and so is each other key. Needs the standard library only.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def write_results(
 ) -> Dict[str, Any]:
     """Writes one topic's measurements, whole or not at all, and returns what it wrote.
 
-    command: what to type to write this file again. rows: flat mappings; a value is text, a finite number,
-    a truth value or None. The device and the versions of :data:`RECORDED_DISTRIBUTIONS` are added.
+    command: the command that writes this file again. rows: flat mappings; a value is text, a finite number, a
+    truth value or None. The device and the versions of :data:`RECORDED_DISTRIBUTIONS` are added.
 
-    Raises ValueError where a row is not flat or a figure is not finite, InputError where ``path`` cannot
+    Raises ValueError if a row is not flat or a figure is not finite, InputError if ``path`` cannot
     be written.
     """
     for number, row in enumerate(rows):
@@ -77,7 +77,7 @@ def write_results(
 
 
 def as_text(record: Mapping[str, Any]) -> str:
-    """A results file's text: each key of ``record`` on a line, and each of its ``rows`` too."""
+    """The text of a results file: one line for each key of ``record`` and for each of its ``rows``."""
     lines = []
     for key, value in record.items():
         text = json.dumps(value, allow_nan=False)
@@ -89,7 +89,7 @@ def as_text(record: Mapping[str, Any]) -> str:
 
 
 def device_info() -> Dict[str, Any]:
-    """The machine as flat figures: ``system``, ``machine``, ``cpu``, ``cores`` (usable by this process).
+    """The machine as flat figures: ``system``, ``machine``, ``cpu``, ``cores`` (that this process may use).
 
     With an NVIDIA GPU also ``gpu``, ``gpu_count``, ``gpu_memory_mb`` and ``driver``; on a Jetson ``board``
     and ``l4t``.
@@ -111,10 +111,10 @@ def device_info() -> Dict[str, Any]:
 
 
 def versions(*distributions: str) -> Dict[str, str]:
-    """Python's and odtrt's version, and those of the named distributions that are installed.
+    """The versions of Python, of odtrt and of the named distributions.
 
-    A distribution is named as pip names it, e.g. ``versions("numpy", "opencv-python-headless")``; one that
-    is not installed is left out.
+    Use pip's names, e.g. ``versions("numpy", "opencv-python-headless")``. A distribution that is not
+    installed is left out.
     """
     from odtrt_lib import __version__
 

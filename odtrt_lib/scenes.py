@@ -1,19 +1,19 @@
 """Images with ground truth: the rendered "parts on a belt" set, also as a folder in COCO's format.
 
 :func:`render_scene` draws what a camera above a conveyor belt sees: bolts, nuts, washers, gears,
-springs and bearings among swarf, cable scraps and labels. A seed is a scene: the same seed gives the
-same picture bit for bit (with the same versions of numpy and OpenCV), so the set needs no download
-and its splits are ranges of seeds that do not meet:
+springs and bearings among swarf, cable scraps and labels. The same seed gives the same picture bit for bit
+(with the same versions of numpy and OpenCV). So the set needs no download, and its splits are disjoint ranges
+of seeds:
 
 ==================== ================== ==============================================
 ``TRAIN_SEEDS``      0 .. 99 999        training, and calibration of INT8
 ``VALIDATION_SEEDS`` 100 000 .. 109 999 choices made during training
-``TEST_SEEDS``       110 000 .. 119 999 figures that are reported, demonstration scenes
+``TEST_SEEDS``       110 000 .. 119 999 reported figures, demonstration scenes
 ==================== ================== ==============================================
 
-Boxes are ``[ymin, xmin, ymax, xmax]`` in pixels, edges not centres: the pixel in row r and column c
-covers ``[r, c, r + 1, c + 1]``. As in COCO, a box encloses the visible part of its object; an object
-of which less than ``MINIMUM_VISIBLE`` is seen is not in the scene at all.
+Boxes are ``[ymin, xmin, ymax, xmax]`` in pixels, measured at pixel edges: the pixel in row r and column c
+covers ``[r, c, r + 1, c + 1]``. As in COCO, a box encloses the visible part of its object. An object of which
+less than ``MINIMUM_VISIBLE`` is visible is not in the ground truth.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Scene:
 class _Frame:
     """The pixels of one patch in the part's own coordinates (unit = the part's half extent).
 
-    u, v, radius, angle: float32 [h, w]. scale: patch pixels a unit. to_patch: 2x3, (u, v, 1) -> (x, y).
+    u, v, radius, angle: float32 [h, w]. scale: patch pixels for one unit. to_patch: 2x3, (u, v, 1) -> (x, y).
     """
 
     u: np.ndarray
@@ -81,11 +81,11 @@ class _Frame:
 
 @dataclass(frozen=True)
 class _Surface:
-    """A part without light: what it covers and how high it stands, in its own units.
+    """A part before it is lit: the area that it covers and its height, in its own units.
 
-    coverage: float32 [h, w] in 0..1. height: float32 [h, w], in units. thickness: of the wall under the
-    top face (0 = the part is round below). cavity: darkening in 0..1. paint, painted: colour of what is
-    not bare metal, and where. turned: the face was made on a lathe.
+    coverage: float32 [h, w], 0 to 1. height: float32 [h, w], in units. thickness: that of the wall under the
+    top face (0: the part is round below). cavity: darkening, 0 to 1. paint, painted: the colour of what is
+    not bare metal, and its place. turned: the face was made on a lathe.
     """
 
     coverage: np.ndarray
@@ -112,7 +112,7 @@ class _Sprite:
 
 @dataclass(frozen=True)
 class _Light:
-    """direction: unit vector to the lamp; the rest is chosen once a scene."""
+    """direction: unit vector to the lamp. All fields are chosen once for each scene."""
 
     direction: np.ndarray
     ambient: float
@@ -129,7 +129,7 @@ class _Camera:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Everything on the belt, lowest first, and the belt below it."""
+    """Everything on the belt, lowest first, and the belt itself."""
 
     belt: np.ndarray
     sprites: tuple[_Sprite, ...]
@@ -137,7 +137,7 @@ class _Layout:
 
 
 def render_scene(seed: int, height: int = 480, width: int = 640) -> Scene:
-    """Renders scene number ``seed``; see :class:`Scene` for shapes and the module for the box rule."""
+    """Renders scene number ``seed``. For shapes see :class:`Scene`, for boxes the module's docstring."""
     layout = _lay_out(seed, height, width)
     owner = _owners(layout, height, width)
     boxes, class_ids = [], []
@@ -192,7 +192,7 @@ def _place_parts(
     count: int,
     crowding: float,
 ) -> list[_Sprite]:
-    """Parts at random places; two overlap only with probability ``crowding``."""
+    """Parts at random places. A part may overlap others only with probability ``crowding``."""
     sprites: list[_Sprite] = []
     taken: list[tuple[float, float, float]] = []
     for _ in range(count):
@@ -232,7 +232,7 @@ def _random_light(rng: np.random.Generator) -> _Light:
 
 
 def _window(sprite: _Sprite, height: int, width: int) -> tuple[slice, slice]:
-    """The rows and columns of the image that the sprite's patch meets (possibly empty)."""
+    """The rows and columns of the image that the sprite's patch covers; they can be empty."""
     patch_height, patch_width = sprite.alpha.shape
     top, left = max(sprite.top, 0), max(sprite.left, 0)
     return (
@@ -249,7 +249,7 @@ def _inside(sprite: _Sprite, rows: slice, columns: slice) -> tuple[slice, slice]
 
 
 def _owners(layout: _Layout, height: int, width: int) -> np.ndarray:
-    """int16 [height, width]: the number of the topmost sprite in each pixel, -1 where the belt is bare."""
+    """int16 [height, width]: the number of the topmost sprite in each pixel; -1: the belt is visible."""
     owner = np.full((height, width), -1, np.int16)
     for number, sprite in enumerate(layout.sprites):
         rows, columns = _window(sprite, height, width)
@@ -268,7 +268,7 @@ def _visible_fraction(sprite: _Sprite, number: int, owner: np.ndarray) -> float:
 
 
 def _paint(layout: _Layout, shadows: bool = True) -> np.ndarray:
-    """The belt with everything on it before the camera's faults; float32 [height, width, 3], 0..1."""
+    """The belt with everything on it, without the camera's faults; float32 [height, width, 3], 0 to 1."""
     canvas = layout.belt.copy()
     height, width = canvas.shape[:2]
     for sprite in layout.sprites:
@@ -303,7 +303,7 @@ def _smoothstep(low: float, high: float, value: np.ndarray) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:
-    """Smooth noise, float32 [height, width], about -1..1, with features ``cell`` pixels wide."""
+    """Smooth noise, float32 [height, width], about -1 to 1, with features ``cell`` pixels wide."""
     rows, columns = max(2, int(height / cell) + 2), max(2, int(width / cell) + 2)
     coarse = np.clip(rng.standard_normal((rows, columns), np.float32) * 0.6, -1.5, 1.5)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -420,7 +420,7 @@ def _sprite(
 def _add_wall(
     alpha: np.ndarray, rgb: np.ndarray, wall: int, colour: np.ndarray, light: _Light
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the side of a part that a tilted camera sees below its top face (rgb is premultiplied)."""
+    """Draws the side of a part, which a tilted camera sees below the top face. rgb is premultiplied."""
     padding = wall + (-(alpha.shape[0] + wall)) % 12
     alpha = np.pad(alpha, ((0, padding), (0, 0)))
     rgb = np.pad(rgb, ((0, padding), (0, 0), (0, 0)))
@@ -438,7 +438,7 @@ def _add_wall(
 
 
 def _cover(frame: _Frame, distance: np.ndarray) -> np.ndarray:
-    """Coverage of a pixel whose signed distance to the outline (inside > 0) is given in units."""
+    """The coverage of each pixel. distance: the signed distance to the outline (inside > 0), in units."""
     return np.clip(distance * frame.scale + 0.5, 0.0, 1.0)
 
 
@@ -615,7 +615,7 @@ def _spring(rng: np.random.Generator, frame: _Frame) -> _Surface:
 def _visible_runs(
     frame: _Frame, strands: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], in_front: bool
 ) -> list[np.ndarray]:
-    """The stretches of the strands (u, v, depth) on one side of the axis, for cv2.polylines with shift=4."""
+    """The parts of the strands (u, v, depth) on one side of the axis, for cv2.polylines with shift=4."""
     lines = []
     for u, v, depth in strands:
         kept = np.flatnonzero(depth > -0.02 if in_front else depth <= 0.02)
@@ -691,7 +691,7 @@ _SHAPES = (_bolt, _nut, _washer, _gear, _spring, _bearing)
 
 
 def _clutter(rng: np.random.Generator, camera: _Camera, height: int, width: int, unit: float) -> _Sprite:
-    """Something on the belt that is no part: swarf, chips, scraps of cable and sheet, pins, labels."""
+    """An object on the belt that is no part: swarf, chips, scraps of cable and sheet, pins, labels."""
     x, y = rng.uniform(0, width), rng.uniform(0, height)
     shape, low, high = _CLUTTER[int(rng.choice(len(_CLUTTER), p=(0.26, 0.26, 0.16, 0.12, 0.10, 0.10)))]
     return _sprite(rng, camera, shape, 0, x, y, unit * rng.uniform(low, high))
@@ -802,7 +802,7 @@ _CLUTTER = (
 
 
 def _wave(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """cos(rows[:, None] + columns[None, :]) from one cosine and one sine a row and a column."""
+    """cos(rows[:, None] + columns[None, :]), with one cosine and one sine for each row and each column."""
     return np.outer(np.cos(rows), np.cos(columns)) - np.outer(np.sin(rows), np.sin(columns))
 
 
@@ -819,7 +819,7 @@ _BELTS = (
 
 
 def _belt(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """The empty belt under uneven light; float32 [height, width, 3], 0..1."""
+    """The empty belt under uneven light; float32 [height, width, 3], 0 to 1."""
     rows, columns = np.arange(height, dtype=np.float32), np.arange(width, dtype=np.float32)
     slant = rng.uniform(-0.08, 0.08)
     period = rng.uniform(5.0, 14.0)
@@ -887,7 +887,7 @@ def _scratched(rng: np.random.Generator, tone: np.ndarray) -> np.ndarray:
 
 
 def _photograph(scene: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What the camera makes of the scene: blur, exposure, colour cast, noise, JPEG; uint8 RGB."""
+    """The camera's picture of the scene, with blur, exposure, colour cast, noise and JPEG; uint8 RGB."""
     height, width = scene.shape[:2]
     image: np.ndarray = scene
     travel = int(rng.choice((1, 2, 3, 5, 7), p=(0.4, 0.2, 0.2, 0.13, 0.07)))

@@ -1,7 +1,8 @@
-"""Where frames come from: pictures, video files, cameras and network streams, all as RGB arrays.
+"""Sources of frames: pictures, video files, cameras and network streams, all as RGB arrays.
 
-A file waits for its reader, who sees every frame. A camera does not wait: :class:`Latest` keeps its newest
-frame and drops the others. Pictures need Pillow; all else needs OpenCV, which is imported only to open it.
+The reader of a file gets every frame. A camera does not wait for its reader: :class:`Latest` keeps the newest
+frame and drops the others. Pictures need Pillow. All other sources need OpenCV, which is imported when one is
+opened.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def _nothing_to_close() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Something that gives frames.
+    """A source of frames.
 
-    name: for people; without a password. read: the next frame, uint8 ``[height, width, 3]``, RGB, or None at
-    the end; raises InputError, with the reason, where it fails. is_live: frames come whether they are read or
-    not. frame_count: how many frames its header tells of, which some formats only estimate; 0 where it is
-    not known. close: gives the file or the camera back.
+    name: for people; without a password. read: returns the next frame, uint8 ``[height, width, 3]``, RGB, or
+    None at the end; raises InputError, with the reason, if it fails. is_live: whether frames come even if
+    nobody reads them. frame_count: the number in its header, which in some formats is an estimate; 0 if it is
+    not known. close: closes the file or the camera.
     """
 
     name: str
@@ -48,10 +49,10 @@ class Source:
 
 
 class Latest:
-    """The newest frame of a live source, for a reader that may be slower than it.
+    """The newest frame of a live source, for a reader that may be slower than the source.
 
-    A thread reads the source and keeps one frame, the newest. ``dropped`` counts the frames that a newer one
-    replaced before anybody took them, ``received`` all frames that came.
+    A thread reads the source and keeps only the newest frame. ``dropped`` counts the frames that a newer one
+    replaced before they were read; ``received`` counts all frames.
     """
 
     def __init__(self, source: Source) -> None:
@@ -66,7 +67,8 @@ class Latest:
         self._thread.start()
 
     def read(self) -> Optional[np.ndarray]:
-        """The newest frame, once: waits until there is one. None, or what the source raised, at its end."""
+        """Waits for a new frame and returns the newest. At the end, returns None or raises the source's
+        error."""
         with self._changed:
             self._changed.wait_for(lambda: self._frame is not None or self._is_over)
             frame, self._frame = self._frame, None
@@ -75,7 +77,8 @@ class Latest:
         return frame
 
     def close(self) -> None:
-        """Ends the thread, which gives the source back; one that waits for a dead camera is left behind."""
+        """Ends the thread, which closes the source. Does not wait for a thread that waits for a dead
+        camera."""
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
@@ -92,7 +95,7 @@ class Latest:
                     self.dropped += self._frame is not None
                     self._frame = frame
                     self._changed.notify()
-        except BaseException as error:  # the reader raises it
+        except BaseException as error:  # `read` raises it
             self._error = error
         finally:
             with self._changed:
@@ -107,14 +110,14 @@ def is_stream(place: str) -> bool:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether the file's name ends as a picture's, see :data:`PICTURE_SUFFIXES`."""
+    """Whether the file's name has one of :data:`PICTURE_SUFFIXES`."""
     return path.suffix.lower() in PICTURE_SUFFIXES
 
 
 def pictures(places: Sequence[Path]) -> List[Path]:
-    """Picture files, and for each folder those in it, by name.
+    """The files in ``places``, and for each folder its picture files, sorted by name.
 
-    Raises InputError where one is missing, or a folder has none.
+    Raises InputError if one is missing, or a folder has none.
     """
     found: List[Path] = []
     for place in places:
@@ -131,9 +134,9 @@ def pictures(places: Sequence[Path]) -> List[Path]:
 
 
 def open_video(path: Path) -> Source:
-    """A video file.
+    """Opens a video file.
 
-    Raises InputError where it is missing or cannot be read, MissingDependencyError without OpenCV.
+    Raises InputError if it is missing or cannot be read, MissingDependencyError without OpenCV.
     """
     if not path.is_file():
         raise InputError(f"{path}: {'a folder' if path.is_dir() else 'not found'}; expected a video file")
@@ -148,9 +151,9 @@ def open_video(path: Path) -> Source:
 
 
 def open_stream(address: str) -> Source:
-    """A network stream, e.g. ``rtsp://user:password@camera/stream``.
+    """Opens a network stream, e.g. ``rtsp://user:password@camera/stream``.
 
-    Raises InputError where it cannot be opened, MissingDependencyError without OpenCV.
+    Raises InputError if it cannot be opened, MissingDependencyError without OpenCV.
     """
     name = _without_password(address)
     cv2 = _opencv(name)
@@ -166,9 +169,9 @@ def open_stream(address: str) -> Source:
 
 
 def open_camera(camera: str) -> Source:
-    """A camera: ``0`` or ``/dev/video0`` by V4L2, ``csi:0`` by :func:`csi_pipeline`.
+    """Opens a camera: ``0`` or ``/dev/video0`` by V4L2, ``csi:0`` by :func:`csi_pipeline`.
 
-    Raises InputError where there is none or it cannot be opened, MissingDependencyError without OpenCV.
+    Raises InputError if there is none or it cannot be opened, MissingDependencyError without OpenCV.
     """
     csi = re.fullmatch("csi:([0-9]{1,2})", camera)
     if csi:
@@ -195,7 +198,7 @@ def csi_pipeline(sensor: int) -> str:
     """The GStreamer pipeline for a camera on a Jetson's CSI connector.
 
     The sensor must have a mode with at least 1280 x 720 pixels and 30 frames a second. ``appsink`` keeps one
-    frame; ``videoconvert`` works on the CPU, as the Jetson's own converter cannot write BGR.
+    frame. ``videoconvert`` works on the CPU, because the Jetson's own converter cannot write BGR.
     """
     return (
         f"nvarguscamerasrc sensor-id={sensor} ! video/x-raw(memory:NVMM), width={_CSI_WIDTH}, "
@@ -249,7 +252,7 @@ def _opencv(name: str) -> Any:
 
 
 def _without_password(address: str) -> str:
-    """An address to show. What follows ``?`` may hold a password too, and is left out."""
+    """An address without passwords, for messages. What follows ``?`` may contain one, and is left out."""
     try:
         parts = urlsplit(address)
         user, password = parts.username, parts.password

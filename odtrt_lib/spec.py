@@ -1,20 +1,20 @@
 """The contract between the stages: everything that later stages must know about one detector.
 
-``spec.json`` is written by chapter 1 from the model's ``pipeline.config`` and read by every stage after
-it. Nothing in it is typed by hand or guessed from node names; a setting that odtrt does not know or does
-not support is an error that names the setting, never a default.
+Chapter 1 writes ``spec.json`` from the model's ``pipeline.config``, and every later stage reads it. Nothing
+in it is typed by hand or guessed from node names. If odtrt does not know or support a setting, this is an
+error that names the setting; there are no defaults.
 
-Conventions, everywhere in odtrt:
+These conventions hold everywhere in odtrt:
 
-* A box is ``[ymin, xmin, ymax, xmax]``. Inside the graph it is normalised to the network input (or to
-  the valid part of it, see ``NmsSpec.change_coordinate_frame``); at the user's side it is in pixels of
-  the original image.
-* A class at the user's side is the label map's id, which starts at 1. Inside it is the 0-based column
+* A box is ``[ymin, xmin, ymax, xmax]``. Inside the graph it is normalised to the network input, or to the
+  valid part of it (see ``NmsSpec.change_coordinate_frame``). For the user it is in pixels of the original
+  image.
+* A class is, for the user, the label map's id, which starts at 1. Inside the graph it is the 0-based column
   of the class scores without the background column: ``id = column + 1``.
-* An image at the user's side is RGB, uint8, height x width x 3.
+* An image is, for the user, RGB, uint8, height x width x 3.
 * An anchor is ``(ycenter, xcenter, height, width)``, normalised to the network input.
 
-This module needs the standard library only; :func:`odtrt_lib.export.pipeline.read_pipeline` reads the config.
+This module needs the standard library only. :func:`odtrt_lib.export.pipeline.read_pipeline` reads the config.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_CLASSES = 2**16
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where the detector comes from."""
+    """The origin of the detector."""
 
     pipeline_sha256: str
     checkpoint: str
@@ -48,10 +48,10 @@ class Resizer:
     """How an image of any size becomes a network input (OD API: ``image_resizer``).
 
     kind: ``fixed_shape`` stretches the image to ``InputSpec.height`` x ``width``. ``keep_aspect_ratio``
-        scales it so that its shorter side is ``min_dimension``, or, where the longer side would then
-        exceed ``max_dimension``, so that the longer side is ``max_dimension``; with
-        ``pad_to_max_dimension`` it is then filled up at the bottom and at the right to a square with
-        ``pad_value`` (per channel, in the units of the *normalised* image).
+        scales it so that its shorter side is ``min_dimension``. If the longer side would then exceed
+        ``max_dimension``, it scales it so that the longer side is ``max_dimension``. With
+        ``pad_to_max_dimension`` it then adds ``pad_value`` (per channel, in the units of the *normalised*
+        image) at the bottom and at the right, up to a square.
     method: ``bilinear``: TensorFlow 1's ResizeBilinear, ``align_corners=False``,
         ``half_pixel_centers=False``: output pixel i samples the input at ``i * (in / out)``.
     """
@@ -69,7 +69,7 @@ class InputSpec:
     """The network input: float32 ``[batch, 3, height, width]``, RGB.
 
     A pixel value p in 0..255 enters as ``p * scale[channel] + offset[channel]``.
-    ``batch`` is the fixed batch size, or None where it is dynamic.
+    ``batch`` is the fixed batch size, or None if it is dynamic.
     """
 
     height: int
@@ -120,18 +120,18 @@ class SsdHeads:
 
     @property
     def num_columns(self) -> int:
-        """Columns of ``class_logits``, the background included where there is one."""
+        """The number of columns of ``class_logits``, with that of the background if there is one."""
         return self.num_classes + int(self.background_column)
 
     def in_words(self) -> Dict[str, str]:
-        """How the outputs are decoded, for people: what -> how."""
+        """How the outputs are decoded, for people: name -> description."""
         return {
             "Scores": f"{self.scores.converter}, logit scale {self.scores.logit_scale:g}",
             "Background column": "yes" if self.background_column else "no",
         }
 
     def problems(self) -> Iterator[str]:
-        """As :func:`problems`, for what no field shows alone."""
+        """As :func:`problems`, for rules about several fields."""
         if self.num_anchors * self.num_columns > MAX_INT:
             yield f"num_anchors: {self.num_anchors}, expected less than 2^31 scores in all"
 
@@ -170,7 +170,7 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class DetectorSpec:
-    """One detector. See the module's docstring for the conventions."""
+    """One detector. For the conventions see the module's docstring."""
 
     name: str
     source: Source
@@ -192,7 +192,7 @@ class DetectorSpec:
 
 MAX_INT = 2**31 - 1
 _MAX_FLOAT = 3.4028234663852886e38
-_POSITIVE = (2.0**-126, _MAX_FLOAT)  # float32, and so is the reciprocal
+_POSITIVE = (2.0**-126, _MAX_FLOAT)  # float32 numbers whose reciprocals are float32 numbers, too
 _RANGES: Dict[str, Tuple[float, float]] = {
     "Resizer.min_dimension": (1, 2**24 - 1),
     "Resizer.max_dimension": (1, 2**24 - 1),
@@ -221,9 +221,9 @@ _CHOICES: Dict[str, Tuple[str, ...]] = {
 
 
 def problems(part: Any) -> Iterator[str]:
-    """What is wrong with the values of a DetectorSpec, or of one of its parts; nothing where it is valid.
+    """The wrong values of a DetectorSpec, or of one of its parts; none if it is valid.
 
-    Each names a field, its value and what was expected: ``nms.iou_threshold: 2.0, expected 0 to 1``.
+    Each text names a field, its value and what was expected: ``nms.iou_threshold: 2.0, expected 0 to 1``.
     """
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
@@ -247,11 +247,12 @@ def problems(part: Any) -> Iterator[str]:
 
 
 def load_spec(path: Union[str, Path], content: Optional[bytes] = None) -> DetectorSpec:
-    """Reads a ``spec.json``, of schema 1 too. content: the bytes of the file, where they were read already.
+    """Reads a ``spec.json``, also of schema 1. content: the bytes of the file, if they have been read
+    already.
 
-    Raises InputError, naming the file and the field, where the file is absent, too large, not JSON, of
-    another schema version, of a family of heads that is not in :data:`FAMILIES`, or has a missing or unknown
-    field, a value of another type or out of its range.
+    Raises InputError, naming the file and the field, if the file is absent, too large, not JSON or of another
+    schema version; if its family of heads is not in :data:`FAMILIES`; if a field is missing or unknown; or if
+    a value has another type or is out of range.
     """
     path = Path(path)
     data = _read_json(path, content)
@@ -271,10 +272,10 @@ def load_spec(path: Union[str, Path], content: Optional[bytes] = None) -> Detect
 
 
 def sections_for_records(content: bytes) -> Dict[str, Any]:
-    """The sections of a ``spec.json`` over which records and passports keep hashes.
+    """The sections of a ``spec.json`` that records and passports hash.
 
-    They lie as in schema 1: a record of that time and one of today have the same hash if they say the same.
-    So what decodes the heads is beside them, null in a family that has none, and ``ssd`` is not named.
+    They are arranged as in schema 1, so that equal specs of both schemas have equal hashes. So the decoding
+    of the heads is a section of its own, null in a family without it, and the family ``ssd`` is not named.
 
     Raises ValueError, KeyError, TypeError, AttributeError or RecursionError if this is no spec.json.
     """
@@ -292,7 +293,7 @@ _DECODING = ("box_coder", "scores")  # beside `heads` in schema 1
 
 
 def _of_schema_1(data: Dict[str, Any], where: str) -> Dict[str, Any]:
-    """The data of schema 1 as today's lays them out: the heads were an SSD's."""
+    """Data of schema 1, in the layout of today's schema. In schema 1 all heads were an SSD's."""
     heads = _object(data.get("heads", {}), f"{where}.heads")
     for name in ("family", *_DECODING):
         if name in heads:
@@ -303,7 +304,7 @@ def _of_schema_1(data: Dict[str, Any], where: str) -> Dict[str, Any]:
 
 
 def _expected_instead(name: str, value: Any) -> str:
-    """What the field ``Class.field`` should hold instead of ``value``; nothing where that is right."""
+    """What was expected in the field ``Class.field`` instead of ``value``; empty if the value is right."""
     if name in _CHOICES:
         return "" if value in _CHOICES[name] else " or ".join(_CHOICES[name])
     if isinstance(value, str):
@@ -366,7 +367,7 @@ _JSON_TYPES: Dict[str, Tuple[type, str]] = {
     "Tuple[float, float, float]": (tuple, "3 numbers"),
     "Tuple[Label, ...]": (tuple, "a list of labels"),
 }
-_MAX_DIGITS = 100  # more than any field can hold; a longer number takes time quadratic in its length
+_MAX_DIGITS = 100  # more than any field needs; parsing a longer number takes time quadratic in its length
 _MAX_SHOWN = 60
 
 
@@ -416,7 +417,7 @@ def _from_dict(kind: type, data: Any, where: str) -> Any:
 
 
 def _value(annotation: str, value: Any, where: str) -> Any:
-    """A JSON value as a field of that annotation; :func:`problems` judges its range."""
+    """Converts a JSON value to a field of that annotation. :func:`problems` checks its range."""
     if annotation == "Heads":
         return _heads(value, where)
     if annotation in _NESTED:

@@ -1,7 +1,7 @@
 """Names, shapes and types of a detector's inputs and outputs, stated once.
 
-ONNX, TensorRT, the kernels, Triton and DeepStream all compare with these. The networks' boxes and scores are
-what :mod:`odtrt_lib.spec` says; ``detector.onnx`` gives what :class:`odtrt_lib.nms.Postprocessed` holds.
+The code for ONNX, TensorRT, the kernels, Triton and DeepStream uses them. :mod:`odtrt_lib.spec` describes
+boxes and scores. The outputs of ``detector.onnx`` are those of :class:`odtrt_lib.nms.Postprocessed`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Callable, Dict, Optional, Tuple
 
 from odtrt_lib.spec import DetectorSpec, SsdHeads
 
-# The node that stands for the post-processing, and the plugin behind it.
+# The name of the ONNX node of the post-processing and of the plugin; the domain of both; the version.
 PLUGIN, DOMAIN, PLUGIN_VERSION = "OdtrtDetect", "odtrt", "1"
 CLIP_WINDOWS = "clip_windows"
 DETECTIONS = ("num_detections", "boxes", "scores", "classes")
@@ -21,9 +21,9 @@ Shape = Tuple[Optional[int], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An input or output of a network. shape: the batch comes first, None where it is dynamic.
+    """An input or output of a network. shape: the batch is first, None if it is dynamic.
 
-    dtype: numpy's name for it, ``float32`` or ``int32``.
+    dtype: numpy's name, ``float32`` or ``int32``.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    """All inputs and all outputs of a network, in its own order."""
+    """All inputs and all outputs of a network, in the network's order."""
 
     inputs: Tuple[Tensor, ...]
     outputs: Tuple[Tensor, ...]
@@ -52,15 +52,15 @@ class Tensors:
 
 
 def heads_tensors(spec: DetectorSpec) -> Tensors:
-    """``heads.onnx``: the normalised image to raw heads, float32."""
+    """Those of ``heads.onnx``: from the normalised image to raw heads, float32."""
     return Tensors((_image(spec),), _OUTPUTS[spec.heads.family](spec.heads, spec.input.batch))
 
 
 def detector_tensors(spec: DetectorSpec) -> Tensors:
-    """``detector.onnx``: the normalised image to detections, in every family the same. M is
-    ``nms.max_total_detections``.
+    """Those of ``detector.onnx``: from the normalised image to detections. They are the same for every
+    family. M is ``nms.max_total_detections``.
 
-    Where the image can cover less than the whole network input, its window is an input too.
+    If the image may cover less than the whole network input, its window is an input too.
     """
     batch, most = spec.input.batch, spec.nms.max_total_detections
     windows = (Tensor(CLIP_WINDOWS, (batch, 4)),) if has_clip_windows(spec) else ()
@@ -76,7 +76,7 @@ def detector_tensors(spec: DetectorSpec) -> Tensors:
 
 
 def has_clip_windows(spec: DetectorSpec) -> bool:
-    """Whether the image can cover less than the whole network input, so that its window must be given."""
+    """Whether the image may cover less than the whole network input, so that its window must be an input."""
     return spec.input.resizer.kind == "keep_aspect_ratio" and spec.input.resizer.pad_to_max_dimension
 
 

@@ -1,8 +1,8 @@
-"""Which ONNX model a plan is built from, who makes that model, and how the plan's layers are judged.
+"""From which ONNX model a plan is built, which stage makes that model, and how the plan's layers are checked.
 
-A variant is a precision and a form. Chapters 3 to 6, the seal, the bundle and the command line all ask the
-two tables here. A precision with an ONNX model of its own is a new row; one that is made out of the fp32
-model, as fp16 is, also concerns ``engine/fallback.py`` and ``engine/builder.py``.
+A variant is a precision and a form. Chapters 3 to 6, the seal, the bundle and the command line use the two
+tables here. A new precision with an ONNX model of its own needs a new row only. One that is made from the
+fp32 model, as fp16 is, also needs changes in ``engine/fallback.py`` and ``engine/builder.py``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ _DETECTOR = "spec.json: box_coder, heads, input, nms, scores"
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A network, with or without its post-processing.
+    """A network, with or without post-processing.
 
-    file: its ONNX model in the model folder. stage: who writes it, as ``log.jsonl`` names it; command: the
-    command that does. spec_part: what of ``spec.json`` goes into it, as records name it; labels are in none.
+    file: its ONNX model in the model folder. stage: the stage that writes it, as named in ``log.jsonl``.
+    command: the command that does so. spec_part: the part of ``spec.json`` that goes into it, as records name
+    it; labels never do.
     """
 
     file: str
@@ -30,8 +31,8 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """layers: the layer precisions that count as this one where a plan is inspected; empty: none is asked
-    for. own_models: form -> ONNX model, where this precision is built from a model of its own."""
+    """layers: the layer precisions that count as this one when a plan is inspected; empty: any will do.
+    own_models: form -> ONNX model, if this precision is built from a model of its own."""
 
     layers: Tuple[str, ...]
     own_models: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -43,16 +44,16 @@ FORMS: Dict[str, Form] = {
     "onnx_nms": Form("detector_onnxnms.onnx", "fuse_onnx", "fuse --form onnx_nms", _DETECTOR),
 }
 PRECISIONS: Dict[str, Precision] = {"fp32": Precision(()), "fp16": Precision(("fp16", "int8"))}
-# The runtime libraries by their Python modules, the preferred one first, and what they are called.
+# The Python modules of the runtime libraries, the preferred one first -> the libraries' names.
 RUNTIME_LIBRARIES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 HARDWARE_COMPATIBILITIES = ("none", "ampere_plus", "same_compute_capability")
-# What a build may be allowed to change about the plan if nothing else makes it fit.
+# Changes to the plan that a caller may allow a build to make if memory does not suffice otherwise.
 ALLOWABLE = ("dynamic_batch", "fp32")
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A plan's kind: a key of :data:`PRECISIONS` and one of :data:`FORMS`."""
+    """The kind of a plan: a key of :data:`PRECISIONS`, and a key of :data:`FORMS`."""
 
     precision: str
     form: str
@@ -69,17 +70,17 @@ class Variant:
 
     @property
     def layers(self) -> Tuple[str, ...]:
-        """The layer precisions of which a plan must have at least half; empty where any will do."""
+        """The precisions that at least half of a plan's layers must have; empty if any will do."""
         return PRECISIONS[self.precision].layers
 
 
 def models() -> Dict[str, Form]:
-    """Every ONNX model that a model folder can hold: file name -> its form."""
+    """Every ONNX model that a model folder can contain: file name -> its form."""
     return {name: FORMS[form] for name, form in _forms_of_models().items()}
 
 
 def form_of(model: str) -> Optional[str]:
-    """The form of an ONNX model, by its name in the model folder; None if it is no such name."""
+    """The form of an ONNX model, by its file name in the model folder; None if no form has this name."""
     return _forms_of_models().get(model)
 
 

@@ -1,4 +1,4 @@
-"""Files that a command writes where the user says: never over an input, never over one another."""
+"""Writes files to places that the user chooses, but never over an input, and never two to one file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 _JPEG_QUALITY = 92
-# In a comment of every JPEG file that is written here: such a file may be replaced by a newer one.
+# Every JPEG file that this module writes has this in a comment. Only such a file may be replaced.
 _MARK = b"drawn by odtrt detect"
 _END_OF_FIRST_SEGMENT = 20  # the two bytes that start a JPEG file, and JFIF's segment
 
 
 def drawing_targets(images: Sequence[Path], folder: Path) -> List[Path]:
-    """For each image its own file in ``folder``: ``<its name>.jpg``, or ``<its name>-2.jpg`` and so on.
+    """A file in ``folder`` for each image: ``<its name>.jpg``, or ``<its name>-2.jpg`` and so on.
 
-    A name is passed over if another image has it, or if a file is there that :func:`write_drawing` did not
-    write or that is one of the images. So the same call gives the same names again.
+    A name is not used if it is that of another image's file, of one of the images, or of a file that
+    :func:`write_drawing` did not write. So the same call returns the same names again.
     """
     inputs = {identity for path in images for identity in _identity(path)}
     taken: Set[str] = set()
@@ -59,7 +59,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def model_files(folder: Path) -> List[Path]:
-    """The files of a model folder that its stages wrote, by its log."""
+    """The files of a model folder that its stages wrote, according to its log."""
     names = {LOG, "spec.json", "anchors.npy", "heads.onnx", "detector.onnx"}
     with contextlib.suppress(InputError):
         for record in read_log(folder):
@@ -68,7 +68,7 @@ def model_files(folder: Path) -> List[Path]:
 
 
 def require_no_input(path: Path, inputs: Iterable[Path]) -> None:
-    """Raises InputError where writing ``path`` would replace one of the files that the command reads."""
+    """Raises InputError if writing ``path`` would replace one of the files that the command reads."""
     own = set(_identity(path))
     if any(not own.isdisjoint(_identity(one)) for one in inputs):
         raise InputError(f"{path}: is read by this command and cannot be written by it; name another file")
@@ -97,5 +97,5 @@ def _identity(path: Union[str, Path]) -> List[Tuple[int, int]]:
 
 
 def _key(name: str) -> str:
-    """Names that some file systems take for the same have the same key."""
+    """A key that is equal for names that some file systems do not distinguish."""
     return unicodedata.normalize("NFC", name).casefold()

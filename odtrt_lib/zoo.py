@@ -1,10 +1,9 @@
-"""The TensorFlow 2 detection zoo: its SSD and EfficientDet models, for machines with internet.
+"""Downloads SSD and EfficientDet models of the TensorFlow 2 detection zoo.
 
-The list is the one in tensorflow/models, research/object_detection/g3doc/tf2_detection_zoo.md; ``coco_map``
-is the figure published there. Nobody publishes checksums of the archives. So the first download of one is
-taken on trust and its SHA-256 written to ``zoo.json`` beside the models; every later download of it must have
-the same one. Where a checksum is known beforehand (``ZooModel.sha256``), the first download is checked as
-well.
+The list is that of tensorflow/models, research/object_detection/g3doc/tf2_detection_zoo.md; ``coco_map`` is
+the figure published there. Nobody publishes checksums of the archives. So the first download of an archive is
+trusted, and its SHA-256 is written to ``zoo.json`` beside the models. Every later download must have the same
+SHA-256. If it is known beforehand (``ZooModel.sha256``), the first download is checked, too.
 
 This is the only module of odtrt that uses the network.
 """
@@ -38,7 +37,7 @@ from odtrt_lib.folder import atomic_write, exclusive, staging
 BASE_URL = "https://download.tensorflow.org/models/object_detection/tf2"
 CHECKSUMS = "zoo.json"
 
-# The largest archive of the zoo has about half a GiB.
+# The largest archive in the zoo has about half a GiB.
 _MAX_ARCHIVE_BYTES = 1 << 30
 _MAX_UNPACKED_BYTES = 2 << 30
 _MAX_MEMBERS = 10_000
@@ -46,14 +45,14 @@ _MAX_CHECKSUMS_BYTES = 1 << 20
 _SECONDS_TO_ANSWER = 60
 _SECONDS_BETWEEN_BYTES = 30
 _MAX_SECONDS = 4 * 3600
-# What every minute has to bring, so that a server that sends single bytes does not hold us for hours.
+# The least number of bytes a minute. A server that sends single bytes would keep odtrt waiting for hours.
 _MIN_BYTES_A_MINUTE = 1 << 20
 _HOSTS = ("download.tensorflow.org", "storage.googleapis.com")
 
 
 @dataclasses.dataclass(frozen=True)
 class ZooModel:
-    """One model of the zoo. ``sha256`` is that of its archive, or None where nobody published it."""
+    """One model of the zoo. ``sha256`` is that of its archive, or None if nobody published it."""
 
     name: str
     coco_map: float
@@ -87,8 +86,8 @@ MODELS = (
 class Download:
     """What :func:`get` did.
 
-    path: the model's folder. sha256: that of its archive. is_first: nothing was known to compare it with.
-    is_up_to_date: the folder was there already and nothing was downloaded.
+    path: the model's folder. sha256: that of its archive. is_first: there was no SHA-256 to compare it with.
+    is_up_to_date: the folder existed already, and nothing was downloaded.
     """
 
     path: Path
@@ -98,7 +97,7 @@ class Download:
 
 
 def find(name: str) -> ZooModel:
-    """The model called ``name``; InputError with the closest names if there is none."""
+    """The model called ``name``. Raises InputError with the closest names if there is none."""
     for model in MODELS:
         if model.name == name:
             return model
@@ -121,9 +120,9 @@ def get(
 
     progress: called with the bytes received and the bytes expected (0 if the server does not say).
 
-    Raises InputError where the server cannot be reached, breaks off, is too slow, sends too much or leads to
-    another host, and where ``zoo.json`` is damaged; CheckError where the archive's SHA-256 is not the
-    expected one, or where it holds something else than the files of one model.
+    Raises InputError if the server cannot be reached, breaks off, is too slow, sends too much or redirects to
+    another host, and if ``zoo.json`` is damaged; CheckError if the archive's SHA-256 is not the expected one,
+    or if the archive contains anything but the files of one model.
     """
     folder = Path(folder)
     target = folder / model.name
@@ -139,7 +138,7 @@ def get(
         unpacked.mkdir()
         _unpack(archive, url, model.name, unpacked)
         archive.unlink()
-        with exclusive(folder):  # others may have downloaded meanwhile
+        with exclusive(folder):  # another process may have downloaded it in the meantime
             known = _read_checksums(folder)
             expected = model.sha256 or known.get(model.name, {}).get("sha256")
             _compare(url, digest, expected)
@@ -189,7 +188,7 @@ def _is_checksum(entry: Any) -> bool:
 
 
 def _download(url: str, path: Path, folder: Path, progress: Callable[[int, int], None]) -> str:
-    """Writes ``url`` to ``path`` and returns its SHA-256."""
+    """Downloads ``url`` to ``path`` and returns its SHA-256."""
     digest = hashlib.sha256()
     received = 0
     advice = f"check the connection, or download it elsewhere and unpack it in {folder}"
@@ -218,7 +217,7 @@ def _download(url: str, path: Path, folder: Path, progress: Callable[[int, int],
 
 
 def _content_length(url: str, response: http.client.HTTPResponse) -> int:
-    """0 where the server does not say."""
+    """The number of bytes that the server announces; 0 if it announces none."""
     text = response.headers.get("Content-Length")
     if text is None:
         return 0
@@ -237,7 +236,7 @@ def _refuse_when_slow(url: str, received: int, seconds: float, advice: str) -> N
 
 
 class _SameHosts(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect to the zoo's hosts or the first one's, and never from https to http."""
+    """Follows redirects only to the zoo's hosts or within a host, and never from https to http."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         old, new = urlsplit(req.full_url), urlsplit(newurl)
@@ -251,7 +250,8 @@ class _SameHosts(urllib.request.HTTPRedirectHandler):
 
 
 def _connection(kind: Any, sockets: List[socket.socket], *arguments: Any, **options: Any) -> Any:
-    """A connection of http.client's that adds its socket to ``sockets``: another thread can then end it."""
+    """A connection of http.client that adds its socket to ``sockets``, so that another thread can close
+    it."""
     made = kind(*arguments, **options)
     connect = made.connect
 
@@ -283,7 +283,8 @@ class _Https(urllib.request.HTTPSHandler):
 
 @contextlib.contextmanager
 def _answer(url: str, advice: str) -> Iterator[http.client.HTTPResponse]:
-    """The server's answer, which begins within a minute or not at all; its body is still to be read."""
+    """The server's answer, with the body still to be read. Raises InputError if none begins within a
+    minute."""
     sockets: List[socket.socket] = []
 
     def give_up() -> None:
@@ -331,7 +332,8 @@ def _unpack(archive: Path, url: str, name: str, target: Path) -> None:
 
 
 def _refuse_bomb(archive: Path, url: str) -> None:
-    """Reads to the end, where gzip's own checksum is; tarfile stops before it."""
+    """Raises CheckError if the archive unpacks to too many bytes. Reads it to gzip's checksum at its end,
+    before which tarfile stops."""
     unpacked = 0
     with gzip.open(archive) as stream:
         for block in iter(lambda: stream.read(1 << 20), b""):
@@ -344,7 +346,8 @@ def _refuse_bomb(archive: Path, url: str) -> None:
 
 
 def _checked_members(tar: tarfile.TarFile, url: str, name: str) -> List[tarfile.TarInfo]:
-    """The archive's members, all of them plain files and folders inside ``name/``, without special rights."""
+    """The archive's members, with ordinary permissions. Raises CheckError unless all are plain files and
+    folders inside ``name/``."""
     members = []
     for member in tar:
         parts = PurePosixPath(member.name).parts

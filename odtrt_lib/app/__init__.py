@@ -1,1 +1,1 @@
-"""The command line, and what only it needs."""
+"""The command line, and modules that only it uses."""

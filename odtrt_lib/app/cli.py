@@ -1,7 +1,7 @@
-"""The command line: ``odtrt run``, its stages one by one, and what surrounds them.
+"""The command line: ``odtrt run``, a command for each stage, and further commands.
 
-Exit status: 0 all well, 1 an error that odtrt explains (one unreadable picture among many is one), 2 a check
-that failed or a wrong command line, 130 interrupted, 70 a defect in odtrt.
+Exit status: 0 success, 1 an error that odtrt explains (also if one of many pictures cannot be read), 2 a
+failed check or a wrong command line, 130 interrupted, 70 a defect in odtrt.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ _SHOWN_CHECKS = {
 
 
 def _choice(name: str, values: Iterable[str]) -> Any:
-    """The type of an option that takes one of ``values``."""
+    """The type of an option whose value is one of ``values``."""
     return Enum(name, {value: value for value in values}, type=str)
 
 
@@ -97,7 +97,8 @@ else:
 
 
 class _Commands(typer.core.TyperGroup):
-    """Typer's own answer to Ctrl-C says nothing about files, and its errors show arguments as they are."""
+    """Handles Ctrl-C and usage errors. Typer's own message after Ctrl-C says nothing about files, and its
+    errors show arguments without escapes."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         with _printable_usage_errors():
@@ -274,9 +275,9 @@ ZooFolderOption = typer.Option(_OUT / "zoo", "-o", "--output", metavar="DIR", he
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
-    """Runs ``odtrt``; every error becomes one line on stderr and an exit status, see the module's text.
+    """Runs ``odtrt``. Every error becomes one line on stderr and an exit status, see the module's docstring.
 
-    With ``ODTRT_TRACEBACK=1`` in the environment the Python traceback is printed as well.
+    If ``ODTRT_TRACEBACK=1`` is in the environment, it also prints the Python traceback.
     """
     terminal.prepare_streams()
     with terminal.heeding_ctrl_c() as interruption:
@@ -292,7 +293,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
 
 
 def _told(error: Exception) -> Tuple[str, int]:
-    """What an error is said to be, and the exit status."""
+    """The message for an error, and the exit status."""
     if isinstance(error, OdtrtError):
         return f"error: {error}", 2 if isinstance(error, CheckError) else 1
     if isinstance(error, MemoryError):
@@ -354,7 +355,7 @@ def run(
     from odtrt_lib.report import write_report
 
     _require_utf8(model, output, pipeline, label_map)
-    named = demonstration.read_pictures(image)  # one that cannot be read is said now, not after the stages
+    named = demonstration.read_pictures(image)  # reports unreadable pictures now, not after the stages
     folder = output or _OUT / _model_name(model)
     options: Any = {"pipeline": pipeline, "label_map": label_map, "input_size": _parse_size(input_size)}
     results = {

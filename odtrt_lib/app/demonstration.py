@@ -1,6 +1,7 @@
-"""The last step of ``odtrt run``: the detector looks at pictures, and the record says what it found.
+"""The last step of ``odtrt run``: runs the detector on pictures and records what it found.
 
-Pictures are the user's, or, for a model of the shipped parts, rendered scenes that it was not trained on.
+The pictures are the user's. For a model of the shipped parts they can be rendered scenes that it was not
+trained on.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ _SCENES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """image: RGB, uint8 [height, width, 3]. sha256: of its file or, if it was rendered, of its pixels.
+    """image: RGB, uint8 [height, width, 3]. sha256: that of its file, or of its pixels if it was rendered.
 
-    truth: what is in it, in COCO's results form, where that is known.
+    truth: the objects in it, in COCO's results form, if they are known.
     """
 
     title: str
@@ -40,7 +41,7 @@ class Picture:
 
 
 def read_pictures(paths: Sequence[Path]) -> List[Picture]:
-    """The pictures in these files. Raises InputError where one is missing or damaged."""
+    """The pictures in these files. Raises InputError if one is missing or damaged."""
     from odtrt_lib.preprocess import load_image
 
     for path in paths:
@@ -50,7 +51,7 @@ def read_pictures(paths: Sequence[Path]) -> List[Picture]:
 
 
 def unseen_scenes(folder: Path) -> List[Picture]:
-    """Scenes that the shipped detector was not trained on; none if the model finds other classes."""
+    """Scenes that the shipped detector was not trained on; none if the model has other classes."""
     from odtrt_lib.scenes import PARTS_CLASSES, TEST_SEEDS, render_scene
 
     if tuple(label.name for label in load_spec(folder / "spec.json").labels) != PARTS_CLASSES:
@@ -64,7 +65,7 @@ def unseen_scenes(folder: Path) -> List[Picture]:
 
 
 def truth_of(scene: Scene, image_id: int = 0) -> List[Dict[str, Any]]:
-    """What is in a rendered scene, in COCO's results form."""
+    """The objects in a rendered scene, in COCO's results form."""
     return [
         {
             "image_id": image_id,
@@ -77,7 +78,7 @@ def truth_of(scene: Scene, image_id: int = 0) -> List[Dict[str, Any]]:
 
 
 def keep(folder: Path, scenes: Sequence[Picture]) -> Path:
-    """Writes scenes to ``folder/scenes/*.png``, pixel for pixel, and returns that folder."""
+    """Writes scenes to ``folder/scenes/*.png`` without loss, and returns that folder."""
     from PIL import Image
 
     for scene in scenes:
@@ -87,7 +88,7 @@ def keep(folder: Path, scenes: Sequence[Picture]) -> Path:
 
 
 def look_at(folder: Path, pictures: Sequence[Picture]) -> Tuple[folders.StageResult, List[Detections]]:
-    """Detects on the pictures; writes ``detections.json`` and the record ``detect``.
+    """Runs the detector on the pictures; writes ``detections.json`` and the record ``detect``.
 
     Detections below :data:`MIN_SCORE` are left out.
     """
@@ -112,11 +113,11 @@ def look_at(folder: Path, pictures: Sequence[Picture]) -> Tuple[folders.StageRes
 
 
 def count_found(truth: Sequence[List[Dict[str, Any]]], detections: Sequence[Detections]) -> Dict[str, int]:
-    """How many objects were found, by the name that their best detection gives them.
+    """How many objects were found: class name -> number, by the best detection of each object.
 
-    Within a picture each detection, best score first, whatever its class, goes to the object that it overlaps
-    most, with an IoU of at least 0.5. What the first one of an object says counts, as it does for a reader of
-    the picture.
+    In a picture, best score first, each detection of any class belongs to the object with which it has the
+    largest IoU, if this is at least 0.5. The first detection of an object gives its class, as for somebody
+    who looks at the picture.
     """
     right = wrong = nothing = 0
     for own, found in zip(truth, detections):

@@ -1,7 +1,7 @@
-"""What is installed here, what therefore works, and the command that installs the rest.
+"""Finds what is installed here, which parts of odtrt work, and which command installs the rest.
 
-Every package is imported in a process of its own: one that is broken, or that crashes, is then a line
-in the findings and not the end of them.
+Every package is imported in a process of its own. If one is broken or crashes, this is one line of the
+result, and the others are still tried.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Chapter:
-    """Whether a part of odtrt works here; ``missing`` names what it lacks, ``install`` how to get it."""
+    """Whether a part of odtrt works here. missing: the packages that it lacks. install: how to get them."""
 
     title: str
     missing: Tuple[str, ...]
@@ -46,18 +46,18 @@ class Chapter:
     note: str = ""
 
 
-# Importing tf2onnx imports TensorFlow a second time; that it is there must do.
+# Importing tf2onnx would import TensorFlow a second time, so it is only looked for.
 _FOUND_NOT_IMPORTED = ("tf2onnx",)
 
 
 def packages() -> List[Finding]:
-    """What :data:`PACKAGES` are here; takes seconds, because each is really imported."""
+    """Tries every one of :data:`PACKAGES`. This takes seconds, because each is really imported."""
     with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as pool:
         return list(pool.map(_examine, PACKAGES))
 
 
 def chapters(findings: List[Finding]) -> List[Chapter]:
-    """Each part of odtrt in :data:`NEEDS`, with the packages that it lacks by these findings."""
+    """Each part of odtrt in :data:`NEEDS`, with the packages that it lacks according to the findings."""
     works = {finding.package.name: finding.version is not None for finding in findings}
     install = {finding.package.name: finding.package.install for finding in findings}
     info = device_info()
@@ -77,7 +77,7 @@ def chapters(findings: List[Finding]) -> List[Chapter]:
 
 
 def native_library() -> str:
-    """The native library in words: where it is and whether it has CUDA, or how to get it."""
+    """The native library in words: its place and whether it has CUDA, or how to get it."""
     try:
         from odtrt_lib import native
 
@@ -94,7 +94,7 @@ def native_library() -> str:
 
 
 def cuda_runtime() -> str:
-    """Which CUDA runtime library a plan would be run with, or why none."""
+    """The CUDA runtime library that would run a plan, or the reason why there is none, in words."""
     try:
         from odtrt_lib import cuda
 
@@ -106,7 +106,7 @@ def cuda_runtime() -> str:
 
 
 def machine() -> Dict[str, str]:
-    """Name -> what this machine has, in words."""
+    """The parts of this machine: name -> a description."""
     info = device_info()
     found = {
         "Python": f"{platform.python_version()} ({sys.executable})",
@@ -154,7 +154,7 @@ def _examine(package: Package) -> Finding:
 
 
 def _problem(statement: str) -> str:
-    """Why ``statement`` fails in a Python of its own, on one line; empty if it does not."""
+    """Why ``statement`` fails in a new Python process, on one line; empty if it does not."""
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     command = [sys.executable, "-c", statement]
     try:

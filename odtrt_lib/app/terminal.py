@@ -1,7 +1,7 @@
-"""What goes to the terminal: one console for all output, and streams and Ctrl-C as they really are.
+"""The terminal: one console for all output, streams that accept any text, and Ctrl-C.
 
-Text from outside (labels, file names, names in manifests and annotations) passes :func:`printable` here,
-once, so that no command has to think of it.
+All output passes :func:`printable` here, once. So no command has to escape text from outside (labels, file
+names, names in manifests and annotations).
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ class SafeConsole(Console):
     """A console that shows control characters instead of sending them."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Every text becomes visible through this method of rich's, in a table's cell as on a line."""
+        """Escapes control characters. rich calls this method for every text, in tables too."""
         return super().render_str(printable(text), **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Raises InputError where the stream cannot be written, such as on a full disk."""
+        """Prints as rich does. Raises InputError if the stream cannot be written, e.g. if the disk is
+        full."""
         try:
             super().print(*objects, **options)
         except OSError as error:
@@ -49,12 +50,12 @@ def out() -> SafeConsole:
 
 
 def lines(texts: Iterable[str]) -> Text:
-    """Several lines for one cell of a table; a line break within one of them is shown."""
+    """Several lines for one cell of a table. A line break within a line is shown as an escape."""
     return Text("\n".join(map(printable, texts)))
 
 
 def say_error(message: str) -> None:
-    """One red line on standard error. Never raises: the exit status must get through."""
+    """Prints one red line to standard error. Never raises, so that the exit status is not lost."""
     with contextlib.suppress(InputError):
         console = SafeConsole(stderr=True)
         line = " ".join(message.split())
@@ -62,9 +63,9 @@ def say_error(message: str) -> None:
 
 
 def prepare_streams() -> None:
-    """Gives this process streams that take any text: what the encoding lacks is written as an escape.
+    """Makes the standard streams accept any text: they write an escape for what the encoding lacks.
 
-    A stream that is closed is replaced by one that forgets.
+    Replaces a closed stream by one that discards everything.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -75,7 +76,7 @@ def prepare_streams() -> None:
 
 
 def flush() -> None:
-    """Sends what is left to the streams; where one takes nothing more, that is no news and no traceback."""
+    """Flushes the streams. If one can no longer be written, ignores it without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -92,11 +93,12 @@ class Interruption:
 
 @contextlib.contextmanager
 def heeding_ctrl_c() -> Iterator[Interruption]:
-    """Ctrl-C ends the block by KeyboardInterrupt, wherever it falls.
+    """Makes Ctrl-C end the block by KeyboardInterrupt at any moment.
 
-    Python drops an exception that is raised in a destructor or in the callback of a weak reference, and an
-    extension module can turn one into another; so the first is raised again, and the caller is told of both.
-    Nothing changes where Ctrl-C is ignored or somebody else takes it, or outside the main thread.
+    Python drops an exception that is raised in a destructor or in the callback of a weak reference, so it is
+    raised again. An extension module can turn it into another exception. In both cases the caller can see in
+    :class:`Interruption` that Ctrl-C was pressed. Does nothing if Ctrl-C is ignored or has another handler,
+    or outside the main thread.
     """
     interruption = Interruption()
     is_ours = threading.current_thread() is threading.main_thread()
@@ -111,7 +113,7 @@ def heeding_ctrl_c() -> Iterator[Interruption]:
 
     def raise_again(dropped: Any) -> None:
         if dropped.exc_type is not None and issubclass(dropped.exc_type, KeyboardInterrupt):
-            # From another thread: raised in this one, it would come up in this very hook.
+            # Another thread raises it, because here it would be raised inside this hook.
             threading.Timer(0.01, _thread.interrupt_main).start()
         else:
             show_unraisable(dropped)
@@ -126,7 +128,7 @@ def heeding_ctrl_c() -> Iterator[Interruption]:
 
 
 def _abandon(stream: Optional[IO[str]]) -> None:
-    """Points the stream's descriptor at nothing, so that Python's own last flush does not fail again."""
+    """Points the stream's descriptor to /dev/null, so that Python's flush at exit does not fail again."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         assert stream is not None
         nothing = os.open(os.devnull, os.O_WRONLY)

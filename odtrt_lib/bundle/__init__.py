@@ -1,8 +1,8 @@
-"""Chapter 5: a model folder as one file to carry to the device, and what is done with it there.
+"""Chapter 5: packs a model folder into one file for the device, and uses it there.
 
 ``archive`` packs and unpacks, ``install`` builds on the device, ``detecting`` shows what the detector finds
-there, ``serving`` writes what Triton and DeepStream take. Importing it needs the standard library only,
-and so does unpacking.
+there, and ``serving`` writes the files for Triton and DeepStream. Importing this package, and unpacking, need
+the standard library only.
 """
 
 from odtrt_lib.bundle.archive import MANIFEST as MANIFEST

@@ -1,28 +1,28 @@
 """Packs a model folder into one file for the device, and unpacks it there.
 
-``pack`` writes a zip archive; ``python3 parts.odtrt.zip`` on the device unpacks it, ``python3 build_here.py``
-in the unpacked folder builds all that belongs to that machine, ``python3 detect.py`` shows what the detector
-finds in pictures, videos and cameras. None of them needs TensorFlow, a network, or odtrt
-installed: the archive carries the device side's source (all but :data:`WORKSTATION`) and runs itself.
+``pack`` writes a zip archive. On the device, ``python3 parts.odtrt.zip`` unpacks it. In the unpacked folder,
+``python3 build_here.py`` builds what belongs to that machine, and ``python3 detect.py`` shows what the
+detector finds in pictures, videos and cameras. None of them needs TensorFlow, a network or an installed
+odtrt: the archive contains the device side's source (all but :data:`WORKSTATION`).
 
 ::
 
     manifest.json  LICENSE  README.txt  __main__.py  build_here.py  detect.py
-    model/         spec.json, anchors.npy, heads.onnx; detector.onnx and int8/ where the folder has them
+    model/         spec.json, anchors.npy, heads.onnx; detector.onnx and int8/ if the folder has them
     odtrt_lib/     the device side        plugins/    kernels and TensorRT plugin, to compile there
     triton/        on request: a Triton model repository
     deepstream/    on request: nvinfer's configuration, labels and output parser
 
-Plans are not carried: a plan belongs to one TensorRT version and, unless it was built to be compatible, to
-one GPU, and only the device knows its memory. It builds its own from the same ONNX.
+A bundle contains no plans. A plan belongs to one TensorRT version and, unless it was built to be compatible,
+to one GPU, and only the device knows its memory. So the device builds its own plans from the same ONNX.
 
 Members are stored, not compressed: weights hardly compress, the same folder gives the same bytes on every
-machine, and an archive cannot grow when it is read. ``manifest.json`` gives every member's size and SHA-256,
-and nothing appears before all of them agree. That guards against damage, not against malice: to run an
-archive is to run its author's code. A file that was cut off cannot even say so when it is run, because Python
-finds no archive in it and ends in a SyntaxError; ``pack`` tells the SHA-256 of the whole file for that.
+machine, and an archive cannot grow when it is read. ``manifest.json`` holds every member's size and SHA-256,
+and nothing is unpacked unless all of them agree. This guards against damage, not against malice: whoever runs
+an archive runs its author's code. In a file that was cut off Python finds no archive, and running it ends in
+a SyntaxError; so ``pack`` also returns the SHA-256 of the whole file.
 
-This module needs the standard library only; ``pack`` uses other modules, which need numpy.
+This module needs the standard library only. ``pack`` uses other modules, which need numpy.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SUFFIX = ".odtrt.zip"
 MODEL = "model"
-# The parts of odtrt that need TensorFlow or OpenCV. All others are carried.
+# The parts of odtrt that need TensorFlow or OpenCV. A bundle contains all others.
 WORKSTATION = ("convert", "export", "scenes.py")
 
 _FORCE_UNPACK = "over a bundle that was unpacked there before; your own files there stay"
@@ -111,9 +111,9 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a bundle holds, ``manifest.json`` itself left out.
+    """What a bundle contains, without ``manifest.json`` itself.
 
-    odtrt: the version that packed it. name, spec_sha256: the detector's.
+    odtrt: the version that packed it. name, spec_sha256: those of the detector.
     """
 
     odtrt: str
@@ -130,8 +130,8 @@ class Manifest:
 class Packed:
     """What ``pack`` wrote.
 
-    is_up_to_date: the file was there already, byte for byte. has_postprocessing: ``detector.onnx`` is in it,
-    so that a device with a GPU can build a plan with the post-processing inside.
+    is_up_to_date: the same file was there already. has_postprocessing: it contains ``detector.onnx``, so a
+    device with a GPU can build a plan that does the post-processing.
     """
 
     archive: Path
@@ -150,15 +150,15 @@ def pack(
     deepstream: bool = False,
     force: bool = False,
 ) -> Packed:
-    """Writes a model folder and what a device needs to use it into one file; the same input, the same bytes.
+    """Writes a model folder, and what a device needs to use it, into one file. Equal inputs give equal bytes.
 
     triton: add a Triton model repository: ``heads.onnx`` for ONNX Runtime, and a model with the same inputs
-    and outputs for the plan that ``build_here.py`` puts there. deepstream: add a configuration for
+    and outputs for the plan that ``build_here.py`` copies there. deepstream: add a configuration for
     DeepStream's nvinfer. force: write over a file that is not a bundle.
 
-    Raises InputError where a file is missing, damaged, not the one that its stage recorded or not made from
-    the others, or ``archive`` is in the way or cannot be written; UnsupportedError where nvinfer cannot
-    express what ``spec.json`` asks for.
+    Raises InputError if a file is missing, damaged, not the one that its stage recorded or not made from
+    the others, and if ``archive`` is another kind of file or cannot be written; UnsupportedError if nvinfer
+    cannot express what ``spec.json`` asks for.
     """
     folder, archive = Path(folder), Path(archive)
     if archive.is_dir():
@@ -203,15 +203,15 @@ def unpack(
 ) -> Manifest:
     """Unpacks a bundle into ``folder``, which appears whole or not at all.
 
-    Every member is checked against the manifest before the first one appears. force: unpack over an earlier
-    bundle. What was built in it (plans, compiled libraries) stays, files that the new bundle lacks are
-    removed unless somebody changed them, and whoever opens the model meanwhile gets the old one or the new
-    one. Only a folder that a bundle was unpacked into is written over, and nothing outside of it: no link
-    in it is followed. The model is sealed: ``model/log.jsonl`` names the bundle's hashes. expected_sha256:
-    of the archive, as ``pack`` told it; 64 hexadecimal digits.
+    All members are compared with the manifest before the first one appears. The model is sealed:
+    ``model/log.jsonl`` gets the bundle's hashes. force: unpack over an earlier bundle. What was built in it
+    (plans, compiled libraries) stays. Files that the new bundle lacks are removed unless somebody changed
+    them. Whoever opens the model in the meantime gets the old one or the new one. A folder that is no
+    unpacked bundle is not written over. No link in the folder is followed, so nothing outside of it changes.
+    expected_sha256: that of the archive, as ``pack`` returned it; 64 hexadecimal digits.
 
-    Raises InputError, naming the member, where the archive is damaged or is not what its manifest says, and
-    where ``folder`` is in the way or cannot be written; CheckError where the archive is not the expected one.
+    Raises InputError, naming the member, if the archive is damaged or is not what its manifest says, and if
+    ``folder`` may not or cannot be written; CheckError if the archive is not the expected one.
     """
     if expected_sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", expected_sha256):
         raise InputError(
@@ -247,9 +247,9 @@ def unpack(
 
 
 def verify(folder: Union[str, Path]) -> Manifest:
-    """Compares an unpacked bundle with its manifest; what was built in it since does not matter.
+    """Compares an unpacked bundle with its manifest. Files that were built in it since are ignored.
 
-    Raises InputError naming the first file that is missing or not the one that was packed.
+    Raises InputError, naming the first file that is missing or not the one that was packed.
     """
     folder = Path(folder)
     with undisturbed(folder), undisturbed(folder / MODEL):
@@ -264,7 +264,7 @@ def verify(folder: Union[str, Path]) -> Manifest:
 
 
 def run_archive(arguments: Sequence[str]) -> int:
-    """``python3 parts.odtrt.zip [FOLDER]``: unpacks the archive that is being run; the exit status."""
+    """Runs ``python3 parts.odtrt.zip [FOLDER]``: unpacks the archive itself; returns the exit status."""
     archive = Path(arguments[0])
     name = archive.name[: -len(SUFFIX)] if archive.name.endswith(SUFFIX) else archive.stem
     parser = argparse.ArgumentParser(prog=f"python3 {archive}", description="Unpacks this bundle.")
@@ -383,7 +383,7 @@ _SCRIPTS = {
 
 
 def _model_files(folder: Path, spec: DetectorSpec) -> Tuple[Dict[str, str], Dict[str, Union[Path, bytes]]]:
-    """The recorded hashes of the model's files, and name in the bundle -> source."""
+    """The recorded hashes of the model's files, and name in the bundle -> the file on this machine."""
     from odtrt_lib.anchors import load_anchors
     from odtrt_lib.engine.builder import weights_by_type
 
@@ -392,7 +392,7 @@ def _model_files(folder: Path, spec: DetectorSpec) -> Tuple[Dict[str, str], Dict
         names.append("detector.onnx")
     hashes = check_seal(folder, *names)
     load_anchors(folder / "anchors.npy", spec)
-    weights_by_type(folder / "heads.onnx")  # refuses what is no ONNX model
+    weights_by_type(folder / "heads.onnx")  # raises InputError if it is no ONNX model
     if recorded(folder)["heads.onnx"].stage != "convert":
         _check_heads(folder / "heads.onnx", spec)
     files: Dict[str, Union[Path, bytes]] = {f"{MODEL}/{name}": folder / name for name in names}
@@ -403,7 +403,8 @@ def _model_files(folder: Path, spec: DetectorSpec) -> Tuple[Dict[str, str], Dict
 
 
 def seal_model(model: Path, manifest: Manifest, staged: Optional[Path] = None) -> None:
-    """Records in the model folder that its files are those of the bundle; staged: where they still are."""
+    """Records in the model folder that its files are the bundle's. staged: the folder in which they still
+    are."""
     hashes = {member.path: member.sha256 for member in manifest.members}
     record = {
         "stage": "unpack",
@@ -420,7 +421,7 @@ def seal_model(model: Path, manifest: Manifest, staged: Optional[Path] = None) -
 
 
 def _check_heads(path: Path, spec: DetectorSpec) -> None:
-    """Compares inputs and outputs with ``spec``, where onnx is installed."""
+    """Compares the model's inputs and outputs with ``spec``, if onnx is installed."""
     try:
         import onnx
     except ImportError:
@@ -428,7 +429,7 @@ def _check_heads(path: Path, spec: DetectorSpec) -> None:
     again = "run `odtrt convert` again"
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception as error:  # protobuf's has no base but Exception
+    except Exception as error:  # protobuf's errors have no narrower base class
         raise InputError(f"{path}: not an ONNX model ({one_line(error)}); {again}") from error
     tensors = heads_tensors(spec)
     weights = {tensor.name for tensor in graph.initializer}
@@ -458,7 +459,7 @@ def _shapes(tensors: Mapping[str, Shape]) -> str:
 
 
 def _readme(spec: DetectorSpec, members: Iterable[str]) -> str:
-    """``README.txt`` for a bundle with these members."""
+    """The text of ``README.txt`` for a bundle with these members."""
     names = set(members)
     is_fused = f"{MODEL}/detector.onnx" in names
     compilers = "cmake 3.16 or newer, a C++ compiler; for the GPU's nvcc"
@@ -534,7 +535,8 @@ def _is_bundle(path: Path) -> bool:
 def _opened(
     archive: Path, expected_sha256: Optional[str] = None
 ) -> Iterator[Tuple[zipfile.ZipFile, Manifest, Dict[str, zipfile.ZipInfo]]]:
-    """An archive whose directory agrees with its manifest: no member too many or too few, none unsafe."""
+    """An open archive with its manifest. Has checked that the members are the manifest's, and that no name is
+    unsafe."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(archive.open("rb"))
@@ -585,7 +587,8 @@ def _compare_archive(archive: Path, file: IO[bytes], expected: str) -> None:
 
 
 def _unchanged(folder: Path, earlier: Sequence[Member], manifest: Manifest) -> Tuple[Member, ...]:
-    """The members of an earlier bundle that the new one lacks, as they were packed: they may go."""
+    """The members of an earlier bundle that may be removed: the new bundle lacks them, and nobody changed
+    them."""
     kept = {member.path for member in manifest.members}
     return tuple(
         member
@@ -598,7 +601,7 @@ def _unchanged(folder: Path, earlier: Sequence[Member], manifest: Manifest) -> T
 
 
 def _refuse_obstacles(folder: Path, paths: Iterable[str]) -> None:
-    """What is in the way of these files, links to other folders included: found before anything changes."""
+    """Raises InputError if a file, a link or a folder is in the way of one of these files."""
     for path in paths:
         target = folder / path
         for parent in (folder / one for one in PurePosixPath(path).parents if str(one) != "."):
@@ -610,7 +613,7 @@ def _refuse_obstacles(folder: Path, paths: Iterable[str]) -> None:
 
 
 def strangers(folder: Path, manifest: Manifest) -> List[str]:
-    """Files where the bundle's source is that are not from it: something could take them for source."""
+    """Files beside the bundle's source that are not the bundle's: Python or a compiler could use them."""
     members = {member.path for member in manifest.members} | {MANIFEST, "built.json"}
     known = members | {parent.as_posix() for path in members for parent in PurePosixPath(path).parents}
     code = [path for place in ("odtrt_lib", "plugins") for path in (folder / place).rglob("*")]
@@ -625,7 +628,8 @@ def strangers(folder: Path, manifest: Manifest) -> List[str]:
 
 
 def refuse_impostors(folder: Path, names: Iterable[str]) -> None:
-    """The processes that build import from this folder first."""
+    """Raises InputError if Python would import one of these files instead of its own module: the processes
+    that build import from this folder first."""
     elsewhere = [path for path in sys.path if Path(path or ".").resolve() != folder.resolve()]
     for name in names:
         module, _, suffix = name.partition(".")
@@ -641,7 +645,8 @@ def refuse_impostors(folder: Path, names: Iterable[str]) -> None:
 
 
 def _check_entries(archive: Path, entries: Sequence[zipfile.ZipInfo], archive_size: int) -> None:
-    """Refuses what ``pack`` never writes: unsafe or doubled names, links, compression, overlaps."""
+    """Raises InputError for what ``pack`` never writes: unsafe or double names, links, compression,
+    overlaps."""
     ends, seen = 0, set()
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
         what = f"{archive}: member {entry.filename!r}"
@@ -671,7 +676,7 @@ def _check_path(what: str, path: str) -> None:
 
 
 def _is_plain(path: str) -> bool:
-    """Whether a relative path stays in its folder and shows what it is: no control or direction marks."""
+    """Whether a relative path stays in its folder and has no control characters or direction marks."""
     parts = path.split("/")
     return not any(part in ("", ".", "..") or ":" in part or _UNPRINTABLE.search(part) for part in parts)
 
@@ -725,7 +730,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _blocks(archive: Path, zipped: zipfile.ZipFile, entry: zipfile.ZipInfo, size: int) -> Iterator[bytes]:
-    """The content of a member, which has ``size`` bytes, no more and no fewer."""
+    """The content of a member, in blocks. Raises InputError unless it has exactly ``size`` bytes."""
     left = size
     try:
         with zipped.open(entry) as stream:
@@ -760,7 +765,7 @@ def _extract(
 
 @contextlib.contextmanager
 def _staged(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder``, on the same disk; gone after the block unless it was moved."""
+    """A new folder beside ``folder``, on the same disk. It is removed after the block unless it was moved."""
     try:
         with made(folder.parent), workplace(folder.parent, f".{folder.name}.unpack-") as place:
             content = place / "content"
@@ -771,15 +776,16 @@ def _staged(folder: Path) -> Iterator[Path]:
 
 
 def _replace_files(content: Path, folder: Path, manifest: Manifest, earlier: Sequence[Member]) -> None:
-    """Moves files over those of an earlier bundle, in one step for whoever opens the model."""
+    """Replaces the files of an earlier bundle; for whoever opens the model, in one step."""
     kept = {member.path for member in manifest.members}
     commit(content, folder, [old.path for old in earlier if old.path not in kept])
 
 
 def exit_status(work: Callable[[], Optional[int]], place: Path) -> int:
-    """place: what an error of the operating system that names no file is about."""
+    """Runs ``work``, and prints an error as one line; returns the exit status. place: what an error message
+    names if the operating system names no file."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names that the terminal's encoding lacks become escapes
+        if hasattr(stream, "reconfigure"):  # escapes letters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         return work() or 0

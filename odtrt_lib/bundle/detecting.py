@@ -1,4 +1,5 @@
-"""``python3 detect.py``: what the detector of an unpacked bundle sees, in pictures, videos and cameras."""
+"""``python3 detect.py``: shows what the detector of an unpacked bundle finds in pictures, videos and
+cameras."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ python3 detect.py rtsp://host/path   a network camera
 
 
 def open_here(folder: Union[str, Path]) -> Detector:
-    """The detector of an unpacked bundle, opened as ``build_here.py`` opened it at its end.
+    """Opens the detector of an unpacked bundle as ``build_here.py`` last opened it.
 
-    Before ``build_here.py`` has run, ONNX Runtime detects on the CPU. Raises InputError where ``built.json``
+    If ``build_here.py`` has not run yet, ONNX Runtime detects on the CPU. Raises InputError if ``built.json``
     is damaged, and what ``Detector.open`` raises.
     """
     from odtrt_lib.detector import Detector
@@ -71,7 +72,7 @@ def detection_table(found: Detections) -> List[str]:
 
 
 def run_detect(arguments: Sequence[str]) -> int:
-    """``python3 detect.py``, for the bundle that the script is in. The exit status."""
+    """Runs ``python3 detect.py`` for the bundle that contains the script; returns the exit status."""
     folder = Path(arguments[0]).resolve().parent
     parser = argparse.ArgumentParser(
         prog="python3 detect.py",
@@ -128,7 +129,7 @@ def _require_modules() -> None:
 
 
 def _moving(options: argparse.Namespace) -> Optional[Source]:
-    """What is no picture, opened; None for pictures."""
+    """Opens the video, stream or camera that was asked for; None if pictures were asked for."""
     from odtrt_lib import sources
 
     if options.camera is not None:

@@ -1,6 +1,6 @@
-"""What is done with a bundle on the device: build the library, the plugin and the plans that belong there.
+"""Builds, on the device, the library, the plugin and the plans of an unpacked bundle.
 
-It uses odtrt's other modules, which need numpy, only when they are needed, and says what is missing before.
+It first says which packages are missing, and only then imports odtrt's other modules, which need numpy.
 """
 
 from __future__ import annotations
@@ -82,25 +82,24 @@ def build_here(
 ) -> Dict[str, Any]:
     """Builds what belongs to this machine from an unpacked bundle, and detects once as a check.
 
-    Compiles the kernels and, where there is a GPU, the CUDA kernels and the TensorRT plugin against this
-    machine's own headers; builds the plan of ``detector.onnx`` where there is a plugin, and of ``heads.onnx``
-    where there is none or Triton wants it; and runs the detector on ``image``, or, without one, on a pattern.
-    With an image it says what was found in it and writes it, with boxes, to the folder ``output``, by default
-    ``detections`` in the bundle; over no file but one that it drew before.
-    precision, memory, batch, allow, version_compatible, force: of the plan and of its build, see
-    :func:`odtrt_lib.engine.build`. say: is told, a line at a time, what was done and what could not be, and
-    at last how the detector is opened here.
+    It compiles the kernels. If there is a GPU, it also compiles the CUDA kernels, and the TensorRT plugin
+    with this machine's own headers. It builds a plan of ``detector.onnx`` if there is a plugin, and of
+    ``heads.onnx`` if there is none or Triton is to serve it. It runs the detector on ``image``; without one,
+    on a pattern. It says what was found in the image, and draws it into a copy in the folder ``output``, by
+    default ``detections`` in the bundle. It replaces no file that it did not draw before. precision, memory,
+    batch, allow, version_compatible, force: see :func:`odtrt_lib.engine.build`. say: is called with each line
+    about what was done, what could not be done, and last, how the detector is opened here.
 
-    Returns what ``built.json`` says: ``precision`` (of the plan; fp16 if ``allow`` let fp32 go), ``plans``
-    (model -> path in the folder), ``library`` and ``plugin`` (such paths, or None), ``serving`` (copies of
-    plans for Triton and DeepStream), ``backend``, ``open`` (the Python expression that opens the detector
-    in this folder), ``image``, ``drawn`` (the picture with boxes, or None) and ``detections``: ``class_id``,
-    ``name``, ``score`` and ``box``, ``[ymin, xmin, ymax, xmax]`` in pixels.
+    Returns the content of ``built.json``: ``precision`` (of the plan; fp16 if ``allow`` let it replace fp32),
+    ``plans`` (model -> path in the folder), ``library`` and ``plugin`` (such paths, or None), ``serving``
+    (copies of plans for Triton and DeepStream), ``backend``, ``open`` (the Python expression that opens the
+    detector in this folder), ``image``, ``drawn`` (the picture with boxes, or None) and ``detections``:
+    ``class_id``, ``name``, ``score`` and ``box``, ``[ymin, xmin, ymax, xmax]`` in pixels.
 
-    Raises InputError where the bundle is not as packed, an argument has another form or the folder cannot be
-    written, MissingDependencyError naming every Python module that is missing and what installs it,
-    BuildError where the compiler fails, what :func:`odtrt_lib.engine.build` and
-    :class:`odtrt_lib.detector.Detector` raise, and CheckError where a detection cannot be one.
+    Raises InputError if the bundle is not as packed, an argument is malformed or the folder cannot be
+    written; MissingDependencyError, naming every missing Python module and what installs it; BuildError if
+    the compiler fails; CheckError if a detection is impossible; and what :func:`odtrt_lib.engine.build` and
+    :class:`odtrt_lib.detector.Detector` raise.
 
     Long because its options, result and errors are described here.
     """
@@ -165,7 +164,7 @@ def build_here(
 
 
 def _open_bundle(folder: Path, say: Callable[[str], None]) -> DetectorSpec:
-    """Compares the folder with its manifest; the spec of its model, sealed."""
+    """Compares the folder with its manifest, and seals its model if no record does; returns the spec."""
     manifest = verify(folder)
     say(f"{manifest.name}: {len(manifest.members)} files as packed by odtrt {manifest.odtrt}")
     others = strangers(folder, manifest)
@@ -174,7 +173,7 @@ def _open_bundle(folder: Path, say: Callable[[str], None]) -> DetectorSpec:
         say(f"not from this bundle: {', '.join(map(repr, others[:5]))}{more}")
     refuse_impostors(folder, others)
     model = folder / MODEL
-    if not recorded(model):  # another program unpacked it
+    if not recorded(model):  # another program than odtrt unpacked it
         seal_model(model, manifest)
     return load_spec(model / "spec.json")
 
@@ -189,9 +188,9 @@ def _require_modules(folder: Path, precision: str, say: Callable[[str], None]) -
 
 @dataclasses.dataclass(frozen=True)
 class _Plans:
-    """The plans of this machine. paths: model -> plan. passports: the same, -> its passport.
+    """The plans of this machine. paths: model -> its plan. passports: model -> the plan's passport.
 
-    served: the model whose plan the detector runs. plugin: the library inside that plan, or None.
+    served: the model whose plan the detector runs. plugin: the library that this plan needs, or None.
     """
 
     paths: Dict[str, Path]
@@ -201,7 +200,7 @@ class _Plans:
 
     @property
     def passport(self) -> Passport:
-        """Of the plan that the detector runs."""
+        """The passport of the plan that the detector runs."""
         return self.passports[self.served]
 
 
@@ -237,7 +236,7 @@ def _build_plans(
 
 
 def _serve_plans(folder: Path, plans: _Plans, say: Callable[[str], None]) -> List[Path]:
-    """Copies the plans to where Triton and nvinfer look for them; says if Triton's batch is too large."""
+    """Copies the plans to where Triton and nvinfer expect them; says if Triton's batch is too large."""
     serving = _place_plans(folder, plans.paths, plans.passport.runtime_library, say)
     for configuration in sorted({path.parent.parent / "config.pbtxt" for path in serving}):
         if configuration.is_file():
@@ -249,14 +248,15 @@ def _serve_plans(folder: Path, plans: _Plans, say: Callable[[str], None]) -> Lis
 def _detect_once(
     folder: Path, plans: _Plans, pixels: Any, shown: str, say: Callable[[str], None]
 ) -> Tuple[Detections, str, str]:
-    """Opens the detector as this machine can, and checks what it finds in ``pixels``, uint8 [H, W, 3].
+    """Opens the detector, with the plan if there is one, and checks what it finds in ``pixels``, uint8 [H, W,
+    3].
 
-    shown: how messages call the image. Returns the detections, the backend, and the Python expression that
+    shown: what messages call the image. Returns the detections, the backend, and the Python expression that
     opens the detector in ``folder``.
     """
     from odtrt_lib.detector import Detector
 
-    # Not "auto", which would serve with ONNX Runtime where the new plan does not run.
+    # Not "auto", which would use ONNX Runtime if the new plan does not run.
     has_gpu = this_machine().gpu is not None
     backend = plans.passport.runtime_library if has_gpu else "onnxruntime"
     used, precision = plans.plugin, plans.passport.precision
@@ -283,7 +283,7 @@ def _has_cuda_runtime() -> bool:
 
         cuda.library()
     except ImportError:
-        return True  # without numpy nobody knows
+        return True  # without numpy this cannot be known
     except MissingDependencyError:
         return False
     return True
@@ -292,9 +292,9 @@ def _has_cuda_runtime() -> bool:
 def missing_modules(precision: str) -> Dict[str, str]:
     """The Python modules and libraries that ``build_here`` lacks here, each with what installs it.
 
-    The CUDA runtime gives a plan its device memory, ONNX Runtime takes the GPU's place where there is none,
-    and onnx writes half precision into the model for a TensorRT with typed networks (9 and newer). Which part
-    needs what is the table of :mod:`odtrt_lib.requirements`; of detection only --image needs Pillow.
+    A plan needs the CUDA runtime for its device memory. Without a GPU, ONNX Runtime detects instead. A
+    TensorRT with strongly typed networks (9 and newer) needs onnx, which writes half precision into the
+    model. The table in :mod:`odtrt_lib.requirements` says which part needs what; only --image needs Pillow.
     """
     missing = {}
     if not _can_find("numpy"):
@@ -322,7 +322,7 @@ def missing_modules(precision: str) -> Dict[str, str]:
         and not _has_half_precision_flag(runtime_library)
     ):
         needs.update(dict.fromkeys(half, "for fp16"))
-    del needs["numpy"]  # is first, with an installation of its own
+    del needs["numpy"]  # is listed first, with its own advice
     for module, purpose in needs.items():
         if not _can_find(module):
             package = module.replace("_", "-")
@@ -331,7 +331,8 @@ def missing_modules(precision: str) -> Dict[str, str]:
 
 
 def run_build_here(arguments: Sequence[str]) -> int:
-    """``python3 build_here.py``: :func:`build_here` for the folder that the script is in. The exit status."""
+    """Runs ``python3 build_here.py``: :func:`build_here` for the script's own folder; returns the exit
+    status."""
     options = _parser().parse_args(arguments[1:])
     folder = Path(arguments[0]).resolve().parent
 
@@ -406,7 +407,7 @@ def _check_arguments(
     batch: Optional[Sequence[int]],
     allow: Sequence[str],
 ) -> None:
-    """What :func:`odtrt_lib.engine.build` would refuse, before minutes are spent on the compiler."""
+    """Raises what :func:`odtrt_lib.engine.build` would raise, before the compiler runs for minutes."""
     from odtrt_lib import engine
 
     _check_precision(precision)
@@ -448,7 +449,7 @@ def _parse_batches(text: Optional[str]) -> Optional[Tuple[int, ...]]:
 
 
 def _tell_needs(precision: str, say: Callable[[str], None]) -> int:
-    """What is missing here, a line each; 1 where ``build_here`` needs it, 0 where it does without."""
+    """Says what is missing here, one line each. Returns the exit status: 1 if ``build_here`` cannot run."""
     if _can_find("numpy"):
         _check_precision(precision)
     missing = missing_modules(precision)
@@ -462,7 +463,7 @@ def _tell_needs(precision: str, say: Callable[[str], None]) -> int:
 
 
 def _tell_plans(folder: Path, say: Callable[[str], None]) -> None:
-    """Each plan in the bundle, whether it may be used here and now, and why; a line for each reason."""
+    """Says of each plan in the bundle whether it may be used here now, with a line for each reason."""
     if not _can_find("numpy"):
         raise MissingDependencyError(f"numpy is missing: {_INSTALL_NUMPY}")
     from odtrt_lib import portability
@@ -489,7 +490,8 @@ def _tell_plans(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def _has_half_precision_flag(runtime_library: Optional[str]) -> bool:
-    """Asked in a process of its own, because a builder should be the first to load TensorRT."""
+    """Whether TensorRT has the builder flag for half precision. Asks in another process, because the building
+    process should be the first to load TensorRT."""
     question = (
         f"import sys; sys.path.insert(0, {IMPORT_PATH!r}); "
         f"import {runtime_library} as trt; from odtrt_lib.engine.builder import is_weakly_typed; "
@@ -508,7 +510,7 @@ def _can_find(module: str) -> bool:
 
 
 def _missing_programs() -> Dict[str, str]:
-    """The programs that compile and are not here, each with what installs it and what is lost without it."""
+    """The missing programs that compilation needs, each with what installs it and what is lost without it."""
     from odtrt_lib.machine import this_machine
 
     lost = "without it numpy does what the kernels do, slower, and the plan has no post-processing inside"
@@ -527,7 +529,7 @@ def _missing_programs() -> Dict[str, str]:
 
 
 def _compile(folder: Path, say: Callable[[str], None]) -> Tuple[Optional[Path], Optional[Path]]:
-    """Compiles ``plugins/``: libodtrt.so and libodtrt_tensorrt.so, or None for what cannot be made here."""
+    """Compiles ``plugins/``: libodtrt.so and libodtrt_tensorrt.so; None for one that cannot be made here."""
     from odtrt_lib.machine import this_machine
 
     missing = _missing_programs()
@@ -546,7 +548,7 @@ def _compile(folder: Path, say: Callable[[str], None]) -> Tuple[Optional[Path], 
     build = folder / "plugins" / "build"
     build.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
-        (build / "CMakeCache.txt").unlink()  # it would refuse a folder that was moved or copied
+        (build / "CMakeCache.txt").unlink()  # cmake would refuse a folder that was moved or copied
     jobs = str(os.cpu_count() or 1)
     try:
         with (build / "log").open("w") as log:
@@ -571,7 +573,8 @@ def _compile(folder: Path, say: Callable[[str], None]) -> Tuple[Optional[Path], 
 
 
 def _run_to_its_end(command: Sequence[str], log: Any) -> int:
-    """The exit status; where this process is interrupted, the command and all that it started end first."""
+    """Runs a command; returns its exit status. If this process is interrupted, first ends the command and its
+    children."""
     process = None
     try:
         with ctrl_c_later():
@@ -592,7 +595,7 @@ def _run_to_its_end(command: Sequence[str], log: Any) -> int:
 
 
 def _reason(log: Path) -> str:
-    """The first error in what cmake and the compiler said; theirs are on a line, or on two."""
+    """The first error in the output of cmake and the compiler; it takes one line or two."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     for number, line in enumerate(lines):
         if "error" in line.lower() and "***" not in line:
@@ -603,7 +606,7 @@ def _reason(log: Path) -> str:
 def _place_plans(
     folder: Path, plans: Mapping[str, Path], runtime_library: str, say: Callable[[str], None]
 ) -> List[Path]:
-    """Copies the plans to where Triton and nvinfer look for them."""
+    """Copies the plans to where Triton and nvinfer expect them."""
     wanted = [
         (path.parent / "1" / "model.plan", "heads.onnx")
         for path in sorted((folder / "triton").glob("*/config.pbtxt"))
@@ -634,7 +637,7 @@ def _compare_batch(configuration: Path, largest: int, say: Callable[[str], None]
 
 
 def _pattern(spec: DetectorSpec) -> Any:
-    """An image that needs no file: uint8 [height, width, 3], the same on every machine."""
+    """A computed image, uint8 [height, width, 3], the same on every machine."""
     import numpy as np
 
     height, width = spec.input.height, spec.input.width
@@ -643,7 +646,7 @@ def _pattern(spec: DetectorSpec) -> Any:
 
 
 def _show(image: Path, pixels: Any, found: Any, output: Path, say: Callable[[str], None]) -> Path:
-    """Says what was found, and draws it into a copy of the picture; its path."""
+    """Says what was found, and draws it into a copy of the picture; returns the copy's path."""
     from odtrt_lib.plots import MIN_SCORE, confident, draw_detections
     from odtrt_lib.written_files import drawing_targets, write_drawing
 
@@ -661,7 +664,7 @@ def _check_detections(found: Any, size: Tuple[int, int], spec: DetectorSpec) -> 
     import numpy as np
 
     boxes, scores = found.boxes, found.scores
-    # Boxes are clipped to the image, to within a rounding error of float32.
+    # Boxes are clipped to the image; float32 can round them out of it a little.
     limit = 1.0001 * np.array([size[0], size[1], size[0], size[1]])
     is_sound = (
         len(scores) <= spec.nms.max_total_detections
@@ -678,7 +681,7 @@ def _check_detections(found: Any, size: Tuple[int, int], spec: DetectorSpec) -> 
 
 
 def _in_tenths(model: str, say: Callable[[str], None]) -> Callable[[str, float], None]:
-    """A listener for the build's progress that speaks up at every phase and tenth of it."""
+    """A function for the build's progress that calls ``say`` at every phase and every tenth of it."""
     told = set()
 
     def tell(phase: str, fraction: float) -> None:

@@ -1,4 +1,4 @@
-"""Files that a serving program takes: a Triton model repository, nvinfer's configuration and parser."""
+"""Files for serving programs: a Triton model repository, nvinfer's configuration and parser."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from odtrt_lib.tensors import heads_tensors
 
 
 def triton_config(spec: DetectorSpec, name: str, platform: str) -> str:
-    """The ``config.pbtxt`` of one Triton model over ``heads.onnx``: a text-format ``inference.ModelConfig``.
+    """The ``config.pbtxt`` of one Triton model of ``heads.onnx``: a text-format ``inference.ModelConfig``.
 
-    name: of the model's folder. platform: ``onnxruntime_onnx`` or ``tensorrt_plan``. With a fixed batch size
-    the batch is one more dimension and Triton does no batching.
+    name: that of the model's folder. platform: ``onnxruntime_onnx`` or ``tensorrt_plan``. If the batch size
+    is fixed, the batch is an ordinary dimension, and Triton does no batching.
 
-    Both platforms answer with raw heads, so that a client sees no difference and Triton needs no plugin;
-    :func:`odtrt_lib.nms.postprocess` makes detections of them.
+    Both platforms return raw heads, so a client sees no difference and Triton needs no plugin.
+    :func:`odtrt_lib.nms.postprocess` makes detections from them.
     """
     from odtrt_lib.engine import DYNAMIC_BATCH
 
@@ -58,9 +58,9 @@ def triton_config(spec: DetectorSpec, name: str, platform: str) -> str:
 def nvinfer_config(spec: DetectorSpec) -> str:
     """The configuration file of DeepStream's nvinfer for ``detector.onnx``.
 
-    Raises UnsupportedError, naming the field of ``spec.json``, for what nvinfer cannot express: its
-    normalisation is ``net-scale-factor * (pixel - offset)`` with one factor for all channels, and it pads the
-    image before it normalises, without telling the network where the padding begins.
+    Raises UnsupportedError, naming the field of ``spec.json``, for what nvinfer cannot express. It normalises
+    by ``net-scale-factor * (pixel - offset)``, with one factor for all channels. It pads the image before it
+    normalises, and does not tell the network where the padding begins.
     """
     scale, offset = spec.input.scale, spec.input.offset
     if spec.input.resizer.kind != "fixed_shape":
@@ -143,7 +143,7 @@ def comment(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A string of protobuf's text format."""
+    """The text as a quoted string of protobuf's text format."""
     escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\000"}
     return '"' + "".join(escapes.get(letter, letter) for letter in text) + '"'
 

@@ -1,7 +1,7 @@
 """Chapter 2: from the frozen graph to ONNX, with proof that both compute the same.
 
-``stage`` is what ``odtrt convert`` calls; ``rewrite`` makes the graph one that TensorRT runs well,
-``resizes`` audits every Resize.
+``odtrt convert`` calls ``stage``. ``rewrite`` changes the graph into one that TensorRT runs well, and
+``resizes`` checks every Resize.
 """
 
 from odtrt_lib.convert.resizes import audit_resizes as audit_resizes

@@ -1,7 +1,7 @@
-"""Chapter 2's Resize audit: which source pixel does every Resize read, in TensorFlow and in ONNX?
+"""Chapter 2's Resize audit: compares which source pixels each Resize reads in TensorFlow and in ONNX.
 
-The same word means different pixels in different libraries; a wrong rule shifts every box behind it and
-nothing crashes. :func:`audit_resizes` compares the two graphs Resize by Resize, in exact arithmetic.
+The same name means different pixels in different libraries. A wrong rule shifts every box, and nothing
+crashes. :func:`audit_resizes` compares the two graphs Resize by Resize, in exact arithmetic.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class ResizeFinding:
     name: the TensorFlow operation, which is also the ONNX node's name; for a stack-and-reshape upsampling
         the last of its four operations.
     tensorflow, onnx: the rule in words, e.g. ``ResizeNearestNeighbor`` and
-        ``nearest asymmetric floor``; empty where that side has no such operation.
+        ``nearest asymmetric floor``; empty if that side has no such operation.
     input_size, output_size: ``(height, width)`` in TensorFlow.
     agrees: whether both read the same source coordinate for every output row and column.
-    problem: why not, or what TensorRT's parser will object to; empty if nothing.
+    problem: why they do not agree, or why TensorRT's parser would refuse the Resize; empty if neither.
     """
 
     name: str
@@ -53,12 +53,13 @@ class ResizeFinding:
 def audit_resizes(graph_def: Any, onnx_model: onnx.ModelProto) -> list[ResizeFinding]:
     """Compares every Resize of a frozen ``GraphDef`` with its counterpart in the ONNX graph.
 
-    Looked for in TensorFlow: ResizeBilinear, ResizeNearestNeighbor, the operations that odtrt refuses to
-    convert, and nearest-neighbour upsampling written as stacks and reshapes. Counterparts are found by name,
-    and what is left over by order. Two rules agree if, for the sizes in this graph, every output row and
-    column reads the same source coordinate (bilinear) or the same source pixel (nearest); the coordinates
-    are those of TensorFlow's CPU kernels (``image_resizer_state.h``) and of the ONNX operator's
-    definition, in rational numbers. An ONNX Resize that nothing in TensorFlow accounts for disagrees.
+    In TensorFlow's graph these are looked for: ResizeBilinear, ResizeNearestNeighbor, the operations that
+    odtrt refuses to convert, and nearest-neighbour upsampling written as stacks and reshapes. Counterparts
+    are matched by name, and the remaining ones by order. Two rules agree if, for the sizes in this graph,
+    every output row and column reads the same source coordinate (bilinear) or the same source pixel
+    (nearest). The coordinates are those of TensorFlow's CPU kernels (``image_resizer_state.h``) and of the
+    ONNX operator's definition, in rational numbers. An ONNX Resize without a counterpart in TensorFlow
+    disagrees.
     """
     expected = _tensorflow_resizes(graph_def)
     found = {node.name: node for node in onnx_model.graph.node if node.op_type == "Resize"}
@@ -133,7 +134,7 @@ def _tensorflow_resizes(graph_def: Any) -> list[_TensorflowResize]:
 
 
 def _image_size(tensor: Any) -> tuple[int, int]:
-    """Height and width of an NHWC tensor, 0 where they are not fixed."""
+    """Height and width of an NHWC tensor, 0 if they are not fixed."""
     if tensor.shape.rank != 4:
         return 0, 0
     return tensor.shape[1] or 0, tensor.shape[2] or 0
@@ -231,7 +232,7 @@ def _clamp(position: Fraction, size: int) -> Fraction:
 def _onnx_factor(
     node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], axis: int, size: int, target: int
 ) -> Fraction | None:
-    """The exact enlargement along ``axis``; None where the ONNX Resize gives another size than ``target``."""
+    """The exact enlargement along ``axis``; None if the ONNX Resize gives another size than ``target``."""
     from onnx import numpy_helper
 
     scales = constants.get(node.input[2]) if len(node.input) > 2 else None
@@ -245,9 +246,9 @@ def _onnx_factor(
 
 
 def _tensorrt_refusal(rule: list[str]) -> str:
-    """What TensorRT's ONNX parser objects to in a Resize with this rule; empty if nothing.
+    """Why TensorRT's ONNX parser refuses a Resize with this rule; empty if it does not.
 
-    From ``onnxOpImporters.cpp`` (checkResize) and confirmed with the parser of TensorRT-RTX 1.7.
+    From ``onnxOpImporters.cpp`` (checkResize), and confirmed with the parser of TensorRT-RTX 1.7.
     """
     if "antialias" in rule:
         return "TensorRT has no antialiased Resize"

@@ -1,17 +1,15 @@
 """Chapter 2's rewriting: what odtrt changes in a detector's graph before and after tf2onnx.
 
-tf2onnx translates operations and knows nothing about this kind of network. Every rule here is exact in
+tf2onnx translates single operations and knows nothing about this kind of network. Every rule here is exact in
 real arithmetic:
 
-1. On the TensorFlow side (:func:`plain_graph`) a detector is written in plainer operations: upsampling
-   made of stacks and reshapes becomes one ResizeNearestNeighbor, EfficientDet's weighted fusion (stack,
-   matrix product, squeeze) becomes a sum of scaled feature maps, and shapes that only compute the batch
-   size become constants.
-2. On the ONNX side (:func:`tidy`) the NHWC order of TensorFlow is pushed out of the graph, batch
-   normalisation is folded into the convolution before it, and each head is transposed once
-   instead of once a level.
+1. On the TensorFlow side, :func:`plain_graph` uses simpler operations. Upsampling made of stacks and reshapes
+   becomes one ResizeNearestNeighbor. EfficientDet's weighted fusion (stack, matrix product, squeeze) becomes
+   a sum of scaled feature maps. Shapes in which only the batch size is computed become constants.
+2. On the ONNX side, :func:`tidy` changes TensorFlow's NHWC order to NCHW, folds batch normalisation into the
+   convolution before it, and transposes each head once instead of once for each level.
 
-No rule is trusted: :func:`odtrt_lib.convert.convert` compares what comes out with TensorFlow.
+No rule is trusted: :func:`odtrt_lib.convert.convert` compares the result with TensorFlow.
 """
 
 from __future__ import annotations
@@ -43,14 +41,14 @@ _LARGEST_KERNEL_COPIED = 1 << 20
 
 
 def plain_graph(frozen: Any) -> Any:
-    """The same network in fewer and plainer operations, as a new ``GraphDef``. Every rule is exact.
+    """A new ``GraphDef`` of the same network with fewer and simpler operations. Every rule is exact.
 
-    * Identity and IdentityN go, and so do multiplications by the constant 1 (swish with beta = 1).
+    * Identity and IdentityN are removed, and so are multiplications by the constant 1 (swish with beta = 1).
     * Upsampling written as stack, reshape, stack, reshape (OD API: ``ops.nearest_neighbor_upsampling``)
       becomes one ResizeNearestNeighbor, under the name of the last reshape.
     * ``squeeze(matmul(stack([x1, x2, ..], -1), weights))`` (OD API: ``BiFPNCombineLayer``) becomes
       ``weights[0] * x1 + weights[1] * x2 + ..``, under the name of the squeeze.
-    * A reshape whose result is known but for the batch gets the constant target ``[-1, ...]``.
+    * A reshape of which only the batch is unknown gets the constant target ``[-1, ...]``.
     """
     tf = odapi.tensorflow()
     graph_def = tf.compat.v1.GraphDef()
@@ -210,11 +208,11 @@ def _add_constant(graph_def: Any, name: str, value: np.ndarray) -> str:
 
 
 def to_onnx(frozen: Any, opset: int) -> onnx.ModelProto:
-    """The ONNX form of a frozen ``GraphDef``, tidied; not yet checked against it.
+    """Converts a frozen ``GraphDef`` to ONNX and tidies the result, but does not compare the two.
 
-    tf2onnx's own optimisers are left out but for constant folding: their search for Transposes takes most of
-    the conversion's time and stops at EfficientDet's fusion, and their folding of batch normalisation
-    into kernels that pyramid levels share makes a ResNet-50 FPN 1.6 times as large.
+    Of tf2onnx's own optimisers only constant folding runs. Their search for Transposes takes most of the
+    conversion's time and stops at EfficientDet's fusion. They also fold batch normalisation into kernels that
+    pyramid levels share, which makes a ResNet-50 FPN 1.6 times as large.
     """
     tf = odapi.tensorflow()
     import tf2onnx
@@ -242,14 +240,14 @@ def to_onnx(frozen: Any, opset: int) -> onnx.ModelProto:
 
 
 def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same network in NCHW order, with fewer operations and with names that do not change.
+    """The same network in NCHW order, with fewer operations, and with names that are always the same.
 
-    * Transposes meet their inverses and vanish (:func:`_to_nchw`).
+    * Transposes are removed together with their inverses (:func:`_to_nchw`).
     * BatchNormalization is folded into the convolution before it, in float64, unless that means
       copying a kernel of more than 1 MiB for each of the pyramid levels that share it.
     * Levels of a head are joined first and transposed once (:func:`_join_levels`).
-    * Every Resize gets the rule, out of those that mean the same, which all TensorRT versions read.
-    * A node is called as the TensorFlow operation that it came from, a tensor as its node.
+    * Of the rules that mean the same, every Resize gets the one that all TensorRT versions accept.
+    * A node gets the name of the TensorFlow operation from which it came, and a tensor that of its node.
     """
     import onnx_graphsurgeon as gs
 
@@ -311,11 +309,11 @@ _ELEMENTWISE = {
 
 
 def means_in_two_steps(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with each spatial mean taken along rows, then along columns; changed in place.
+    """Computes each spatial mean along rows, then along columns; changes the model in place.
 
-    Not part of :func:`tidy`. Shorter sums round less, so that, beside
-    :func:`odtrt_lib.export.odapi.exact_means` on TensorFlow's side, this tells what rounding does to a
-    detector from what a conversion did.
+    :func:`tidy` does not do this. Shorter sums round less. Together with
+    :func:`odtrt_lib.export.odapi.exact_means` on TensorFlow's side, this separates errors of a conversion
+    from rounding errors.
     """
     import onnx
 
@@ -333,14 +331,14 @@ def means_in_two_steps(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _to_nchw(graph: Graph) -> None:
-    """Computes in NCHW order whatever can be; Transposes stay only where an NHWC result is needed.
+    """Changes the graph to NCHW order. Transposes remain only where an NHWC result is needed.
 
-    tf2onnx wraps every layer in Transposes: to NCHW before, back to NHWC after. Going through the graph
-    in order, this keeps for each NHWC tensor its ``twin``, the same data in NCHW. A Transpose to NCHW of a
-    tensor that has a twin is that twin. Element-wise operations, concatenation, padding and the
-    spatial mean are computed on the twins; their NHWC results are made by a new Transpose, which
-    nothing reads unless an operation that this function does not know comes next. The mean stays a
-    ReduceMean: ONNX Runtime's GlobalAveragePool adds one by one and loses a decimal digit of EfficientDet.
+    tf2onnx puts every layer between two Transposes: to NCHW, and back to NHWC. This function goes through the
+    graph in order, and keeps for each NHWC tensor its ``twin``, the same data in NCHW. It replaces a
+    Transpose of a tensor to NCHW by the tensor's twin. It computes element-wise operations, concatenation,
+    padding and the spatial mean on the twins, and adds a Transpose for their NHWC results. Only an operation
+    that this function does not know reads such a result. The mean remains a ReduceMean, because ONNX
+    Runtime's GlobalAveragePool adds values one by one and loses a decimal digit in EfficientDet.
     """
     import onnx_graphsurgeon as gs
 
@@ -388,7 +386,8 @@ def _to_nchw(graph: Graph) -> None:
 
 
 def _keep_dimensions(node: Node) -> bool:
-    """Makes a mean over height and width give [B, 1, 1, C], with a reshape after it in it; False if not."""
+    """Makes a mean over height and width return [B, 1, 1, C], and removes a reshape after it that did this.
+    Returns False if this is not possible."""
     keeps = node.attrs.get("keepdims", 1)
     reshape = node if keeps else _only_consumer(node.outputs[0])
     if reshape is None or not (keeps or _puts_channels_last(reshape)):
@@ -401,7 +400,8 @@ def _keep_dimensions(node: Node) -> bool:
 
 
 def _mean_axes_in_nchw(node: Node) -> list[Tensor]:
-    """The inputs that name the axes, for a twin; none if they are an attribute, which is changed here."""
+    """The inputs with a mean's axes in NCHW. Without inputs the axes are an attribute, which is changed
+    here."""
     import onnx_graphsurgeon as gs
 
     if node.inputs[1:]:
@@ -418,7 +418,7 @@ def _pads_in_nchw(pads: Constant, name: str) -> Constant:
 
 
 def _constant_in_nchw(constant: Constant, name: str) -> Constant | None:
-    """A constant that is broadcast against an NHWC tensor, for the NCHW one; None if it cannot be."""
+    """The NCHW form of a constant that is broadcast to an NHWC tensor; None if it has none."""
     import onnx_graphsurgeon as gs
 
     values = constant.values
@@ -483,12 +483,12 @@ _VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity")
 
 
 def _join_levels(graph: Graph, output: Tensor) -> None:
-    """Transposes a head once for all neighbouring levels with equally many channels, not once a level.
+    """Transposes a head once for all neighbouring levels with equally many channels, not once for each level.
 
-    A level is ``[B, A * K, H, W]`` (A anchors a cell, K columns an anchor), and anchors are counted by row,
-    column, anchor of the cell, level after level. So the levels may be flattened to ``[B, A * K, H * W]``,
-    joined along the last axis, transposed together to ``[B, cells, A * K]`` and split into
-    ``[B, cells * A, K]``. Levels with another A cannot be joined this way and form a group of their own.
+    A level is ``[B, A * K, H, W]`` (A anchors a cell, K columns an anchor). Anchors are counted level by
+    level, and in a level by row, column and anchor of the cell. So the levels can be flattened to ``[B, A *
+    K, H * W]``, joined along the last axis, transposed together to ``[B, cells, A * K]`` and reshaped to
+    ``[B, cells * A, K]``. Levels with another A form a group of their own.
     """
     import onnx_graphsurgeon as gs
 
@@ -531,11 +531,11 @@ def _through_views(tensor: Tensor) -> Tensor:
 
 
 def _settle_resize(node: Node) -> None:
-    """Writes TensorFlow 2's nearest rule in the ONNX terms that runtimes and TensorRT agree on.
+    """Writes TensorFlow 2's nearest rule in ONNX attributes that all runtimes and TensorRT accept.
 
-    ``tf_half_pixel_for_nn`` with ``floor`` reads pixel ``floor((i + 0.5) * in / out)``, and so does
-    ``half_pixel`` with ``round_prefer_ceil``; TensorRT's parser refuses the first. At an integer
-    enlargement both read pixel ``i // factor``, as ``asymmetric`` with ``floor`` does.
+    ``tf_half_pixel_for_nn`` with ``floor`` reads pixel ``floor((i + 0.5) * in / out)``. So does
+    ``half_pixel`` with ``round_prefer_ceil``; TensorRT's parser refuses the first. If the enlargement is an
+    integer, both read pixel ``i // factor``, as ``asymmetric`` with ``floor`` does.
     """
     import onnx_graphsurgeon as gs
 
@@ -570,7 +570,7 @@ _ROLES = {"Conv": ("", "kernel", "bias"), "BatchNormalization": ("", "scale", "b
 
 
 def _order_and_name(graph: Graph) -> None:
-    """Sorts nodes depth first from the outputs and names everything after its place: no counters left."""
+    """Sorts the nodes depth first from the outputs, and gives them names without tf2onnx's counters."""
     import onnx_graphsurgeon as gs
 
     ordered: dict[int, Node] = {}
@@ -601,7 +601,7 @@ def _order_and_name(graph: Graph) -> None:
 
 
 def _with_shapes(model: onnx.ModelProto, ir_version: int) -> onnx.ModelProto:
-    """Sets what describes the model: the shapes of input and outputs, the producer, the version."""
+    """Sets the shapes of input and outputs, the producer and the IR version."""
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
@@ -628,5 +628,5 @@ def _is_numbered(name: str) -> bool:
 
 
 def serialize(model: onnx.ModelProto) -> bytes:
-    """The bytes of an ONNX file; the same model gives the same bytes."""
+    """The bytes of the model as an ONNX file. Equal models give equal bytes."""
     return model.SerializeToString(deterministic=True)

@@ -1,9 +1,9 @@
 """Chapter 2: ``frozen.pb`` -> ``heads.onnx``, with proof that the two compute the same.
 
-tf2onnx translates the operations, :mod:`odtrt_lib.convert.rewrite` makes of its output a graph that TensorRT
-runs well. Neither is trusted: :func:`convert` compares every Resize of the two graphs
-(:func:`odtrt_lib.convert.resizes.audit_resizes`), runs both graphs on the same images (:func:`check_parity`)
-and leaves no ``heads.onnx`` behind unless both agree.
+tf2onnx translates the operations, and :mod:`odtrt_lib.convert.rewrite` changes the result into a graph that
+TensorRT runs well. Neither is trusted: :func:`convert` compares every Resize of the two graphs
+(:func:`odtrt_lib.convert.resizes.audit_resizes`) and runs both graphs on the same images
+(:func:`check_parity`). It writes ``heads.onnx`` only if they agree.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _DISTRIBUTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class HeadParity:
-    """How far one output of ``heads.onnx`` is from ``frozen.pb`` in float64: the worst of all images.
+    """The distance of one output of ``heads.onnx`` from ``frozen.pb`` in float64, for the worst image.
 
     The relative figures are in units of the output's scale for that image: its standard deviation, or a
-    thousandth of its largest magnitude if that is more (a head that is constant but for its bias).
-    ``noise_max_relative`` and ``noise_rms_relative`` are TensorFlow's own in float32. ``times_noise`` is
-    the quotient where it is largest, see :func:`odtrt_lib.export.noise.compare`. ``std`` is the standard
-    deviation over all images.
+    thousandth of its largest magnitude if that is more (as for a head that is constant except for its bias).
+    ``noise_max_relative`` and ``noise_rms_relative`` are those of TensorFlow in float32. ``times_noise`` is
+    the largest quotient, see :func:`odtrt_lib.export.noise.compare`. ``std`` is the standard deviation over
+    all images.
     """
 
     max_abs_err: float
@@ -62,10 +62,10 @@ class HeadParity:
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
-    """What :func:`check_parity` measured, the limit that it allowed, and what it can see.
+    """What :func:`check_parity` measured, its limit, and how small an error it would reveal.
 
-    ``sees_kernel_change`` and ``is_decisive`` are those of :class:`odtrt_lib.export.noise.Yardstick`: where
-    the second is false, rounding hides what the gate is there to find.
+    ``sees_kernel_change`` and ``is_decisive`` are those of :class:`odtrt_lib.export.noise.Yardstick`. If the
+    second is false, rounding hides the errors that this check should find.
     """
 
     box_encodings: HeadParity
@@ -85,9 +85,9 @@ def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> fold
 
     opset: one of :data:`OPSETS`. force: convert even if ``heads.onnx`` is up to date.
 
-    Raises UnsupportedError for another opset and for operations that cannot be converted faithfully,
-    InputError for a missing or damaged input or one that does not match ``spec.json``, CheckError where
-    the Resize audit, the ONNX checker or the parity gate fails; nothing is written then.
+    Raises UnsupportedError for another opset and for operations that cannot be converted exactly; InputError
+    for a missing or damaged input, or one that does not match ``spec.json``; CheckError if the Resize audit,
+    the ONNX checker or the parity check fails. Nothing is written then.
     """
     if opset not in OPSETS:
         raise UnsupportedError(
@@ -138,26 +138,25 @@ def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> fold
 def check_parity(folder: str | Path, *, images: int = 4) -> Parity:
     """Runs ``frozen.pb`` (TensorFlow) and ``heads.onnx`` (ONNX Runtime, CPU) on the same images.
 
-    images: how many; they are, in turn, noise and a checkerboard of a photograph's contrast (mid-grey +- 64),
-        crossed gradients with an edge over the full range, and darkness, all in the network's units
-        (``InputSpec.scale`` and ``offset``). A little grain lies on each: where a picture repeats one value,
-        the float32 sums of squeeze-and-excitation drift, up to 30 times as far as they round otherwise, and
-        hide what the gate is there to find. A network with a dynamic batch gets one image, then the rest
-        as one batch.
+    images: how many. In turn they are noise and a checkerboard with the contrast of a photograph (mid-grey +-
+        64), crossed gradients with an edge over the full range, and darkness, in the network's units
+        (``InputSpec.scale`` and ``offset``). Each has a little grain: if a picture repeats one value, the
+        float32 sums of squeeze-and-excitation drift up to 30 times as far as they round otherwise, and this
+        would hide errors. A network with a dynamic batch gets one image, then the rest as one batch.
 
-    The truth is ``frozen.pb`` in float64. No head may be more than :data:`odtrt_lib.export.noise.FACTOR` = 5
-    times as far from it as TensorFlow's float32 is: for no image, in no group of anchors, neither in the
-    root mean square nor at the worst place. Why not zero: float32 has a unit roundoff u = 2^-24 = 6e-8; two
-    correct
-    programs that add the n products of a convolution in another order differ by about u * sqrt(n), and
-    every layer behind it multiplies that by its own gain. How much is left at the end depends on the weights
-    and on the image: 1e-6 of the scale in the root mean square (the shipped detector), 2e-5 (FPNLite and
-    EfficientDet-D0, synthetic weights), 1e-4 (D1). ``results/noise.cpu.json`` has how far ONNX Runtime and
-    graphs with seeded defects are. Weights that were never trained can be chaotic, moving by 0.2 of the
-    scale for one unit in the input's last place: then nothing can be proved, and ``is_decisive`` says so.
+    The truth is ``frozen.pb`` in float64. A head may be :data:`odtrt_lib.export.noise.FACTOR` = 5 times as
+    far from it as TensorFlow's float32 is. This holds for each image and each group of anchors, for the root
+    mean square and for the maximum. The limit cannot be zero. float32 has a unit roundoff u = 2^-24 = 6e-8.
+    Two correct programs that add the n products of a convolution in another order differ by about u *
+    sqrt(n), and every layer after it multiplies this by its own gain. The error of the outputs depends on the
+    weights and the image: 1e-6 of the scale in the root mean square (the shipped detector), 2e-5 (FPNLite and
+    EfficientDet-D0, synthetic weights), 1e-4 (D1). ``results/noise.cpu.json`` has the distances of ONNX
+    Runtime and of graphs with seeded defects. A network with untrained weights can be chaotic: its outputs
+    move by 0.2 of the scale for one unit in the input's last place. Then nothing can be proved, and
+    ``is_decisive`` is false.
 
-    Raises CheckError where a head differs by more, InputError where a file is missing, damaged or does
-    not match ``spec.json``.
+    Raises CheckError if a head differs by more, InputError if a file is missing, damaged or does not match
+    ``spec.json``.
     """
     folder = Path(folder)
     spec = load_spec(folders.require(folder, "spec.json", "export"))
@@ -171,7 +170,7 @@ def check_parity(folder: str | Path, *, images: int = 4) -> Parity:
 def load_frozen(path: str | Path, content: bytes | None = None) -> Any:
     """The ``GraphDef`` in ``path``; InputError if it is damaged or lacks the nodes that export writes.
 
-    content: the bytes of the file, where they were read already.
+    content: the bytes of the file, if they have been read already.
     """
     tf = odapi.tensorflow()
     from google.protobuf.message import DecodeError
@@ -273,7 +272,7 @@ def _run_onnx(path: Path, batches: list[np.ndarray], images: int) -> dict[str, n
     runtime = _require("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    # One level more and its blocked convolutions round 15 times as coarsely as TensorFlow (EfficientDet-D0).
+    # At the next level, its blocked convolutions round 15 times as coarsely as TensorFlow (EfficientDet-D0).
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     results = [session.run(list(OUTPUTS), {INPUT: np.ascontiguousarray(batch)}) for batch in batches]

@@ -1,8 +1,9 @@
 """Chapter 3: plans, and everything that touches TensorRT.
 
-``stage`` is what ``odtrt build`` calls; ``fallback`` what it does when memory does not suffice, ``watch`` one
-attempt as a process, ``builder`` that process, ``half`` half precision in the ONNX. ``passport`` describes a
-plan, ``runtime`` runs it. ``bindings`` is the door to TensorRT's Python modules.
+``odtrt build`` calls ``stage``. ``fallback`` tries again with less memory, ``watch`` runs one attempt as a
+process, ``builder`` is that process, and ``half`` writes half precision into the ONNX. ``passport`` describes
+a plan, ``runtime`` loads it, ``pipeline`` runs it. All of them reach TensorRT's Python modules by
+``bindings``.
 
 The names of :data:`__all__` are imported when they are first asked for: the building process, whose memory is
 limited and measured, imports ``builder`` alone.

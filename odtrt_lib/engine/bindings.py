@@ -1,7 +1,7 @@
-"""The door to TensorRT's Python bindings: which are here, their plugins, and what they say.
+"""Access to TensorRT's Python bindings: which are installed, how plugins are loaded, the messages.
 
-Two libraries are served: ``tensorrt``, the full one, and ``tensorrt_rtx``. What a library can do is asked of
-the library itself (``hasattr``); version numbers are never compared.
+There are two libraries: ``tensorrt``, the full one, and ``tensorrt_rtx``. ``hasattr`` tells what a library
+can do; version numbers are never compared.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from odtrt_lib.errors import MissingDependencyError, one_line
 from odtrt_lib.tensors import DOMAIN, PLUGIN, PLUGIN_VERSION
 from odtrt_lib.variants import RUNTIME_LIBRARIES
 
-# Overrides the builder's TF32 setting; a plan loads only where it has the value that it had at the build.
+# Overrides the builder's TF32 setting. A plan loads only if this has the same value as at the build.
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 _MAX_MESSAGES = 20
-# What must stay for as long as the process lives.
+# Objects that must live as long as the process.
 _KEPT: List[Any] = []
 _RTX_FOLDERS: List[Any] = []
 
 
 def import_library(runtime_library: str) -> ModuleType:
-    """The module ``tensorrt`` or ``tensorrt_rtx``; MissingDependencyError where it cannot be imported."""
+    """The module ``tensorrt`` or ``tensorrt_rtx``. Raises MissingDependencyError if it cannot be imported."""
     if runtime_library == "tensorrt_rtx" and runtime_library not in sys.modules:
         with contextlib.suppress(OSError):
             let_rtx_find_itself()
@@ -47,9 +47,9 @@ def import_library(runtime_library: str) -> ModuleType:
 
 
 def available_runtimes() -> List[Tuple[str, str]]:
-    """The libraries that can be imported here, as (module, version), the preferred one first.
+    """The libraries that can be imported, as (module, version), the preferred one first.
 
-    ``tensorrt`` is the full library, ``tensorrt_rtx`` TensorRT-RTX, which also builds without a GPU.
+    ``tensorrt`` is the full library. ``tensorrt_rtx`` is TensorRT-RTX, which also builds without a GPU.
     """
     found = []
     for runtime_library in RUNTIME_LIBRARIES:
@@ -59,13 +59,13 @@ def available_runtimes() -> List[Tuple[str, str]]:
 
 
 def load_plugin(registry: Any, library: Path) -> bool:
-    """Loads ``libodtrt_tensorrt.so`` unless the registry has it. Returns whether it has it now.
+    """Loads ``libodtrt_tensorrt.so`` if the registry lacks it. Returns whether the registry has it now.
 
-    registry: an ``IPluginRegistry``. Raises OSError where TensorRT 8.5's way, the dynamic loader, fails.
+    registry: an ``IPluginRegistry``. Raises OSError if the dynamic loader, which TensorRT 8.5 needs, fails.
     """
     creator = (PLUGIN, PLUGIN_VERSION, DOMAIN)
     find = registry.get_creator if hasattr(registry, "get_creator") else registry.get_plugin_creator
-    if find(*creator) is None:  # a registry refuses a library that it has
+    if find(*creator) is None:  # a registry refuses to load a library twice
         if hasattr(registry, "load_library"):
             registry.load_library(str(library.resolve()))
         else:  # TensorRT 8.5: the library registers itself
@@ -74,12 +74,12 @@ def load_plugin(registry: Any, library: Path) -> bool:
 
 
 def let_rtx_find_itself() -> None:
-    """Makes TensorRT-RTX 1.7 able to parse a plugin's node; call it before ``tensorrt_rtx`` is imported.
+    """Makes TensorRT-RTX 1.7 able to parse a plugin's node. Call it before ``tensorrt_rtx`` is imported.
 
-    Its parser loads ``libtensorrt_rtx.so``, a name that its wheel does not have, and ends the process where
-    that fails. The libraries are loaded here through links in a temporary folder, which has that name too.
+    Its parser loads ``libtensorrt_rtx.so``, and ends the process if that fails. The wheel has no file of that
+    name. So this function loads the libraries through links in a temporary folder, which adds the name.
 
-    Raises MissingDependencyError where it is too late.
+    Raises MissingDependencyError if ``tensorrt_rtx`` is imported already.
     """
     package = importlib.util.find_spec("tensorrt_rtx_libs")
     if _RTX_FOLDERS or package is None or package.origin is None:
@@ -100,12 +100,13 @@ def let_rtx_find_itself() -> None:
         _KEPT.extend(ctypes.CDLL(str(path)) for path in Path(folder.name).glob(name))
 
 
-# ---- What TensorRT says ------------------------------------------------------------------------------------
+# ---- TensorRT's messages -----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class TrtMessages:
-    """The errors of one TensorRT. With a recorder set, its logger does not get them, so both are here."""
+    """The newest errors of one TensorRT module. It logs no errors while it has a recorder, so logger and
+    recorder both add to ``messages``."""
 
     logger: Any
     recorder: Any
@@ -117,8 +118,9 @@ class TrtMessages:
 
 @functools.lru_cache(maxsize=None)
 def trt_messages(trt: Any) -> TrtMessages:
-    """The logger and recorder of the module ``trt``, made once and kept until the process ends: TensorRT
-    still uses them while its objects are destroyed, and crashes if Python freed them first."""
+    """The logger and the error recorder of the module ``trt``, made once and kept until the process ends.
+
+    TensorRT uses them until its last object is destroyed, and crashes if Python freed them before."""
     messages: Deque[str] = collections.deque(maxlen=_MAX_MESSAGES)
     serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
@@ -136,8 +138,8 @@ def trt_messages(trt: Any) -> TrtMessages:
 def error_recorder(trt: Any, messages: MutableSequence[str]) -> Any:
     """An ``IErrorRecorder`` of the module ``trt`` that adds each message to ``messages``.
 
-    Keep it as long as any of TensorRT's objects: it still uses the recorder while it takes them down, and
-    crashes if Python has freed it by then.
+    Keep it as long as any of TensorRT's objects: TensorRT uses it until the last one is destroyed, and
+    crashes if Python freed it before.
     """
 
     class Recorder(trt.IErrorRecorder):

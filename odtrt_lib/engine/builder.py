@@ -1,13 +1,13 @@
-"""One attempt at a plan, in a process of its own: ``python -m odtrt_lib.engine.builder REQUEST.json``.
+"""One attempt to build a plan, in its own process: ``python -m odtrt_lib.engine.builder REQUEST.json``.
 
-The only module that touches a TensorRT builder; :mod:`odtrt_lib.engine.watch` starts and watches it,
-:mod:`odtrt_lib.engine.fallback` decides what comes next. It writes the plan and ``ANSWER.json`` into the
-folder of the request, and a line of JSON for each step of progress into the pipe whose number the request
-names.
+This is the only module that uses a TensorRT builder. :mod:`odtrt_lib.engine.watch` starts and watches the
+process, and :mod:`odtrt_lib.engine.fallback` decides what is tried next. The process writes the plan and
+``ANSWER.json`` into the request's folder. It writes its progress, a line of JSON for each step, into the pipe
+whose descriptor the request names.
 
-It serves TensorRT 8.5, 8.6, 10, 11 and TensorRT-RTX. What a library can do is asked of the library itself
-(``hasattr``); version numbers are never compared. It imports no onnx: TensorRT reads the file itself, which
-spares the build a second and a third copy of the weights.
+It works with TensorRT 8.5, 8.6, 10, 11 and TensorRT-RTX. ``hasattr`` tells what a library can do; version
+numbers are never compared. It does not import onnx: TensorRT reads the file itself, and onnx would hold a
+second and a third copy of the weights.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from odtrt_lib.machine import MIB, peak_rss_mb
 ANSWER = "ANSWER.json"
 PLAN = "plan"
 HALF_PRECISION_MODEL = "half.onnx"
-# Parts of messages, in lower case, that mean that memory ran out. "Resource temporarily unavailable": no
-# thread could be started, because its stack does not fit.
+# Parts of messages, in lower case, that mean that memory ran out. "Resource temporarily unavailable" means
+# that a thread could not start, because its stack did not fit.
 OUT_OF_MEMORY = (
     "bad_alloc",
     "out of memory",
@@ -54,19 +54,20 @@ OUT_OF_MEMORY = (
     "cannot allocate memory",
     "resource temporarily unavailable",
 )
-# Python frees objects in another order than TensorRT needs, and TensorRT crashes then: nothing is freed.
+# TensorRT crashes if its objects are freed in the order in which Python frees them. So none is freed.
 _KEPT: List[Any] = []
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What one process is asked to do. Paths are absolute; every field is a JSON value.
+    """What one process must do. Paths are absolute; every field is a JSON value.
 
-    task: ``build``, or ``half_precision``: write :data:`HALF_PRECISION_MODEL` from ``onnx``.
-    onnx: what the parser reads. name: how messages call it. tensors: name -> [shape, type] of every input and
-    output that the network must have, -1 for a dynamic batch. batch: smallest, best-tuned and largest of a
-    dynamic batch, or None. settings: see :func:`known_settings`. data_limit: bytes for RLIMIT_DATA, or None.
-    timing_cache: its file, or None. progress: the number of a file to write to. who: library and version.
+    task: ``build``, or ``half_precision``: write :data:`HALF_PRECISION_MODEL` from ``onnx``. onnx: the file
+    that the parser reads. name: what messages call it. tensors: name -> [shape, type] of every input and
+    output that the network must have, -1 for a dynamic batch. batch: smallest, best-tuned and largest size of
+    a dynamic batch, or None. settings: see :func:`known_settings`. data_limit: bytes for RLIMIT_DATA, or
+    None. timing_cache: its file, or None. progress: a file descriptor to write to. who: the library and its
+    version, for messages.
     """
 
     task: str
@@ -92,7 +93,7 @@ class Request:
 
 
 def main(path: Union[str, Path]) -> None:
-    """Does what the request at ``path`` says. The outcome, errors too, is in ANSWER.json."""
+    """Does what the request at ``path`` says, and writes the outcome, or the error, to ANSWER.json."""
     _end_with_the_parent()
     request = Request(**json.loads(Path(path).read_text(encoding="utf-8")))
     if request.data_limit is not None:
@@ -113,24 +114,24 @@ def main(path: Union[str, Path]) -> None:
         temporary.write_text(json.dumps(answer), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # TensorRT's own clean-up can take long, and there is nothing left to lose
+    os._exit(0)  # skips TensorRT's clean-up, which can take long
 
 
 def error_in(answer: Mapping[str, Any]) -> Optional[OdtrtError]:
-    """The error that a child reports, as an exception to raise."""
+    """The error in a builder's answer, as an exception to raise; None if there is none."""
     kind = getattr(errors, str(answer.get("error")), None)
     return kind(answer["message"]) if kind is not None else None
 
 
 def is_weakly_typed(trt: Any) -> bool:
-    """Whether this library takes the precision from a builder flag, because it has no typed networks."""
+    """Whether a builder flag sets the precision, because this library has no strongly typed networks."""
     return not hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") and hasattr(
         trt.BuilderFlag, "FP16"
     )
 
 
 def is_out_of_memory(text: str) -> bool:
-    """Whether a library's words mean that memory ran out."""
+    """Whether a library's message means that memory ran out."""
     return any(words in text.lower() for words in OUT_OF_MEMORY)
 
 
@@ -204,7 +205,7 @@ def _build(request: Request) -> Dict[str, Any]:
 
 
 def _refused_to_build(request: Request, refusals: List[str]) -> Dict[str, Any]:
-    """The answer if memory was the reason; else BuildError."""
+    """The answer that reports a lack of memory. Raises BuildError if the build failed for another reason."""
     reasons = one_line("; ".join(refusals) or "TensorRT gives no reason")
     is_small = is_workspace_too_small(reasons, request.settings.get("workspace_mib"))
     if is_out_of_memory(reasons) or is_small:
@@ -219,7 +220,7 @@ def _layers_by_precision(
     request: Request,
     in_network: Tuple[Dict[str, int], Dict[str, int]],
 ) -> Dict[str, Any]:
-    """The layers as the engine has them if it can be loaded here, else as the network has them."""
+    """The answer's fields about layers, counted in the engine if it can be loaded, else in the network."""
     (counts, computing), counted_in, note = in_network, "network", "no GPU here to load the plan on"
     if request.can_load_plans:
         found, note = _layers_of_engine(trt, logger, plan, request)
@@ -234,7 +235,8 @@ def _layers_by_precision(
 
 
 def known_settings(config: Any) -> List[str]:
-    """Names of the settings that lower a build's memory and leave the plan as it was asked for."""
+    """Names of the settings that this library has to reduce a build's memory. They change nothing that the
+    caller asked for."""
     known = ["frugal_heap"]
     if hasattr(config, "set_memory_pool_limit"):
         known.append("workspace_mib")
@@ -255,7 +257,8 @@ def _network_flags(trt: Any) -> int:
 def _configure(
     trt: Any, builder: Any, network: Any, config: Any, request: Request
 ) -> Tuple[str, Any, Optional[str]]:
-    """Puts the request into ``config``; returns what there is to say of the timing cache, and the cache."""
+    """Applies the request to ``config``. Returns what :func:`_read_timing_cache` returns; without a file for
+    the timing cache, an empty note and None."""
     _demand_compatibility(trt, config, request)
     if is_weakly_typed(trt):
         if request.precision == "fp16":
@@ -328,7 +331,7 @@ def _demand_compatibility(trt: Any, config: Any, request: Request) -> None:
 
 
 def _parser_error(parser: Any) -> str:
-    """What the ONNX parser objects to: the node with its operator, and NVIDIA's reason."""
+    """The ONNX parser's first error in words: the node with its operator, and NVIDIA's reason."""
     if parser.num_errors == 0:
         return "it, and gives no reason"
     error = parser.get_error(0)
@@ -394,7 +397,7 @@ def _teller(descriptor: Optional[int]) -> Callable[[Mapping[str, Any]], None]:
 
 
 def _monitor(trt: Any, tell: Callable[[Mapping[str, Any]], None]) -> Any:
-    """A progress monitor that tells how far the whole build is, from nested phases."""
+    """A progress monitor that computes the progress of the whole build from nested phases."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -436,7 +439,7 @@ def _monitor(trt: Any, tell: Callable[[Mapping[str, Any]], None]) -> Any:
 
 
 def read_cache_file(path: Path) -> Tuple[Optional[bytes], str]:
-    """The timing cache in a file, and what there is to say of it. A damaged one is None."""
+    """The timing cache in a file, and a note about it. A missing or damaged one is None."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -450,7 +453,7 @@ def read_cache_file(path: Path) -> Tuple[Optional[bytes], str]:
 
 
 def write_cache_file(path: Path, blob: bytes) -> None:
-    """Writes a timing cache behind its SHA-256, whole or not at all."""
+    """Writes the SHA-256 of a timing cache, then the cache; whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(hashlib.sha256(blob).hexdigest().encode() + b"\n" + blob)
 
@@ -471,7 +474,7 @@ def _read_timing_cache(config: Any, path: Path) -> Tuple[str, Any, Optional[str]
 
 
 def _store_timing_cache(config: Any, cache: Any, start: Optional[str], file: str, note: str) -> str:
-    """Adds what this build learned to the file; what others added in the meantime stays."""
+    """Adds this build's timings to the file, and keeps those that other builds added in the meantime."""
     path = Path(file)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -505,9 +508,9 @@ Counts = Dict[str, int]
 
 
 def _layers_of_network(network: Any) -> Tuple[Counts, Counts]:
-    """How many layers give out which precision: all, and those that do the work (convolutions, products).
+    """How many layers have outputs of each precision: of all layers, and of convolutions and matrix products.
 
-    One that works on dequantised values counts as int8: TensorRT computes it so.
+    A layer whose inputs are dequantised counts as int8, because TensorRT computes it in int8.
     """
     every: Counts = {}
     computing: Counts = {}
@@ -530,7 +533,8 @@ def _layers_of_network(network: Any) -> Tuple[Counts, Counts]:
 def _layers_of_engine(
     trt: Any, logger: Any, plan: Any, request: Request
 ) -> Tuple[Optional[Tuple[Counts, Counts]], str]:
-    """What :func:`_layers_of_network` counts, from the plan; None, and why, if it cannot be known."""
+    """The same counts as :func:`_layers_of_network`, from the plan, and a note. None, and the reason, if the
+    plan cannot be inspected."""
     if not hasattr(trt, "EngineInspector"):
         return None, "this library has no engine inspector"
     runtime = trt.Runtime(logger)
@@ -552,9 +556,9 @@ def _layers_of_engine(
 
 
 def count_inspected(text: str) -> Tuple[Counts, Counts]:
-    """Layers by precision in the JSON of an engine inspector: all, and those that do the work.
+    """Layers by precision in an engine inspector's JSON: of all layers, and of convolutions and products.
 
-    A layer counts by the type of its first input, which is the type that a kernel multiplies in.
+    A layer counts by the type of its first input, which is the type in which the kernel multiplies.
     """
     every: Counts = {}
     computing: Counts = {}
@@ -578,14 +582,15 @@ def count_inspected(text: str) -> Tuple[Counts, Counts]:
 
 
 def _trtexec(trt: Any, config: Any, request: Request) -> str:
-    """The same build by the tool that comes with the library, with the flags that this library's tool has.
+    """The command line that makes the same build with the tool that comes with the library.
 
-    Flags as NVIDIA/TensorRT, samples/common/sampleOptions.cpp, reads them in 8.5, 8.6, 9.0, 10.0 to 11.1:
-    ``--memPoolSize`` from 8.4; ``--plugins``, then ``--staticPlugins``/``--dynamicPlugins`` from 8.6, where
-    ``--buildOnly`` became ``--skipInference``; ``--fp16`` up to 10; ``--stronglyTyped`` from 9, and without
-    effect in 11. TensorRT-RTX brings ``tensorrt_rtx`` instead, which has no precision flags; what else it
-    takes of the memory settings is not documented, and they are left out; with a plugin there is no line. A
-    file called ``.fp16.onnx`` is what :func:`odtrt_lib.engine.half_precision` makes of the model.
+    The flags are those that NVIDIA/TensorRT, samples/common/sampleOptions.cpp, reads in 8.5, 8.6, 9.0 and
+    10.0 to 11.1: ``--memPoolSize`` from 8.4; ``--plugins``, and from 8.6
+    ``--staticPlugins``/``--dynamicPlugins``; ``--buildOnly``, from 8.6 ``--skipInference``; ``--fp16`` up to
+    10; ``--stronglyTyped`` from 9, without effect in 11. TensorRT-RTX has the tool ``tensorrt_rtx`` instead,
+    which has no precision flags. Its memory settings are not documented, so they are left out; with a plugin
+    there is no line. A file called ``.fp16.onnx`` is what :func:`odtrt_lib.engine.half_precision` makes of
+    the model.
     """
     is_rtx = request.runtime_library == "tensorrt_rtx"
     if is_rtx and request.plugin is not None:
@@ -660,11 +665,11 @@ _ONNX_TYPES = {1: "FLOAT", 10: "FLOAT16", 16: "BFLOAT16", 3: "INT8", 2: "UINT8",
 def weights_by_type(path: Union[str, Path]) -> Dict[str, int]:
     """How many weights an ONNX file has of each type, e.g. ``{"FLOAT": 749960, "INT64": 12}``.
 
-    Reads the file's outline only (protobuf: ModelProto.graph is field 7, GraphProto.initializer 5,
-    TensorProto.dims 1, .data_type 2 and .data_location 14), so it needs neither onnx nor the memory for the
-    weights.
+    Reads the structure of the file but no weights, so it needs neither onnx nor memory for them. Fields in
+    protobuf: ModelProto.graph is 7, GraphProto.initializer 5, TensorProto.dims 1, .data_type 2 and
+    .data_location 14.
 
-    Raises InputError where the file is not an ONNX model, or where weights lie outside of it.
+    Raises InputError if the file is not an ONNX model, or if it keeps weights in another file.
     """
     path = Path(path)
     refusal = InputError(f"{path}: not an ONNX model; run `odtrt convert` again")
@@ -700,7 +705,7 @@ def weights_by_type(path: Union[str, Path]) -> Dict[str, int]:
 
 
 def _fields(data: Any, span: Tuple[int, int]) -> Iterator[Tuple[int, Union[int, Tuple[int, int]]]]:
-    """The fields of a protobuf message: number, and a varint's value or where the bytes lie."""
+    """The fields of a protobuf message: the number, and a varint's value or the span of the bytes."""
     at, end = span
     while at < end:
         key, at = _varint(data, at)
@@ -742,7 +747,7 @@ def _varint(data: Any, at: int) -> Tuple[int, int]:
 
 
 def _end_with_the_parent() -> None:
-    """Asks the kernel to end this process when the one that started it ends (prctl PR_SET_PDEATHSIG)."""
+    """Asks the kernel to end this process when its parent ends (prctl PR_SET_PDEATHSIG)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 

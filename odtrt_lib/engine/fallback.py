@@ -1,4 +1,4 @@
-"""What a build does when memory does not suffice: :data:`FALLBACK`, one step after the other."""
+"""What a build tries if memory does not suffice: the steps of :data:`FALLBACK`, one after the other."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _WRITE_HALF = "write half precision into the ONNX"
 
 @dataclasses.dataclass(frozen=True)
 class FallbackStep:
-    """What is tried next when a build ran out of memory. It keeps the settings of the steps before it.
+    """What is tried next if a build ran out of memory. It keeps the settings of the steps before it.
 
-    setting: one of :func:`odtrt_lib.engine.builder.known_settings` and its value; a library without it skips
-    the step. allowance: one of :data:`odtrt_lib.variants.ALLOWABLE`, which changes the plan; it is made only
-    if it was allowed.
+    setting: one of :func:`odtrt_lib.engine.builder.known_settings` and its value; the step is skipped if the
+    library lacks it. allowance: one of :data:`odtrt_lib.variants.ALLOWABLE`, a change to the plan; the step
+    is skipped if the caller did not allow it.
     """
 
     name: str
@@ -46,7 +46,7 @@ FALLBACK = (
 )
 
 
-# glibc: give back every block from 64 KiB up as soon as it is free, and keep one heap for all threads.
+# For glibc: it returns every block of 64 KiB or more as soon as it is free, and has one heap for all threads.
 _FRUGAL_HEAP = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
@@ -56,12 +56,12 @@ _FRUGAL_HEAP = {
 
 @dataclasses.dataclass(frozen=True)
 class BuildJob:
-    """One plan to build: what it is built from, checked, and what was asked for.
+    """One plan to build: its inputs, which are checked already, and what the caller asked for.
 
-    of_spec: the part of ``spec.json`` that goes into the plan -> its SHA-256. weights: how many elements of
-    each ONNX type the model's weights have. library: the plugin's identity. identity: what the plan's
+    of_spec: the part of ``spec.json`` that goes into the plan -> its SHA-256. weights: ONNX type -> how many
+    elements the model's weights of that type have. library: the plugin's identity. identity: what the plan's
     fingerprint covers, see :func:`odtrt_lib.engine.stage.fingerprint`. limit: bytes of host memory, or None.
-    progress: is told the phase and how much of it is done, 0 to 1.
+    progress: is called with the phase and the fraction of it that is done, 0 to 1.
     """
 
     folder: Path
@@ -92,7 +92,7 @@ class BuildJob:
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """A plan that was built. place: its folder in the staging folder. step: the name of the
-    :class:`FallbackStep` that did it. identity: of what was built."""
+    :class:`FallbackStep` that succeeded. identity: that of the plan, which can differ from the job's."""
 
     place: str
     step: str
@@ -104,7 +104,7 @@ class Outcome:
 
 
 def reduced(identity: Mapping[str, Any], allowed: Sequence[str]) -> Dict[str, Any]:
-    """The identity of the plan that is built if everything in ``allowed`` is made use of."""
+    """The identity of the plan that is built if every change in ``allowed`` is made."""
     changed = dict(identity)
     if "dynamic_batch" in allowed and changed["batch"] is not None:
         changed["batch"] = [changed["batch"][1]] * 3
@@ -116,8 +116,8 @@ def reduced(identity: Mapping[str, Any], allowed: Sequence[str]) -> Dict[str, An
 def build_with_fallback(job: BuildJob, out: Path, allow: Sequence[str]) -> Outcome:
     """Tries the steps of :data:`FALLBACK` in order until a plan is built.
 
-    out: a folder for the attempts' files. Raises BuildError if the library refuses the model, or if no step
-    gets by with the memory; then the message has each step with its peak.
+    out: a folder for the attempts' files. Raises BuildError if the library refuses the model, or if memory
+    suffices for no step; the message then lists each step with its peak.
     """
     attempts: List[Dict[str, Any]] = []
     knows: Optional[List[str]] = None
@@ -145,7 +145,7 @@ def build_with_fallback(job: BuildJob, out: Path, allow: Sequence[str]) -> Outco
                 attempts.append(_described(_WRITE_HALF, {}, result))
                 _raise_refusal(result)
                 if result.out_of_memory:
-                    break  # no step changes what it needs
+                    break  # no step reduces the memory that this conversion needs
                 _raise_without_answer(job, result)
                 half_model = place / builder.HALF_PRECISION_MODEL
             source = half_model
@@ -164,7 +164,7 @@ def build_with_fallback(job: BuildJob, out: Path, allow: Sequence[str]) -> Outco
 
 
 def _applies(step: FallbackStep, job: BuildJob, knows: Optional[Sequence[str]], allow: Sequence[str]) -> bool:
-    """Whether the step can change anything here. knows: the settings that the library has, once known."""
+    """Whether the step would change this build. knows: the library's settings; None: unknown yet."""
     if step.setting is not None:
         name, value = step.setting
         if knows is not None and name not in knows:
@@ -178,7 +178,7 @@ def _applies(step: FallbackStep, job: BuildJob, knows: Optional[Sequence[str]], 
 
 
 def _needs_half_model(job: BuildJob, identity: Mapping[str, Any]) -> bool:
-    """Strongly typed networks take half precision from the ONNX model, others from a builder flag."""
+    """Whether the model must be converted: strongly typed networks take half precision from the ONNX."""
     if identity["precision"] != "fp16" or job.is_half:
         return False
     return not builder.is_weakly_typed(importlib.import_module(identity["runtime_library"]))
@@ -270,7 +270,7 @@ def _request(
 
 
 def timing_cache_file(identity: Mapping[str, Any], machine: Machine) -> Path:
-    """Where the timings of one library version on one GPU are kept, for all models of this user."""
+    """The file with the timings of one library version on one GPU, for all models of this user."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
     name = f"{identity['runtime_library']}-{identity['version']}-{machine.gpu or 'no-gpu'}"
     return Path(root) / "odtrt" / "timing" / (re.sub(r"[^A-Za-z0-9.-]+", "_", name) + ".cache")

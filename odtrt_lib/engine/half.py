@@ -16,14 +16,13 @@ _INSTALL = "run `pip install -e '.[engine]'`"
 def half_precision(model: Any) -> Any:
     """The ONNX model with float16 weights and arithmetic; its inputs and outputs stay float32.
 
-    model: an ``onnx.ModelProto``; it is changed in place. Behind a network with the plugin's node, the plugin
-    reads the float16 heads as they are: TensorRT inserts no casts, and none is needed; anchors, clip windows
-    and detections stay float32. Operators that onnxconverter-common holds
-    unsafe in half precision (Resize, TopK, ...) stay float32 between casts.
+    model: an ``onnx.ModelProto``; it is changed in place. A plugin's node reads the float16 heads without
+    casts, and TensorRT inserts none; its anchors, clip windows and detections stay float32. Operators that
+    onnxconverter-common considers unsafe in half precision (Resize, TopK, ...) stay float32 between casts.
 
-    Raises UnsupportedError where a weight exceeds 65504, the largest half number (it would be clipped
-    silently otherwise), MissingDependencyError without onnxconverter-common, and BuildError where
-    ``onnx.checker`` refuses the outcome.
+    Raises UnsupportedError if a weight exceeds 65504, the largest half number, because the converter would
+    clip it silently; MissingDependencyError without onnxconverter-common; BuildError if ``onnx.checker``
+    refuses the result.
     """
     try:
         import onnxconverter_common  # noqa: F401
@@ -64,7 +63,7 @@ def _half(model: Any) -> Any:
 
 
 def _half_before_plugin(detector: Any) -> Any:
-    """The network alone in half precision, and the plugin's node put back behind it without casts."""
+    """Converts the network without the plugin's node, then puts the node back behind it without casts."""
     import onnx
 
     heads = onnx.ModelProto()
@@ -105,7 +104,7 @@ def _require_valid(model: Any) -> None:
 
 
 def _infer_shapes(model: Any) -> None:
-    """Adds the types of all tensors to ``model``; onnx alone would copy all weights several times for it."""
+    """Adds the types of all tensors to ``model``; onnx alone would copy all weights several times."""
     import onnx
 
     outline = onnx.ModelProto(
@@ -122,7 +121,7 @@ def _infer_shapes(model: Any) -> None:
         if tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) > 1024:
             kind = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
             graph.input.append(kind)
-        else:  # shapes can depend on its values
+        else:  # a shape can depend on its values
             graph.initializer.append(tensor)
     found = onnx.shape_inference.infer_shapes(outline)
     del model.graph.value_info[:], model.graph.output[:]

@@ -1,17 +1,17 @@
-"""A plan's passport: what it was built from, by what, for which machine. Chapter 5 reads it.
+"""A plan's passport, that is, its manifest: its inputs, the library that built it, the machine it is for.
 
 ``plans/<fingerprint>.json`` describes ``plans/<fingerprint>-<first 8 digits of its SHA-256>.plan``. It lies
-beside the plan, never in it: ``trtexec``, DeepStream and Triton want a plan that starts with its own header.
+beside the plan, never in it: ``trtexec``, DeepStream and Triton need a plan that starts with its own header.
 
-A plan is executable code: deserialising it runs kernels and native code from the file, and one in
-version-compatible mode brings a whole runtime library along. Therefore no plan is handed to TensorRT unless
-a readable passport in ``plans/`` names it and its SHA-256 agrees (:func:`read_plan`). That finds damage and
-mix-ups. It is integrity, not authenticity: whoever can write to the folder can write both files. Carry plans
-over channels that you trust, or build them where they run.
+A plan is executable code. Deserialising it runs kernels and native code from the file, and a
+version-compatible plan contains a whole runtime library. So odtrt gives a plan to TensorRT only if a readable
+passport in ``plans/`` names it and its SHA-256 agrees (:func:`read_plan`). This finds damage and mix-ups. It
+is integrity, not authenticity: whoever can write to the folder can write both files. Carry plans over
+channels that you trust, or build them where they run.
 
-Readers take a passport of :data:`SCHEMA_VERSION` only, whole and unaltered. Fields that they do not know are
-ignored: a newer odtrt may add remarks, and one that changes whether a plan can be loaded raises the schema
-number.
+Readers accept a passport of :data:`SCHEMA_VERSION` only, whole and unaltered. They ignore fields that they do
+not know, so a newer odtrt may add remarks. A field that decides whether a plan can be loaded needs a new
+schema number.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class PluginIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class Passport:
-    """Everything that is known about one plan.
+    """What is known about one plan.
 
-    model: the ONNX file in the folder that it was built from. runtime_library: a key of
+    model: the ONNX file in the folder from which it was built. runtime_library: a key of
     :data:`odtrt_lib.variants.RUNTIME_LIBRARIES`; version: that library's, e.g. ``10.3.0``.
     compute_capabilities: TensorRT-RTX's targets, ``("default",)`` or e.g. ``("8.6", "8.9")``; ``()`` for
-    TensorRT. settings: the builder's, of the attempt that succeeded. layers: how many run in which precision.
+    TensorRT. settings: the builder's in the attempt that succeeded. layers: how many run in each precision.
     attempts: each step that was tried, with name, settings, outcome, seconds and memory. trtexec: the
-    equivalent command line, "" where there is none. built: the time, ISO 8601, UTC.
+    equivalent command line, "" if there is none. built: the time, ISO 8601, UTC.
     """
 
     fingerprint: str
@@ -103,14 +103,14 @@ class Passport:
     def to_json(self) -> str:
         """The text of ``plans/<fingerprint>.json``; :func:`read` is its inverse.
 
-        Besides the fields it has ``check``, the SHA-256 of the others, by which a damaged one is known.
+        It also has the key ``check``, the SHA-256 of all fields, which reveals damage.
         """
         fields = with_json_keys(dataclasses.asdict(self))
         return json.dumps({**fields, "check": _checksum(fields)}, indent=1, allow_nan=False) + "\n"
 
 
 def with_json_keys(fields: Mapping[str, Any]) -> Dict[str, Any]:
-    """The fields under the keys that they have in JSON, see :data:`JSON_KEYS`."""
+    """The fields, renamed to their keys in JSON by :data:`JSON_KEYS`."""
     return {JSON_KEYS.get(name, name): value for name, value in fields.items()}
 
 
@@ -120,15 +120,14 @@ def plan_name(fingerprint: str, plan_sha256: str) -> str:
 
 
 def install(folder: Union[str, Path], plan: Union[str, Path], passport: Passport) -> Path:
-    """Moves the finished plan and its passport into ``plans/`` of a model folder; returns the plan's path.
+    """Moves a finished plan and its passport into ``plans/`` of a model folder; returns the plan's path.
 
-    plan: the file, best inside ``folder`` (see :func:`odtrt_lib.folder.staging`). The plan goes first, under
-    a name of its own, and the passport then replaces the old one in one step: a process killed anywhere in
-    between leaves the old pair valid or the new one. At last, older plans of the fingerprint are removed.
+    plan: the file, best inside ``folder`` (see :func:`odtrt_lib.folder.staging`). The plan is moved first, to
+    a new name. Then its passport replaces the old one in one step. If the process is killed, the old pair or
+    the new pair is valid. Last, older plans of the same fingerprint are removed.
 
-    Raises CheckError where ``plan`` is not the file that the passport describes, or the passport is not one
-    that :func:`read` takes, InputError where the folder cannot be written or the disk is full; nothing has
-    changed then.
+    Raises CheckError if ``plan`` is not the file that the passport describes, or if :func:`read` would refuse
+    the passport; InputError if the folder cannot be written or the disk is full. Nothing has changed then.
     """
     folder, plan = Path(folder), Path(plan)
     try:
@@ -165,8 +164,8 @@ def install(folder: Union[str, Path], plan: Union[str, Path], passport: Passport
 def read(path: Union[str, Path]) -> Passport:
     """Reads one ``<fingerprint>.json``.
 
-    Raises InputError, on one line, where it is missing, not a regular file, not JSON, of another schema, has
-    a field that is missing or of another type, or is called otherwise than its fingerprint.
+    Raises InputError, on one line, if the file is missing, not a regular file, not JSON or of another schema,
+    if a field is missing or of another type, or if the file is not named for its fingerprint.
     """
     path = Path(path)
     try:
@@ -186,7 +185,7 @@ def read(path: Union[str, Path]) -> Passport:
 
 
 def survey(folder: Union[str, Path]) -> Tuple[List[Passport], Dict[str, str]]:
-    """The readable passports of a model folder, newest first, and of the others: file name -> the reason."""
+    """The readable passports of a model folder, newest first; unreadable ones as file name -> reason."""
     found: List[Passport] = []
     damaged: Dict[str, str] = {}
     plans = Path(folder) / PLANS
@@ -204,21 +203,21 @@ def survey(folder: Union[str, Path]) -> Tuple[List[Passport], Dict[str, str]]:
 
 
 def passports(folder: Union[str, Path]) -> List[Passport]:
-    """The readable passports of a model folder, newest first; :func:`survey` also says why others are not."""
+    """The readable passports of a model folder, newest first; :func:`survey` also lists unreadable ones."""
     return survey(folder)[0]
 
 
 def verify(folder: Union[str, Path], passport: Passport) -> Optional[str]:
-    """Why the plan in ``folder`` is not the one that ``passport`` describes; None where it is."""
+    """Why the plan in ``folder`` is not the one that ``passport`` describes; None if it is."""
     if not _PLAN.match(passport.plan):
         return f"{passport.plan!r} is not the name of a plan"
     return _difference(Path(folder) / PLANS / passport.plan, passport)
 
 
 def read_plan(folder: Union[str, Path], passport: Passport) -> bytes:
-    """The bytes of a plan, for TensorRT's runtime: the very bytes that were compared with the passport.
+    """The bytes of a plan, for TensorRT's runtime. These same bytes were compared with the passport.
 
-    Raises InputError where the file is missing, of another size or has another SHA-256.
+    Raises InputError if the file is missing or has another size or SHA-256.
     """
     if not _PLAN.match(passport.plan):
         raise InputError(f"{passport.plan!r}: not the name of a plan; {_BUILD_AGAIN}")
@@ -234,13 +233,12 @@ def read_plan(folder: Union[str, Path], passport: Passport) -> bytes:
 
 
 def plan_version(path: Union[str, Path]) -> Optional[str]:
-    """The version of the library that built a plan, from the plan's header, without deserialising it.
+    """The version of the library that built a plan, read from the plan's header without deserialising it.
 
-    ``major.minor.patch.build``, or None where the header is not understood. TensorRT: as ``trtexec
+    ``major.minor.patch.build``, or None if the header is not understood. TensorRT 8.6 and newer: as ``trtexec
     --getPlanVersionOnly`` reads it (NVIDIA/TensorRT, ``samples/common/sampleEngines.cpp``,
-    ``printPlanVersion``: tag ``ftrt``, serialisation version 0, four bytes at offset 24), which holds for
-    plans built by 8.6 and newer. TensorRT-RTX: the same layout behind the tag ``vtrt``, found in the plans
-    of 1.4.0, 1.5.0, 1.6.1 and 1.7.1.
+    ``printPlanVersion``: tag ``ftrt``, serialisation version 0, four bytes at offset 24). TensorRT-RTX: the
+    same layout with the tag ``vtrt``, as seen in plans of 1.4.0, 1.5.0, 1.6.1 and 1.7.1.
     """
     try:
         with _opened(Path(path)) as file:
@@ -255,10 +253,10 @@ def plan_version(path: Union[str, Path]) -> Optional[str]:
 def plugin_identity(path: Union[str, Path]) -> PluginIdentity:
     """What a plan's passport records about a plugin library.
 
-    Its ABI is told by the entry point that it exports for TensorRT's registry: ``getCreators`` is IPluginV3
-    (one ABI from TensorRT 10.0 to 11), ``getPluginCreators`` or none IPluginV2DynamicExt.
+    The entry point that it exports for TensorRT's registry tells its ABI: ``getCreators`` means IPluginV3
+    (one ABI from TensorRT 10.0 to 11); ``getPluginCreators`` or none means IPluginV2DynamicExt.
 
-    Raises InputError where it cannot be read.
+    Raises InputError if the library cannot be read.
     """
     path = Path(path)
     try:
@@ -273,7 +271,7 @@ _BUILD_AGAIN = "run `odtrt build` again"
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A regular file, open for reading. Anything else is an OSError; a named pipe would wait for ever."""
+    """A regular file, open for reading. Raises OSError for others: a named pipe would wait for ever."""
     descriptor = os.open(str(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -282,7 +280,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _difference(path: Path, passport: Passport) -> Optional[str]:
-    """Why the file at ``path`` is not the plan that the passport describes; None where it is."""
+    """Why the file at ``path`` is not the plan that the passport describes; None if it is."""
     digest, size = hashlib.sha256(), 0
     try:
         with _opened(path) as file:
@@ -321,7 +319,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _parse(data: Any, name: str) -> Passport:
-    """The passport in parsed JSON; ValueError names the field that is wrong."""
+    """The passport in parsed JSON. Raises ValueError, naming the field, if one is wrong."""
     if not isinstance(data, dict):
         raise ValueError(f"a {type(data).__name__}, expected an object")
     schema = data.get("schema")
@@ -362,7 +360,7 @@ def _fields(data: Mapping[str, Any], checks: Mapping[str, _Check], where: str) -
 
 
 def _is_text(value: Any) -> bool:
-    """Text that every terminal and file takes: JSON can carry half a character pair."""
+    """Whether this is text that UTF-8 can encode: JSON can carry one half of a surrogate pair."""
     if not isinstance(value, str):
         return False
     try:
@@ -449,5 +447,5 @@ _PASSPORT_FIELDS: Dict[str, _Check] = {
 
 
 def _printable(text: str) -> str:
-    """On one line, and what is not UTF-8, as in some file names, in escapes."""
+    """The text on one line, with escapes for what is not UTF-8, as in some file names."""
     return one_line(text.encode("utf-8", "backslashreplace").decode("utf-8"))

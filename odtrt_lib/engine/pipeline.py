@@ -1,11 +1,11 @@
 """From pictures to detections on a GPU: upload, preprocessing, network, post-processing, download.
 
-All of it is enqueued on one stream, and the host waits once, at the end. :class:`Switches` say how each step
+All steps are enqueued on one stream, and the host waits once, at the end. :class:`Switches` say how each step
 is done. The kernels give the same bits on the CPU and on the GPU, so the switches change no detection.
 
-Two forms of a plan: fused, where the plugin inside does the post-processing; and split, where the kernels of
-:mod:`odtrt_lib.native` follow on the stream. Where the native library has none for this GPU, heads are copied
-back and post-processed on the CPU.
+A plan has one of two forms. In a fused plan the plugin does the post-processing. After a split plan the
+kernels of :mod:`odtrt_lib.native` do it on the stream. If the native library has no kernels for this GPU, the
+heads are copied back and post-processed on the CPU.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ _CHOICES = {
     "launch": ("eager", "graph"),
     "postprocess": ("gpu", "cpu"),
 }
-_FIELDS = (*DETECTIONS, "anchors")  # of Postprocessed, from the kernels
+_FIELDS = (*DETECTIONS, "anchors")  # the fields of Postprocessed that the kernels write
 
 
 @dataclasses.dataclass(frozen=True)
 class Switches:
-    """How a pipeline does each step. The defaults are the plain way.
+    """How a pipeline does each step. The defaults are the simplest way.
 
-    memory: how pictures and detections cross between host and GPU. ``pageable``: CUDA copies out of and into
-    numpy's memory, by way of a buffer of its own. ``pinned``: through page-locked memory of the pipeline,
-    which the GPU copies by itself. ``mapped``: kernels read and write page-locked memory where it lies,
-    without a copy. preprocess: on the ``cpu`` or the ``gpu``. launch: ``eager``, a call for each kernel, or
-    ``graph``, one call for all, recorded at the second call with the same image sizes. postprocess: of raw
-    heads, on the ``gpu`` or the ``cpu``; a fused plan does it itself.
+    memory: how pictures and detections move between host and GPU. ``pageable``: CUDA copies to and from
+    numpy's memory through a buffer of its own. ``pinned``: the GPU copies to and from page-locked memory of
+    the pipeline. ``mapped``: kernels read and write page-locked memory directly, without a copy. preprocess:
+    on the ``cpu`` or the ``gpu``. launch: ``eager``, one call for each kernel; or ``graph``, one call for
+    all, which is recorded at the second call with the same image sizes. postprocess: of raw heads, on the
+    ``gpu`` or the ``cpu``; a fused plan does it itself.
 
     Raises InputError for any other value.
     """
@@ -77,15 +77,15 @@ def load(
     plugin: Union[str, Path, None] = None,
     switches: Optional[Switches] = None,
 ) -> Pipeline:
-    """Loads the plan of ``passport`` out of ``folder``, and runs once what runs on the GPU.
+    """Loads the plan of ``passport`` from ``folder``, and runs every step on the GPU once.
 
-    anchors: float32 [N, 4]. plugin: ``libodtrt_tensorrt.so``, for a plan of ``detector.onnx``. Ask
+    anchors: float32 [N, 4]. plugin: ``libodtrt_tensorrt.so``, for a plan of ``detector.onnx``. Call
     :func:`odtrt_lib.portability.check` first.
 
-    Raises InputError where the plan is not the one of its passport, MissingDependencyError where the library
-    or the CUDA runtime is absent, CheckError where its tensors are not those that ``spec`` describes,
-    RunError, with TensorRT's or CUDA's reasons, where it cannot be loaded or run. No device memory stays
-    behind then.
+    Raises InputError if the plan is not the one that the passport describes, MissingDependencyError if the
+    library or the CUDA runtime is absent, CheckError if the plan's tensors are not those that ``spec``
+    describes, and RunError, with TensorRT's or CUDA's reasons, if the plan cannot be loaded or run. All
+    device memory is free again then.
     """
     network = runtime.load(folder, passport, spec, plugin=plugin)
     pipeline = Pipeline(network, spec, anchors, switches or Switches())
@@ -94,17 +94,17 @@ def load(
 
 
 class Pipeline:
-    """A plan with all that it needs around it, on a stream and in memory of its own.
+    """A plan with preprocessing and post-processing, on a stream and in memory of its own.
 
     Calls from several threads take turns. Memory grows with the largest batch and the largest pictures that
-    were run, and is given back by :meth:`close`, or when nobody refers to the pipeline any more.
+    were run. :meth:`close` frees it, and so does the end of the last reference to the pipeline.
 
-    switches: those in force: what this GPU or the native library cannot do is done the plain way. notes: why,
-    one line each. postprocessing: where that happens, in words.
+    switches: those in force; a switch that this GPU or the native library cannot obey is turned off. notes: a
+    line for each of these, with the reason. postprocessing: in words, what does it.
     """
 
     def __init__(self, network: Network, spec: DetectorSpec, anchors: np.ndarray, switches: Switches) -> None:
-        """network: is closed with the pipeline. anchors, errors: as for :func:`load`."""
+        """network: :meth:`close` closes it too. anchors, errors: see :func:`load`."""
         self.switches = switches
         self.notes: Tuple[str, ...] = ()
         self.is_fused = network.is_fused
@@ -131,11 +131,11 @@ class Pipeline:
         return "on the CPU" + (f", {reasons[0].split(', ', 1)[1]}" if reasons else "")
 
     def run(self, images: Sequence[np.ndarray]) -> Postprocessed:
-        """The detections in pictures, RGB, uint8 [height, width, 3], of any sizes: a row for each.
+        """The detections in RGB pictures, uint8 [height, width, 3], of any sizes: one row for each picture.
 
-        A fused plan's ``anchors`` are -1: the plugin does not tell.
+        A fused plan's ``anchors`` are -1, because the plugin does not return them.
 
-        Raises InputError for arrays of another form, RunError where TensorRT or CUDA fails.
+        Raises InputError for arrays of another form, RunError if TensorRT or CUDA fails.
         """
         for image in images:
             check_image(image)
@@ -145,9 +145,9 @@ class Pipeline:
         return found
 
     def run_prepared(self, network_input: np.ndarray, frames: Sequence[Frame]) -> Postprocessed:
-        """:meth:`run` for pictures that are preprocessed already.
+        """The detections in pictures that are preprocessed already, see :meth:`run`.
 
-        network_input: float32 [B, 3, height, width]; frames: how each of the B pictures lies in it.
+        network_input: float32 [B, 3, height, width]. frames: how each of the B pictures lies in it.
         """
         self._check_input(network_input)
         if len(frames) != len(network_input):
@@ -176,11 +176,11 @@ class Pipeline:
         return heads[0], heads[1]
 
     def enqueue_network(self) -> None:
-        """Starts the network on what its input buffers hold, and what follows it on the GPU not."""
+        """Enqueues the network alone, on what its input buffers hold."""
         self._network.enqueue(self.stream)
 
     def enqueue_postprocess(self) -> None:
-        """Starts the post-processing of the last batch's heads once more, where kernels of ours do it."""
+        """Enqueues the post-processing of the last batch's heads, if odtrt's kernels do it."""
         if self._postprocesses_on_gpu:
             self._enqueue_postprocess(self._buffers.bound)
 
@@ -189,11 +189,11 @@ class Pipeline:
         return self._buffers.stream
 
     def run_again(self) -> None:
-        """Runs the network once more on what its input buffers hold, and waits: what a benchmark times."""
+        """Runs the network on what its input buffers hold, and waits for it. For benchmarks."""
         self._in_turn(self._again)
 
     def close(self) -> None:
-        """Gives all memory back, after the call that is under way. Calls after it raise RunError."""
+        """Frees all memory as soon as the running call has ended. Later calls raise RunError."""
         self._release()
 
     def _check_input(self, network_input: np.ndarray) -> None:
@@ -205,7 +205,7 @@ class Pipeline:
             )
 
     def _chunks(self, count: int) -> Iterator[Tuple[slice, int]]:
-        """Which pictures go through the network together, and the size of that batch."""
+        """Divides ``count`` pictures into batches: the pictures of each, and the size of the batch."""
         network = self._network
         for start in range(0, count, network.max_batch):
             rows = slice(start, min(count, start + network.max_batch))
@@ -218,7 +218,7 @@ class Pipeline:
             with self._network.errors("cannot run it"):
                 return function(*arguments)
 
-    # ---- what is done where -------------------------------------------------------------------------------
+    # ---- which steps run on the GPU -----------------------------------------------------------------------
 
     @property
     def _postprocesses_on_gpu(self) -> bool:
@@ -226,12 +226,12 @@ class Pipeline:
 
     @property
     def _results(self) -> cuda.Buffer:
-        """What is copied back."""
+        """The buffer that is copied back to the host."""
         is_done = self.is_fused or self._postprocesses_on_gpu
         return self._buffers.detections if is_done else self._buffers.heads
 
     def _prepare(self) -> None:
-        """Allocates, and runs once what runs on the GPU: the first call takes no longer than others."""
+        """Allocates memory and runs every step once, so that the first call takes no longer than others."""
         reason = _why_no_kernels()
         if reason:
             self._do_without_kernels(reason)
@@ -244,7 +244,7 @@ class Pipeline:
             self._buffers.set_kinds(self.switches, self.is_fused)
             self._launch(self._arrange([black], size))
         except native.NativeError as error:  # e.g. compiled for other GPUs
-            self._buffers.stream.synchronize()  # the network is under way
+            self._buffers.stream.synchronize()  # the network is still running
             self._do_without_kernels(one_line(error))
             self._buffers.set_kinds(self.switches, self.is_fused)
             self._launch(self._arrange([black], size))
@@ -262,7 +262,7 @@ class Pipeline:
     # ---- one batch ----------------------------------------------------------------------------------------
 
     def _detect(self, images: Sequence[np.ndarray], size: int) -> Dict[str, np.ndarray]:
-        """The fields of ``Postprocessed`` for a batch that the plan takes."""
+        """The fields of ``Postprocessed`` for one batch."""
         batch = self._arrange(images, size)
         self._launch(batch)
         return self._found(batch)
@@ -277,7 +277,7 @@ class Pipeline:
         return {name: getattr(found, name) for name in _FIELDS}
 
     def _arrange(self, images: Sequence[np.ndarray], size: int) -> _Batch:
-        """Makes room for a batch, and writes what the GPU is to read where the host writes it."""
+        """Makes room for a batch, and writes its pictures, or its network input, into the host's side."""
         buffers, spec = self._buffers, self._spec
         batch = _Batch(size, tuple(frame_of(image, spec.input) for image in images))
         self._make_room(batch)
@@ -294,10 +294,10 @@ class Pipeline:
         return batch
 
     def _make_room(self, batch: _Batch) -> None:
-        """Lays out the buffers of a batch. Where an address changes, the graphs that know it go."""
+        """Lays out the buffers of a batch. If an address changes, drops all graphs and binds the network."""
         buffers, network, size = self._buffers, self._network, batch.size
         moved = buffers.bound != size
-        buffers.bound = 0  # until all is bound: what an error or Ctrl-C leaves undone is done again
+        buffers.bound = 0  # until all is bound, so that after an error or Ctrl-C all is done again
         moved |= buffers.input.arrange([_field(network.tensors.inputs[0], size)])
         if self._takes_windows:
             moved |= buffers.windows.arrange([(CLIP_WINDOWS, np.float32, (size, 4))])
@@ -319,7 +319,7 @@ class Pipeline:
         buffers.bound = size
 
     def _launch(self, batch: _Batch) -> None:
-        """Does all of a batch, and waits for it."""
+        """Runs all steps of a batch, and waits until they are done."""
         buffers, is_pageable = self._buffers, self.switches.memory == "pageable"
         graph = buffers.graphs.get(batch.key)
         if is_pageable:
@@ -336,7 +336,7 @@ class Pipeline:
             self._record(batch)
 
     def _enqueue(self, batch: _Batch) -> None:
-        """What a graph records: all but the copies of pageable memory, which a graph does not take."""
+        """Enqueues what a graph records: all steps but copies of pageable memory, which no graph can hold."""
         stream, is_pageable = self._buffers.stream, self.switches.memory == "pageable"
         if not is_pageable:
             self._upload()
@@ -389,10 +389,10 @@ class Pipeline:
         )
 
     def _record(self, batch: _Batch) -> None:
-        """Records a graph of the batch that has just run, and keeps it if it gives the same bits once more.
+        """Records a graph of the batch that has just run, and keeps it if a launch gives the same bits again.
 
-        A step that refuses to be recorded leaves a graph without it, which would show an earlier run's
-        results for ever. So what the steps write is overwritten before that trial.
+        If a step refuses to be recorded, the graph lacks it and would return an earlier run's results for
+        ever. So everything that the steps write is overwritten before this launch.
         """
         buffers = self._buffers
         expected, graph = self._results.content(), None
@@ -449,7 +449,7 @@ class Pipeline:
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """What goes through the network together: ``size`` pictures, the last of ``frames`` repeated up to it."""
+    """A batch for the network: ``size`` pictures. If ``frames`` are fewer, the last one is repeated."""
 
     size: int
     frames: Tuple[Frame, ...]
@@ -460,17 +460,17 @@ class _Batch:
 
     @property
     def key(self) -> Any:
-        """Batches of one key are launched by the same graph."""
+        """Batches with the same key can use the same graph."""
         return self.size, *self.image_sizes
 
     def clip_windows(self) -> np.ndarray:
-        """float32 [size, 4]."""
+        """The clip windows of all pictures, float32 [size, 4]."""
         rows = [frame.clip_window for frame in self.frames]
         return np.array(rows + rows[-1:] * (self.size - len(rows)), np.float32)
 
 
 class _Buffers:
-    """What a pipeline has on the GPU, besides its network."""
+    """What a pipeline has on the GPU besides its network: stream, buffers and graphs."""
 
     def __init__(self) -> None:
         self.stream: Any = None
@@ -480,7 +480,7 @@ class _Buffers:
         self.set_kinds(Switches(), is_fused=False)
 
     def set_kinds(self, switches: Switches, is_fused: bool) -> None:
-        """Empty buffers, each where its readers and writers reach it. None of others may be in use."""
+        """Makes new, empty buffers in the memory that the switches need. No old one may be in use."""
         memory = switches.memory
         is_back = is_fused or switches.postprocess == "gpu"
         self.frames, self.windows, self.detections = (cuda.Buffer(memory) for _ in range(3))
@@ -501,16 +501,16 @@ class _Buffers:
         ]
 
     def addresses(self) -> Dict[str, int]:
-        """Where the network's inputs lie."""
+        """The addresses of the network's inputs."""
         return {**self.input.addresses(), **self.windows.addresses()}
 
     def overwrite(self, switches: Switches) -> None:
-        """Whatever the steps of a graph write."""
+        """Overwrites every buffer that the steps of a graph write."""
         for buffer in (self.heads, self.detections, *([self.input] if switches.preprocess == "gpu" else [])):
             buffer.overwrite(self.stream)
 
     def is_again(self, key: Any) -> bool:
-        """Whether a batch of this key ran since the network was bound: one call is not worth a graph."""
+        """Whether a batch of this key ran since the network was bound. A graph is recorded only then."""
         if key in self.once:
             self.once.remove(key)
             return True
@@ -526,7 +526,8 @@ class _Buffers:
 
 
 def _release(process: int, lock: threading.Lock, buffers: _Buffers, network: Network) -> None:
-    """Graphs, then the network, then the memory that both use; nothing in a child after ``fork``."""
+    """Frees the graphs, then the network, then the memory that both use. Does nothing in a child after
+    ``fork``."""
     if process == os.getpid():
         with lock:
             _free(buffers, network)
@@ -556,7 +557,7 @@ def _no_detections(spec: DetectorSpec, count: int) -> Postprocessed:
 
 
 def _put(found: Postprocessed, rows: slice, part: Dict[str, np.ndarray]) -> None:
-    """Copies the first of a batch's detections, which may be filled up, to their places."""
+    """Copies a batch's detections to these rows, without those of repeated pictures."""
     for name, array in part.items():
         getattr(found, name)[rows] = array[: rows.stop - rows.start]
 
@@ -583,7 +584,7 @@ def _library() -> native.Library:
 
 
 def _why_no_kernels() -> str:
-    """Why the native library cannot work on the GPU; empty where it can."""
+    """The reason why the native library cannot work on the GPU; empty if it can."""
     library = native.load()
     if library is None:
         return "the native library is not built: run `make plugin`"

@@ -1,27 +1,28 @@
 """Chapter 3: ``heads.onnx`` -> a TensorRT plan in ``plans/``, with its passport beside it.
 
-With the plugin (``plugins/tensorrt``) ``detector.onnx`` is built, the post-processing inside the plan.
+With the plugin (``plugins/tensorrt``), ``detector.onnx`` is built, and the plan does the post-processing too.
 
-A plan belongs to one library version, one precision and one kind of GPU. All of them are in its fingerprint,
-so plans for several targets lie side by side and none is ever taken for another, see
+A plan belongs to one library version, one precision and one kind of GPU. Its fingerprint covers all of them.
+So plans for several targets lie side by side, and none is taken for another; see
 :mod:`odtrt_lib.engine.passport`.
 
-**Precision.** Wherever strongly typed networks exist (TensorRT 9 and newer, TensorRT-RTX) they are used:
-TensorRT then computes in the types that the ONNX model carries, and half precision is made in the ONNX
-(:mod:`odtrt_lib.engine.half`). TensorRT 10 also has the older builder flag. It is not used there: a flag
-only permits half precision and leaves the choice to timings, so that two builds can differ, and TensorRT 11
-has dropped it. TensorRT 8.5 and 8.6 have nothing but the flag. After the build the
-layers are counted by precision, in the engine by its inspector where a GPU can load it, else in the network;
-half precision that was asked for and is not there is an error. An ONNX model that already has QuantizeLinear
-and DequantizeLinear nodes (chapter 6) builds as it is, in either precision; there is no calibrator here.
+**Precision.** Strongly typed networks are used if the library has them (TensorRT 9 and newer, TensorRT-RTX).
+TensorRT then computes in the types of the ONNX model, so half precision is written into the model
+(:mod:`odtrt_lib.engine.half`). TensorRT 8.5 and 8.6 have only a builder flag. TensorRT 10 has the flag too,
+but it is not used there: it only permits half precision and leaves the choice to timings, so two builds can
+differ. TensorRT 11 has dropped it. After the build, layers are counted by precision: by the engine's
+inspector if a GPU can load the engine, otherwise in the network. If half precision was asked for and is not
+there, this is an error. An ONNX model that has QuantizeLinear and DequantizeLinear nodes (chapter 6) is built
+as it is, in either precision; nothing is calibrated here.
 
-**Memory.** Every attempt is a process of its own (:mod:`odtrt_lib.engine.builder`), which the kernel may kill
-without harm to the caller. If it runs out of memory, the next step of :mod:`odtrt_lib.engine.fallback` is
-tried. A limit is enforced by a watchdog, which reads the attempt's resident memory fifty times a second and
-ends it. If there is no GPU, RLIMIT_DATA stands behind it, a little wider. With one it does not, and RLIMIT_AS
-never: CUDA reserves far more address space than it uses. Nor is an rlimit enough: TensorRT-RTX 1.7.1 can
-wait for ever on a thread of its own that met it; such an attempt, asleep without using any processor time, is
-ended too. On a Jetson, where the GPU has no memory of its own, what the GPU takes counts as well.
+**Memory.** Each attempt is a process of its own (:mod:`odtrt_lib.engine.builder`), so the kernel can kill it
+without harm to the caller. If an attempt runs out of memory, the next step of
+:mod:`odtrt_lib.engine.fallback` is tried. A watchdog enforces the limit: it reads the attempt's resident
+memory fifty times a second and ends the attempt beyond the limit. Without a GPU, RLIMIT_DATA is set too, a
+little above the limit. With a GPU it is not, because CUDA reserves far more address space than it uses; for
+the same reason RLIMIT_AS is never set. An rlimit alone is not enough: TensorRT-RTX 1.7.1 can wait for ever
+for a thread that the rlimit stopped. So an attempt that sleeps without using the processor is ended too. On a
+Jetson, where the GPU has no memory of its own, the GPU's share counts as well.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ from odtrt_lib.variants import (
     models,
 )
 
-# Smallest, best-tuned and largest batch of a model that was exported with a dynamic batch.
+# The smallest, best-tuned and largest batch that a model with a dynamic batch gets by default.
 DYNAMIC_BATCH = (1, 1, 8)
 
 _INSTALL_TENSORRT = (
@@ -80,18 +81,19 @@ _IN_WORDS = {"fp16": "half precision"}
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
-    """The name of a plan: 16 hexadecimal digits of the SHA-256 over all that its meaning depends on.
+    """The name of a plan: 16 hexadecimal digits of the SHA-256 over everything that distinguishes plans.
 
     identity: JSON values: model, runtime_library, version, precision, onnx_sha256, plugin, batch, the
     compatibility modes, the compute capabilities, for TensorRT the GPU's name and compute capability, and
-    where it is set :data:`TF32_OVERRIDE`.
+    if it is set :data:`TF32_OVERRIDE`.
     """
     text = json.dumps(passport.with_json_keys(identity), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def parse_memory(text: str) -> int:
-    """A memory limit in bytes: ``1500MiB``, ``2GiB``, ``1500MB``, or ``60%`` of what is free here now.
+    """A memory limit in bytes, from ``1500MiB``, ``2GiB``, ``1500MB``, or ``60%`` of the memory that is free
+    now.
 
     Raises InputError for anything else.
     """
@@ -125,36 +127,34 @@ def build(
     force: bool = False,
     progress: Optional[Progress] = None,
 ) -> StageResult:
-    """Writes a plan and its passport into ``plans/`` for the TensorRT that is installed here.
+    """Writes a plan and its passport into ``plans/`` for the installed TensorRT.
 
     precision: ``fp32``, or ``fp16``: weights and arithmetic in half precision, inputs and outputs float32. An
-    ONNX model whose weights are half precision already is taken as it is, as ``fp16`` only.
-    plugin: ``libodtrt_tensorrt.so``; with it ``detector.onnx`` is built, not ``heads.onnx``. Whoever loads
-    the plan loads the plugin first.
-    batch: smallest, best-tuned and largest batch of a model with a dynamic batch; :data:`DYNAMIC_BATCH`.
-    memory: the most host memory that the build may have, see :func:`parse_memory`; on a Jetson, whose GPU
-    has none of its own, the GPU's share included. None: no limit but the machine's.
+    ONNX model whose weights are half precision already is built as it is, as ``fp16`` only. plugin:
+    ``libodtrt_tensorrt.so``; with it ``detector.onnx`` is built, not ``heads.onnx``. The plugin must be
+    loaded before the plan. batch: smallest, best-tuned and largest batch of a model with a dynamic batch;
+    :data:`DYNAMIC_BATCH`. memory: the most host memory that the build may have, see :func:`parse_memory`; on
+    a Jetson, whose GPU has none of its own, the GPU's share included. None: no limit but the machine's.
     version_compatible: newer TensorRT versions can load the plan too. hardware_compatibility: ``none``,
     ``ampere_plus`` (any GPU from Ampere on) or ``same_compute_capability``. compute_capabilities: the GPUs
-    that TensorRT-RTX builds for, e.g. ``("8.6", "8.9")``; None or ``("default",)`` is its own choice.
-    allow: names of :data:`odtrt_lib.variants.ALLOWABLE`: changes to the plan that are made if memory
-    does not suffice otherwise. ``dynamic_batch``: a plan for the best-tuned batch only; ``fp32``: one in half
-    precision.
-    progress: is told the phase and how much of the attempt is done, 0 to 1.
+    that TensorRT-RTX builds for, e.g. ``("8.6", "8.9")``; None or ``("default",)`` is its own choice. allow:
+    names of :data:`odtrt_lib.variants.ALLOWABLE`: changes to the plan that are made if memory does not
+    suffice otherwise. ``dynamic_batch``: a plan for the best-tuned batch only; ``fp32``: one in half
+    precision. progress: is called with the phase and the fraction of the attempt that is done, 0 to 1. force:
+    build even if an intact plan of an earlier call with the same arguments is there.
 
-    Inputs and outputs of the network are compared with ``spec.json``. The plan is loaded only to inspect it,
-    and only where there is a GPU; a build with TensorRT-RTX needs none. Where an intact plan answers the same
-    call already, nothing is built unless ``force`` says so. Of several calls for one model at a time, one
-    builds and the others wait. The files are named in ``result.record["outputs"]``::
+    The inputs and outputs of the network are compared with ``spec.json``. If there is a GPU, the plan is
+    loaded on it to inspect it; a build with TensorRT-RTX needs no GPU. If several calls build from one model
+    at the same time, one builds and the others wait. ``result.record["outputs"]`` names the files::
 
         result = engine.build("out/parts", precision="fp16", memory="60%")
 
-    Raises InputError where a file is absent or not ONNX or an argument has another form,
-    MissingDependencyError where TensorRT, or for fp16 onnx, is absent, UnsupportedError for what the library
-    cannot do, weights that do not fit into half precision, or a network with a dynamic height or width,
-    BuildError, naming the node, where TensorRT refuses the model or the plugin, and naming every step with
-    its peak where memory does not suffice, CheckError where the network is not the one that ``spec.json``
-    describes, or half precision was asked for and the layers run in single precision.
+    Raises InputError if a file is absent or not ONNX, or an argument is malformed; MissingDependencyError if
+    TensorRT is absent, or onnx, which fp16 needs; UnsupportedError for what the library cannot do, for
+    weights that do not fit into half precision, and for a network with a dynamic height or width; BuildError
+    if TensorRT refuses the model or the plugin (it names the node), or if memory does not suffice (it names
+    every step with its peak); CheckError if the network is not the one that ``spec.json`` describes, or if
+    half precision was asked for and the layers run in single precision.
 
     Long because its options and errors are described here.
     """
@@ -180,9 +180,9 @@ def build(
 def _job(
     folder: Path, precision: str, plugin: Union[str, Path, None], limit: Optional[int], progress: Progress
 ) -> BuildJob:
-    """Reads and checks the model folder, the plugin and the library that is installed here.
+    """Reads and checks the model folder, the plugin and the installed library.
 
-    The identity has no options yet: batch, compatibility, compute capabilities.
+    The job's identity does not have the options yet: batch, compatibility, compute capabilities.
     """
     variant = Variant(precision, "heads" if plugin is None else "plugin")
     library_file = None if plugin is None else Path(plugin).resolve()
@@ -305,7 +305,7 @@ def _weights_of_half(outcome: Outcome) -> Dict[str, int]:
 
 @contextlib.contextmanager
 def _one_build_at_a_time(model_file: Path, tell: Progress) -> Iterator[None]:
-    """Waits while another process builds from this file: two builds need twice the memory for one plan."""
+    """Holds a lock while the block runs, so that no two processes build from this file at the same time."""
     with model_file.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -334,7 +334,7 @@ def _check_arguments(precision: str, hardware_compatibility: str, allow: Sequenc
 
 
 def _batch_profile(spec: DetectorSpec, batch: Optional[Sequence[int]]) -> Optional[List[int]]:
-    """Smallest, best-tuned and largest batch of a dynamic one; None where the batch is fixed."""
+    """Checks ``batch``; returns the smallest, best-tuned and largest batch, None if the model's is fixed."""
     if spec.input.batch is not None:
         if batch is not None and tuple(batch) != (spec.input.batch,) * 3:
             raise InputError(
@@ -377,11 +377,11 @@ def _preferred_runtime() -> Tuple[str, str]:
     return found[0]
 
 
-# ---- What is there already ---------------------------------------------------------------------------------
+# ---- Plans that exist already ------------------------------------------------------------------------------
 
 
 def _finished(job: BuildJob, allow: Sequence[str]) -> Optional[Dict[str, Any]]:
-    """The record of an intact plan that answers this call, one that made use of ``allow`` included."""
+    """The record of an intact plan for this job, also of one with changes that ``allow`` names; or None."""
     asked = fingerprint(job.identity)
     for count in range(len(ALLOWABLE) + 1):
         used = [name for name in ALLOWABLE[:count] if name in allow]
@@ -392,7 +392,8 @@ def _finished(job: BuildJob, allow: Sequence[str]) -> Optional[Dict[str, Any]]:
 
 
 def _intact(job: BuildJob, name: str, asked: str) -> Optional[Dict[str, Any]]:
-    """The record of the intact plan ``name`` if it answers ``asked`` and was compared with this spec."""
+    """The record of the plan ``name`` if it is intact, was built for the fingerprint ``asked``, and was
+    compared with this spec; otherwise None."""
     folder = job.folder
     try:
         known = passport.read(folder / passport.PLANS / f"{name}.json")
@@ -444,7 +445,7 @@ def _record(folder: Path, described: passport.Passport, checks: Mapping[str, Any
 
 
 def _require_precision(model_file: Path, outcome: Outcome) -> None:
-    """A precision that was asked for must be there, in the layers that do the work."""
+    """Raises CheckError unless half of the convolutions and matrix products have the precision asked for."""
     precision, answer = outcome.identity["precision"], outcome.answer
     layers = PRECISIONS[precision].layers
     if not layers:
@@ -453,7 +454,7 @@ def _require_precision(model_file: Path, outcome: Outcome) -> None:
     total, there = sum(computing.values()), sum(computing.get(name, 0) for name in layers)
     if answer["layers_counted_in"] == "network" and not answer["builder"]["strongly_typed"]:
         if answer["builder"]["fp16_flag"]:
-            return  # the flag's effect shows in an engine only
+            return  # only an engine shows the flag's effect
         there = 0
     if total and there < 0.5 * total:
         raise CheckError(

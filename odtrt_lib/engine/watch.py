@@ -1,7 +1,6 @@
-"""One attempt at a plan as a process: started, sampled fifty times a second, ended beyond its memory limit.
+"""Runs one attempt as a process: starts it, samples it fifty times a second, ends it beyond its memory limit.
 
-What an attempt does is :mod:`odtrt_lib.engine.builder`'s business. Here it is a process that may be killed:
-by the watchdog, by the kernel, or by the user.
+:mod:`odtrt_lib.engine.builder` is what runs in the process. The watchdog, the kernel or the user may kill it.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from odtrt_lib.machine import MIB, device_memory_meter, peak_rss_mb, rss_mb, sta
 
 Progress = Callable[[str, float], None]
 NO_MEMORY = "out of memory: "
-# What a process asks for and never touches (threads' stacks, numpy's buffers) counts for RLIMIT_DATA, but
-# takes no memory.
+# Memory that a process reserves and never touches (threads' stacks, numpy's buffers) counts for RLIMIT_DATA,
+# but is not resident.
 UNTOUCHED_RLIMIT_ALLOWANCE = 128 * MIB
 
 _MAX_SAMPLES = 200
@@ -39,7 +38,8 @@ _KILLED = "killed by signal 9: the kernel's out-of-memory killer or the memory l
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """How a process went. samples: [seconds, resident MiB, GPU MiB or None], at most 200."""
+    """How a process ended. outcome: in words. answer: the content of its ANSWER.json, or None. samples:
+    [seconds, resident MiB, GPU MiB or None], at most 200."""
 
     outcome: str
     out_of_memory: bool
@@ -54,9 +54,9 @@ class RunResult:
 def run(
     request: builder.Request, limit: Optional[int], progress: Progress, variables: Mapping[str, str]
 ) -> RunResult:
-    """Runs one request in a process of its own and polls it until it ends.
+    """Runs one request in a process of its own, and polls the process until it ends.
 
-    limit: bytes of memory that it may take, or None. variables: added to its environment.
+    limit: the bytes of memory that it may take, or None. variables: are added to its environment.
     """
     place = Path(request.folder)
     answer_file = place / builder.ANSWER
@@ -68,7 +68,7 @@ def run(
     request_file = place / f"{request.task}.json"
     request_file.write_text(json.dumps(dataclasses.asdict(request)))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_import_paths()), **variables}
-    environment["TMPDIR"] = str(place)  # what a killed process leaves goes with the attempt
+    environment["TMPDIR"] = str(place)  # files that a killed process leaves go with this folder
     errors_file = place / f"{request.task}.stderr"
     process = None
     try:
@@ -137,7 +137,7 @@ def _ending(
 
 
 class _Watchdog:
-    """The watchdog over one process: samples its memory, ends it beyond the limit or when it hangs."""
+    """Samples the memory of one process, and ends it if it exceeds the limit or hangs."""
 
     def __init__(self, process: Any, limit: Optional[int], is_under_rlimit: bool) -> None:
         self.process, self.limit, self.is_under_rlimit = process, limit, is_under_rlimit
@@ -152,7 +152,7 @@ class _Watchdog:
         self._busy, self._busy_at = -1, self.started
 
     def poll(self) -> None:
-        """Samples the process once; called some fifty times a second."""
+        """Samples the process once. Is called about fifty times a second."""
         now = time.perf_counter() - self.started
         rss = rss_mb(self.process.pid)
         if not rss:  # it has ended
@@ -178,7 +178,7 @@ class _Watchdog:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def check_limit(self, peak_rss_mb: float) -> None:
-        """Holds the peak against the limit. The process's own account of it may come after its end."""
+        """Sets the verdict if the peak exceeds the limit. Is called once more after the process's end."""
         taken = max(peak_rss_mb, (self.peak_gpu_mb or 0.0) if self._is_shared else 0.0)
         if self.limit is not None and self.verdict is None and taken > self.limit / MIB:
             self.verdict = f"stopped at {taken:.0f} MiB, the limit is {self.limit / MIB:.0f} MiB"
@@ -193,7 +193,7 @@ class _Watchdog:
 
 
 def _follow(watchdog: _Watchdog, reading: int, progress: Progress) -> List[Dict[str, Any]]:
-    """Polls the process and passes on its progress until it ends; returns what it said."""
+    """Polls the process and passes on its progress until it ends; returns all messages from its pipe."""
     messages: List[Dict[str, Any]] = []
     rest, is_open = b"", True
     while True:
@@ -214,7 +214,7 @@ def _follow(watchdog: _Watchdog, reading: int, progress: Progress) -> List[Dict[
 
 
 def _import_paths() -> Iterator[str]:
-    """Where a child looks for modules: where this process does, a notebook's additions included."""
+    """The folders in which a child looks for modules: this process's, with those that a notebook added."""
     yield IMPORT_PATH
     for path in sys.path:
         if path and Path(path).is_dir() and Path(path).name != "odtrt_lib":

@@ -1,8 +1,8 @@
 """Chapter 1: from a checkpoint to a frozen graph without post-processing, the anchors and ``spec.json``.
 
-``stage`` is what ``odtrt export`` calls;
-``pipeline``, ``label_map`` and ``prototext`` read the model's files,
-``odapi`` runs the OD API, ``gate`` compares ``spec.json`` with it, ``noise`` says what rounding may do.
+``odtrt export`` calls ``stage``. ``pipeline``, ``label_map`` and ``prototext`` read the model's files,
+``odapi`` runs the OD API, ``gate`` compares ``spec.json`` with it, and ``noise`` measures the effect of
+rounding.
 """
 
 from odtrt_lib.export import noise as noise

@@ -1,13 +1,15 @@
-"""Chapter 1's gate: with ``spec.json`` and ``anchors.npy``, do raw heads become the OD API's own answer?
+"""Chapter 1's gate: checks that raw heads, ``spec.json`` and ``anchors.npy`` give the OD API's own
+detections.
 
-The Object Detection API's model is the oracle. Both sides get the same pictures to preprocess and the same
-raw heads to post-process. The heads are drawn, not computed: a network's own are too tame to show a wrong
-field (ten strong boxes are the same with an IoU threshold of 0.5, 0.6 or 0.9). They are drawn around what the
-spec says: scores a thousandth above and below its threshold, pairs of boxes whose IoU is just above and below
-its threshold, more boxes than its caps allow. Where the model has another value, the two sides disagree.
+The Object Detection API's model is the oracle. Both sides preprocess the same pictures and post-process the
+same raw heads. These heads are constructed, because a network's own heads hardly ever reveal a wrong field:
+ten strong boxes are the same with an IoU threshold of 0.5, 0.6 or 0.9. They are constructed around the values
+in the spec: scores a thousandth above and below the score threshold, pairs of boxes whose IoU is just above
+and below the IoU threshold, more boxes than the caps allow. If the model has another value, the two sides
+disagree.
 
-Scores and IoUs keep a distance from one another that is far larger than float32's rounding, so that the two
-sides may be compared box by box.
+Scores and IoUs differ from one another by far more than float32's rounding, so the two sides can be compared
+box by box.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ LIMIT = 1e-5
 INPUT_LIMIT = 1e-4
 """The largest difference of a network input's value, in units of the value range ``255 * scale``."""
 
-_MARGIN = 1e-3  # how far from a threshold scores (relative) and IoUs (absolute) are drawn
+_MARGIN = 1e-3  # the distance of scores (relative) and IoUs (absolute) from a threshold
 _TOP = 0.9471
 _NEVER = -200.0  # a logit whose score is 0 in float32
 
@@ -77,15 +79,15 @@ def compare_with_odapi(
     graph: Any,
     label_map: str | Path | None = None,
 ) -> Agreement:
-    """Holds what chapter 1 left behind against the OD API's model that it was made from.
+    """Compares chapter 1's files with the OD API's model from which they were made.
 
-    model: the OD API's, restored. predictions: what ``model.predict`` returned for a network input.
-    anchors: ``anchors.npy``. graph: the frozen GraphDef. label_map: the label map that the names come
-    from; one that the OD API cannot read, such as a list of names, is no oracle and is passed over.
+    model: the OD API's, restored. predictions: what ``model.predict`` returned for a network input. anchors:
+    ``anchors.npy``. graph: the frozen GraphDef. label_map: the label map from which the names come; it is
+    ignored if the OD API cannot read it, as in the case of a list of names.
 
-    Raises CheckError, saying what differs: the tensors that the spec names are not the graph's, the labels
-    not the label map's, the network input of a picture not the OD API's, the boxes, scores or detections of
-    drawn heads not those of ``model.postprocess``.
+    Raises CheckError, saying what differs: the tensors in the spec and in the graph, the labels and the label
+    map, a picture's network input and the OD API's, or the boxes, scores or detections of constructed heads
+    and those of ``model.postprocess``.
     """
     _compare_tensors(predictions, spec, anchors, graph)
     _compare_labels(spec, label_map)
@@ -104,7 +106,8 @@ def compare_with_odapi(
 
 
 def wrong_fields(spec: DetectorSpec) -> Iterator[tuple[str, DetectorSpec | str]]:
-    """Each field of ``spec.json`` with a spec in which it alone is wrong, or why it changes no result."""
+    """Each field of ``spec.json``, with a spec in which only this field is wrong, or with the reason why it
+    changes no result."""
     for field, value in _leaves("", spec):
         reason = _why_without_effect(field, spec)
         if reason:
@@ -122,8 +125,8 @@ def try_wrong_fields(
     graph: Any,
     label_map: str | Path | None = None,
 ) -> list[tuple[str, str]]:
-    """What :func:`compare_with_odapi` says to each wrong field: (field, outcome); ``passed``: it did not
-    notice the wrong value."""
+    """The outcome of :func:`compare_with_odapi` for each wrong field: (field, outcome). ``passed`` means that
+    it did not notice the wrong value."""
     tf = odapi.tensorflow()
     preprocessed: dict[bytes, Any] = {}
 
@@ -150,11 +153,11 @@ def try_wrong_fields(
 
 
 def draw_heads(spec: DetectorSpec, anchors: np.ndarray) -> Iterator[Heads]:
-    """Raw heads on which every setting of the post-processing shows; the same for the same spec.
+    """Raw heads whose detections depend on every setting of the post-processing; the same for the same spec.
 
-    Five images: pairs of boxes of every IoU, scores around the threshold, a class with too many boxes, an
-    image with too many boxes, boxes across and beyond the edge of an image that does not fill the input.
-    Every other anchor has random encodings and a score below the threshold.
+    There are five images: pairs of boxes with many IoUs, scores around the threshold, a class with too many
+    boxes, an image with too many boxes, and boxes across and beyond the edge of an image that does not fill
+    the input. All remaining anchors have random encodings and scores below the threshold.
     """
     generator = np.random.default_rng(12)
     carriers = np.flatnonzero((anchors[:, 2:] > 0).all(axis=1))
@@ -345,7 +348,8 @@ def _first_difference(ours: Any, expected: Any) -> str:
 
 
 def _overlapping(spec: DetectorSpec) -> list[_Box]:
-    """Two boxes of one place in two classes, and pairs of one class whose IoU is close to the threshold."""
+    """Two equal boxes of two classes, and pairs of boxes of one class with many IoUs, two of them close to
+    the threshold."""
     classes, threshold = spec.heads.num_classes, spec.nms.iou_threshold
     wanted = [threshold + _MARGIN, threshold - _MARGIN, *np.linspace(0.05, 0.95, 19)]
     ious = [iou for iou in wanted[:2] if 0 < iou < 1]
@@ -376,7 +380,8 @@ def _around_the_threshold(spec: DetectorSpec) -> list[_Box]:
 
 
 def _too_many_of_a_class(spec: DetectorSpec, most: int) -> list[_Box]:
-    """Boxes outside of the image take places of a class before they are dropped; of six within three stay."""
+    """So many boxes of one class outside of the image that, of six boxes inside, the cap leaves three. Boxes
+    outside count for the cap before they are dropped."""
     nms = spec.nms
     places = nms.max_total_detections if nms.class_agnostic else nms.max_detections_per_class
     outside = max(0, min(places, most - 3) - 3)
@@ -404,7 +409,7 @@ def _across_the_edge(spec: DetectorSpec, fill: tuple[float, float]) -> list[_Box
 
 
 def _grid(count: int, top: float) -> list[tuple[float, float, float, float]]:
-    """Boxes that do not touch, in a unit square whose upper edge is at ``top``."""
+    """``count`` boxes that do not touch, in a unit square whose upper edge is at ``top``."""
     side = 1 / max(1, math.isqrt(max(0, count - 1)) + 1)
     per_row = round(1 / side)
     places = ((top + (i // per_row) * side, (i % per_row) * side) for i in range(count))
@@ -412,7 +417,7 @@ def _grid(count: int, top: float) -> list[tuple[float, float, float, float]]:
 
 
 def _ranked(spec: DetectorSpec, boxes: list[tuple[tuple[float, float, float, float], int]]) -> list[_Box]:
-    """With scores above the threshold that fall from box to box in equal steps."""
+    """The boxes with scores above the threshold, which fall from box to box in equal steps."""
     low = max(0.0, spec.nms.score_threshold)
     top = low + 1 if spec.heads.scores.converter == "identity" else max(_TOP, (1 + low) / 2)
     steps = np.linspace(top, low + 0.05 * (top - low), max(2, len(boxes)))
@@ -422,7 +427,7 @@ def _ranked(spec: DetectorSpec, boxes: list[tuple[tuple[float, float, float, flo
 
 
 def _encode(corners: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-    """The inverse of the box coder with scales of 1, in float64."""
+    """The encodings of boxes, for a box coder with scales of 1; float64."""
     sizes = corners[:, 2:] - corners[:, :2]
     centres = (corners[:, 2:] + corners[:, :2]) / 2
     return np.concatenate(
@@ -431,7 +436,7 @@ def _encode(corners: np.ndarray, anchors: np.ndarray) -> np.ndarray:
 
 
 def _quiet_logits(generator: np.random.Generator, spec: DetectorSpec, shape: tuple[int, int]) -> np.ndarray:
-    """Logits, before the scale, whose scores are below the threshold; float32."""
+    """Random logits whose scores are below the threshold, float32; ``logit_scale`` is not applied yet."""
     threshold, converter = spec.nms.score_threshold, spec.heads.scores.converter
     if converter == "identity":
         return np.float32(threshold - 1) - generator.random(shape, np.float32)
@@ -445,7 +450,8 @@ def _quiet_logits(generator: np.random.Generator, spec: DetectorSpec, shape: tup
 
 
 def _logits_of(spec: DetectorSpec, box: _Box) -> np.ndarray:
-    """A row of logits, before the scale, that gives a class its score and the others next to none."""
+    """A row of logits that gives the box's class its score and the other classes nearly 0; ``logit_scale`` is
+    not applied yet."""
     columns, background = spec.heads.num_columns, int(spec.heads.background_column)
     own = box.column + background
     if spec.heads.scores.converter == "identity":
@@ -509,7 +515,7 @@ def _why_without_effect(field: str, spec: DetectorSpec) -> str:
 
 
 def _other_values(field: str, value: Any) -> list[Any]:
-    """Wrong values of a field, close to the right one where they are numbers."""
+    """Wrong values of a field, close to the right one if they are numbers."""
     parts = field.split(".")
     name = parts[-2] if parts[-1].isdigit() else parts[-1]
     if name == "kind":

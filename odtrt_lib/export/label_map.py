@@ -1,4 +1,4 @@
-"""Label maps: the names of a detector's classes, read and judged as the OD API's ``label_map_util`` does.
+"""Label maps: the names of a detector's classes, read and checked as the OD API's ``label_map_util`` does.
 
 A label map is a ``StringIntLabelMap`` in text format: ``item { id: 1 name: "bolt" }`` for each class. A file
 that is called ``.txt`` may hold the names alone instead, one a line.
@@ -23,11 +23,11 @@ _YAML_LINE = re.compile(r"---$|- |[\w./' \"-]+:( |$)")
 
 
 def find(config: Path, named: Sequence[str]) -> Tuple[Optional[Path], str]:
-    """The label map that belongs to a pipeline.config, and why another one was passed over, if one was.
+    """The label map that belongs to a pipeline.config; and, if another one was passed over, the reason.
 
-    named: the paths that the config names. Each is looked for from the config's folder on, then by its file
-    name beside the config; then ``label_map.pbtxt`` beside it. The config may be a stranger's: what lies
-    outside of its folder, through links too, is not read.
+    named: the paths that the config names. Each is looked for relative to the config's folder, then by its
+    file name beside the config. Last, ``label_map.pbtxt`` beside the config is tried. The config may come
+    from a stranger, so nothing outside of its folder is read, not even through links.
     """
     root = config.parent.resolve()
     passed_over = ""
@@ -44,13 +44,13 @@ def find(config: Path, named: Sequence[str]) -> Tuple[Optional[Path], str]:
 
 
 def read(path: Path, num_classes: int) -> Dict[int, str]:
-    """Class id -> name, ids from 1 to ``num_classes``; a class without a name is left out.
+    """Class id -> name, with ids from 1 to ``num_classes``. A class without a name is left out.
 
-    Of ids that repeat the first counts, ``display_name`` goes before ``name``, and id 0 is the background's,
-    as in the OD API. Names alone, in a ``.txt`` file, may have ``???`` or ``background`` for a first line.
+    As in the OD API, the first of equal ids counts, ``display_name`` takes precedence over ``name``, and id 0
+    is the background's. In a ``.txt`` file of names, the first line may be ``???`` or ``background``.
 
-    Raises InputError where the file is neither, saying what it is, and where it has an id that the OD API
-    refuses or names another number of classes; MissingDependencyError without the OD API.
+    Raises InputError if the file has another format (the message says which), an id that the OD API refuses,
+    or another number of classes; MissingDependencyError without the OD API.
     """
     text = prototext.read_text(path, _EXPECTED)
     if path.suffix.lower() == ".txt" and not _BRACKET.search(text):
@@ -61,7 +61,7 @@ def read(path: Path, num_classes: int) -> Dict[int, str]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, a folder that may not be entered
+    except (OSError, ValueError):  # the name is too long, or the folder may not be read
         return False
 
 
@@ -112,7 +112,7 @@ def _names_of_items(path: Path, message: Any, num_classes: int) -> Dict[int, str
 
 
 def _other_format(text: str) -> str:
-    """What a file is that some take for a label map, where its form tells; else nothing."""
+    """The format of a file that was mistaken for a label map, in words; empty if it is not known."""
     if re.match(r"\s*<(!doctype html|html|head|body)\b", text, re.IGNORECASE):
         return "an HTML page (download the file itself, not the page that shows it)"
     if re.match(r"\s*<", text):

@@ -1,13 +1,13 @@
-"""How far two correct programs may be apart: the numerical noise of a frozen graph on its own weights.
+"""Measures the numerical noise of a frozen graph, that is, how much two correct programs may differ.
 
-float32 rounds, and every layer multiplies the rounding of those before it. How much is left at the end
-depends on the weights: 1e-6 of the outputs' scale for one detector, 1e-2 for another, and no fixed tolerance
-suits both. So a frozen graph is computed in float64 (:func:`in_float64`), which is the truth for all
-purposes here, and in float32. How far TensorFlow's own float32 is from the truth is the noise. Whatever else
-claims to compute the same, the eager model of chapter 1 or the ONNX graph of chapter 2, may be
-:data:`FACTOR` times as far from the truth. More is not rounding: the two compute something else.
+float32 rounds, and every layer multiplies the rounding errors of the layers before it. The error of the
+outputs depends on the weights: 1e-6 of the outputs' scale for one detector, 1e-2 for another. No fixed
+tolerance suits both. So the frozen graph is computed in float64 (:func:`in_float64`), which counts as the
+truth here, and in float32. The noise is the distance of TensorFlow's float32 from the truth. Another program
+that should compute the same (the eager model of chapter 1, the ONNX graph of chapter 2) may be :data:`FACTOR`
+times as far from the truth. If it is farther, it computes something else.
 
-Where the noise is large, much can hide in it. So the yardstick also says what it would see
+Large noise can hide errors. So the yardstick also says how small an error it would reveal
 (:attr:`Yardstick.sees_kernel_change`).
 """
 
@@ -34,7 +34,7 @@ times as far (EfficientDet-D0 and D1, see results/noise.cpu.json).
 KERNEL_CHANGE = 1e-3
 """A yardstick that sees this relative change of a kernel is decisive."""
 
-# What float32 cannot avoid even where TensorFlow happens to be exact: a few roundings of the result.
+# The least noise, even if TensorFlow happens to be exact: a few roundings of the result.
 _UNAVOIDABLE = 2.0**-21
 _CONVOLUTIONS = ("Conv2D", "DepthwiseConv2dNative")
 _BATCH_NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
@@ -44,17 +44,17 @@ Heads = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Yardstick:
-    """The truth about some pictures, and how far from it float32 is.
+    """The true heads of some pictures, and the noise of float32.
 
     exact: a head's name -> float64 ``[images, anchors, columns]``, the graph computed in float64.
     rounded: the same, computed by TensorFlow in float32.
     noise: a head's name -> float64 ``[images, groups, 2]``: the distance of ``rounded`` from ``exact``, as
-        root mean square and as maximum, in each group of anchors (:func:`groups_of`); the larger of two
-        runs, whose inputs differ by one unit in the last place, and never less than a few roundings of the
+        root mean square and as maximum, in each group of anchors (:func:`groups_of`). It is the larger one of
+        two runs, whose inputs differ by one unit in the last place, and at least a few roundings of the
         result.
-    sees_kernel_change: the smallest relative change of a kernel, be it that of the first, the middle or the
-        last convolution over feature maps, which moves some group by more than FACTOR times the noise on the
-        first picture; at most 1, which means that nothing is seen.
+    sees_kernel_change: the smallest relative change of a kernel that moves some group by more than FACTOR
+        times the noise on the first picture, whether it is the kernel of the first, the middle or the last
+        convolution over feature maps. 1 means that no change is revealed.
     """
 
     exact: Heads
@@ -64,19 +64,20 @@ class Yardstick:
 
     @property
     def is_decisive(self) -> bool:
-        """Whether a kernel that is wrong by :data:`KERNEL_CHANGE` would be seen."""
+        """Whether a kernel that is wrong by :data:`KERNEL_CHANGE` would be revealed."""
         return self.sees_kernel_change <= KERNEL_CHANGE
 
 
 @dataclasses.dataclass(frozen=True)
 class Distance:
-    """How far a candidate's head is from the truth, where that is largest in units of the noise.
+    """The distance of a candidate's head from the truth.
 
-    times_noise: distance over noise; NaN where the candidate is not finite. image, anchors: where that is.
+    times_noise: the largest quotient of distance and noise; NaN if the candidate is not finite.
+    image, anchors: the place of this quotient.
     max_relative, rms_relative: the candidate's distance; noise_max_relative, noise_rms_relative:
-        TensorFlow's. All four over all anchors, the worst of the images, in units of the head's scale for
-        an image: its standard deviation, or a thousandth of its largest magnitude if that is more (a head
-        that is constant but for its bias).
+        TensorFlow's. Each is taken over all anchors of the worst image, in units of the head's scale for that
+        image: its standard deviation, or a thousandth of its largest magnitude if that is more (as for a head
+        that is constant except for its bias).
     """
 
     times_noise: float
@@ -95,8 +96,9 @@ class Distance:
 def measure(frozen: Any, pictures: np.ndarray, batch: int | None) -> Yardstick:
     """The yardstick of a frozen ``GraphDef`` of raw heads.
 
-    pictures: network inputs, float32 ``[images, height, width, 3]``; take several kinds, since noise
-        depends on them, and first one that resembles a photograph. batch: the graph's fixed batch, or None.
+    pictures: network inputs, float32 ``[images, height, width, 3]``. The noise depends on them, so pass
+        several kinds, and as the first one a picture like a photograph. batch: the graph's fixed batch, or
+        None.
     """
     direction = np.random.default_rng(1).choice(np.array([-np.inf, np.inf], np.float32), pictures.shape)
     with _Session(frozen) as session:
@@ -115,15 +117,17 @@ def measure(frozen: Any, pictures: np.ndarray, batch: int | None) -> Yardstick:
 
 
 def compare(yardstick: Yardstick, candidate: Heads) -> dict[str, Distance]:
-    """How far ``candidate``, which claims to be the same network on the same pictures, is from the truth.
+    """The distance of ``candidate`` from the truth, for each head.
 
-    candidate: a head's name -> ``[images, anchors, columns]``. Returns a distance for each head.
+    candidate: a head's name -> ``[images, anchors, columns]``, from a program that should compute the same
+    network on the same pictures.
     """
     return {name: _distance(yardstick, name, candidate[name]) for name in OUTPUTS}
 
 
 def batches(pictures: np.ndarray, batch: int | None) -> list[np.ndarray]:
-    """Pieces of a fixed batch size (the last filled up with its first picture), or one and the rest."""
+    """The pictures in batches of a fixed size, of which the last is filled up with copies of its first
+    picture; if ``batch`` is None, the first picture and the rest."""
     if batch is None:
         return [piece for piece in (pictures[:1], pictures[1:]) if len(piece)]
     filled = np.concatenate([pictures, np.repeat(pictures[:1], -len(pictures) % batch, axis=0)])
@@ -131,10 +135,10 @@ def batches(pictures: np.ndarray, batch: int | None) -> list[np.ndarray]:
 
 
 def groups_of(anchors: int) -> list[tuple[int, int]]:
-    """First and last anchor (exclusive) of the groups that are looked at apart: 3/4 of all, 3/16, 3/64, ...
+    """First and last anchor (exclusive) of each group that is judged on its own: 3/4 of all, 3/16, 3/64, ...
 
-    These are the levels of a pyramid that halves its sides. An error in the smallest level would drown in
-    a mean over all anchors, of which it has one in three hundred.
+    In a pyramid whose sides halve, the groups are the levels. A mean over all anchors would hide an error in
+    the smallest level, which has one anchor in three hundred.
     """
     cuts = [0]
     while anchors - cuts[-1] >= 32:
@@ -163,7 +167,7 @@ def _scale(exact: np.ndarray) -> np.ndarray:
 
 
 def _relative(exact: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Maximum and root mean square of the distance in units of the scale, the worst of the images."""
+    """Maximum and root mean square of the distance in units of the scale, for the worst image."""
     error = np.abs(values.astype(np.float64) - exact)
     scale = _scale(exact)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -205,7 +209,7 @@ def _kernel_change_seen(
 class _Session:
     """A frozen graph of raw heads, ready to run.
 
-    is_optimized: whether TensorFlow rewrites it first, as it usually does; that takes longer than one run.
+    is_optimized: whether TensorFlow optimises it first, as it usually does; this takes longer than one run.
     """
 
     def __init__(self, graph_def: Any, is_optimized: bool = True) -> None:
@@ -226,7 +230,7 @@ class _Session:
     def run(
         self, pictures: np.ndarray, batch: int | None, changes: dict[str, np.ndarray] | None = None
     ) -> Heads:
-        """The heads of ``pictures``; changes: a tensor's name -> the value that it has in this run."""
+        """The heads of ``pictures``. changes: a tensor's name -> the value that it gets in this run."""
         fetches = [f"{name}:0" for name in OUTPUTS]
         results = [
             self._session.run(fetches, {f"{INPUT}:0": piece, **(changes or {})})
@@ -243,8 +247,8 @@ class _Session:
     def kernels(self) -> list[str]:
         """The constants that are kernels of convolutions over feature maps, in the order of the graph.
 
-        Those of squeeze-and-excitation, whose input is one value a channel, are left out: behind a sigmoid
-        many of them hardly touch the outputs.
+        Kernels of squeeze-and-excitation, whose input is one value a channel, are left out: a sigmoid follows
+        them, so many of them hardly affect the outputs.
         """
         found: dict[str, None] = {}
         for operation in self._graph.get_operations():
@@ -258,10 +262,10 @@ class _Session:
 
 
 def in_float64(frozen: Any) -> Any:
-    """The same network, computed in float64, as a new ``GraphDef``; its input and outputs are float64, too.
+    """A new ``GraphDef`` that computes the same network in float64; its input and outputs are float64, too.
 
-    Batch normalisation, for which TensorFlow has no float64, is written out. Any other operation that lacks
-    it is computed in float32, between two casts.
+    TensorFlow has no batch normalisation in float64, so this is written in simpler operations. Any other
+    operation without float64 is computed in float32, between two casts.
     """
     tf = odapi.tensorflow()
     graph = tf.Graph()
@@ -343,7 +347,7 @@ def _cast_inputs(graph_def: Any, node: Any, operation: Any) -> None:
 
 
 def _cast_outputs(graph_def: Any, kept_narrow: set[str], graph: Any) -> None:
-    """Makes every consumer of the operations that stayed in float32 read their results in float64."""
+    """Casts the results of the operations that stayed in float32 to float64, for every consumer."""
     tf = odapi.tensorflow()
     widened = {}
     for name in kept_narrow:
@@ -361,7 +365,8 @@ def _cast_outputs(graph_def: Any, kept_narrow: set[str], graph: Any) -> None:
 
 
 def _write_batch_norm(graph_def: Any, node: Any) -> None:
-    """``(x - mean) * (scale * rsqrt(variance + epsilon)) + offset``, the sum under the node's own name."""
+    """Replaces the node by ``(x - mean) * (scale * rsqrt(variance + epsilon)) + offset``. The sum gets the
+    node's name."""
     tf = odapi.tensorflow()
     wide = tf.float64.as_datatype_enum
     values, scale, offset, mean, variance = node.input[:5]

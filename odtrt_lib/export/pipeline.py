@@ -1,4 +1,4 @@
-"""Reads an OD API ``pipeline.config``: what a detector's contract takes from it, checked."""
+"""Reads an OD API ``pipeline.config``, and checks the settings that ``spec.json`` takes from it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from odtrt_lib.spec import MAX_CLASSES, MAX_INT, BoxCoder, Label, NmsSpec, Resiz
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSettings:
-    """The settings of a pipeline.config that change a result, before the model itself was looked at.
+    """The settings of a pipeline.config that change a result. They come from the config alone.
 
-    ``input_size`` is ``(height, width)``, or None where the resizer alone does not fix it.
-    ``message`` is the parsed ``TrainEvalPipelineConfig`` and ``path`` where it was read. ``label_map`` is the
-    file that ``labels`` come from, None where none was found; ``label_map_note`` then says which was passed
-    over, and why, or nothing.
+    ``input_size`` is ``(height, width)``, or None if the resizer alone does not determine it. ``message`` is
+    the parsed ``TrainEvalPipelineConfig``, and ``path`` its file. ``label_map`` is the file from which
+    ``labels`` come, None if none was found; ``label_map_note`` then names a file that was passed over, with
+    the reason, or is empty.
     """
 
     path: Path
@@ -40,14 +40,14 @@ class PipelineSettings:
 def read_pipeline(path: Union[str, Path], label_map: Union[str, Path, None] = None) -> PipelineSettings:
     """Parses an OD API ``pipeline.config`` and checks that odtrt supports every setting that matters.
 
-    label_map: a label map (see :mod:`odtrt_lib.export.label_map`); by default the file that the config names
+    label_map: a label map (see :mod:`odtrt_lib.export.label_map`). By default the file that the config names
         is looked for at that path, then by its name beside the config, then ``label_map.pbtxt`` beside it,
-        all in the config's folder; if none is found classes are called ``class 1`` and so on.
+        all in the config's folder. If none is found, classes are called ``class 1`` and so on.
 
-    Raises InputError where the file is absent or not a pipeline.config, where a setting is out of its range,
-    and where the label map is not one of these classes; UnsupportedError, naming the setting, where the
-    config asks for something else than an SSD (EfficientDet is one) with settings that odtrt reproduces
-    exactly; MissingDependencyError without the OD API.
+    Raises InputError if the file is absent or not a pipeline.config, if a setting is out of its range, and if
+    the label map is not for these classes; UnsupportedError, naming the setting, if the config is not that of
+    an SSD (EfficientDet is one) or has a setting that odtrt cannot reproduce exactly; MissingDependencyError
+    without the OD API.
     """
     path = Path(path)
     message = parse_pipeline(path)
@@ -97,7 +97,7 @@ def read_pipeline(path: Union[str, Path], label_map: Union[str, Path, None] = No
 def parse_pipeline(path: Path) -> Any:
     """The ``TrainEvalPipelineConfig`` of a pipeline.config, as the OD API reads it.
 
-    Raises InputError where the file is absent or no such file, MissingDependencyError without the OD API.
+    Raises InputError if the file is absent or no pipeline.config, MissingDependencyError without the OD API.
     """
     message = prototext.messages("pipeline_pb2").TrainEvalPipelineConfig()
     problem = prototext.merge(prototext.read_text(path, "an OD API pipeline.config"), message)

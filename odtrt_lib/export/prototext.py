@@ -1,4 +1,4 @@
-"""The text files that people write for the OD API: read as UTF-8, parsed as one of its protobuf messages."""
+"""Reads text files that people write for the OD API, and parses them as its protobuf messages."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _SNIFFED = 64
 
 
 def read_text(path: Path, expected: str) -> str:
-    """The text of a UTF-8 file, without its byte order mark. expected: what it should be, for the message.
+    """The text of a UTF-8 file, without its byte order mark. expected: the kind of file, for messages.
 
-    Raises InputError where it cannot be read, is empty, larger than :data:`MAX_BYTES`, a Git LFS pointer,
-    binary, or in another encoding; that one is named, with the command that converts it.
+    Raises InputError if it cannot be read, is empty, larger than :data:`MAX_BYTES`, a Git LFS pointer,
+    binary, or in another encoding. The message then names the encoding and the command that converts the
+    file.
     """
     try:
         with path.open("rb") as file:
@@ -50,9 +51,9 @@ def read_text(path: Path, expected: str) -> str:
 
 
 def merge(text: str, message: Any) -> str:
-    """Reads text format into ``message``; returns what is wrong with it, on one line, or nothing.
+    """Parses text format into ``message``; returns the error on one line, or an empty text.
 
-    By ``text_format.Merge``, as the OD API does it: of a setting that is written twice the last one counts.
+    Uses ``text_format.Merge``, as the OD API does: if a setting is written twice, the last one counts.
     """
     from google.protobuf import text_format
 
@@ -74,7 +75,7 @@ def messages(module: str) -> Any:
 
 
 def _foreign_encoding(content: bytes) -> str:
-    """Which encoding other than UTF-8 a file has, in words and with the cure; nothing where it has none."""
+    """The encoding of a file that is not UTF-8, in words and with the cure; empty if none is recognised."""
     name = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "")
     first, second = content[:_SNIFFED:2], content[1:_SNIFFED:2]
     for order, halves in (("LE", second), ("BE", first)):

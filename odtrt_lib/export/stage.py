@@ -1,9 +1,9 @@
 """Chapter 1: pipeline.config + checkpoint -> a frozen graph of the raw heads, the anchors, ``spec.json``.
 
-The OD API's own exporter puts preprocessing, a loop over the batch and one NonMaxSuppression a class
-into the graph; TensorRT takes none of them. Here only ``predict`` is traced: the network proper, from
-the preprocessed image to box encodings and class logits. What was left out is written down in
-``spec.json``, so that the later stages can do it exactly as the OD API would have done.
+The OD API's own exporter puts preprocessing, a loop over the batch and one NonMaxSuppression for each class
+into the graph. TensorRT accepts none of them. So only ``predict`` is traced here, which is the network
+itself, from the preprocessed image to box encodings and class logits. ``spec.json`` describes everything
+else, so that the later stages can do it exactly as the OD API does.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from odtrt_lib.spec import DetectorSpec, InputSpec, Source, SsdHeads, problems
 
 OUTPUTS = ("frozen.pb", "anchors.npy", "spec.json")
 _OF_THE_NETWORK = ("frozen.pb", "anchors.npy")
-# What the checks of a record are named for that are not the network's.
+# The names of a record's checks start with one of these if they are not about the network.
 _OF_THE_SPEC = ("label_map", "spec_vs_odapi_")
 
-# Ops that a raw-heads graph must not hold: post-processing, loops, branches, dynamic lists.
+# Ops that a raw-heads graph must not contain: post-processing, loops, branches, dynamic lists.
 _FORBIDDEN = re.compile(
     r"(.*NonMaxSuppression.*|(Stateless)?While|(Stateless)?If|Switch|Merge|Enter|Exit|LoopCond|"
     r"TensorArray.*|TensorList.*|.*PartitionedCall)"
@@ -65,9 +65,9 @@ _OTHER_FILES = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """Where a model's files were found.
+    """The places of a model's files.
 
-    ``root`` is the model's name inside the checkpoint. ``choice`` says why it is this checkpoint.
+    ``root`` is the model's name inside the checkpoint. ``choice`` says why this checkpoint was chosen.
     """
 
     pipeline: Path
@@ -77,16 +77,16 @@ class ModelFiles:
 
 
 def find_model(source: str | Path, pipeline: str | Path | None = None) -> ModelFiles:
-    """Finds pipeline.config and checkpoint in what a user has.
+    """Finds a model's pipeline.config and checkpoint.
 
     source: an exported model (``pipeline.config`` with ``checkpoint/`` or only ``saved_model/``), one of its
-        folders, a training directory (the checkpoint that its ``checkpoint`` file names, where it has none
+        folders, a training directory (the checkpoint that its ``checkpoint`` file names; without this file,
         the highest ``ckpt-N``), a checkpoint itself (``.../ckpt-7`` or one of its files), or a
         ``pipeline.config`` beside one.
-    pipeline: the config, where it does not lie beside the checkpoint or in a folder above it.
+    pipeline: the config, if it does not lie beside the checkpoint or in a folder above it.
 
-    Raises InputError, saying what was looked for and where, and where the ``checkpoint`` file names one that
-    is not there; UnsupportedError for a checkpoint of TensorFlow 1.
+    Raises InputError if nothing is found (the message says what was looked for, and where), and if the
+    ``checkpoint`` file names a checkpoint that is absent; UnsupportedError for a checkpoint of TensorFlow 1.
     """
     source = Path(source)
     if source.is_file() and source.suffix == ".config":
@@ -122,17 +122,17 @@ def export(
 
     source, pipeline: see :func:`find_model`; label_map: see :func:`odtrt_lib.export.pipeline.read_pipeline`.
     batch: the fixed batch size, or None for a dynamic one.
-    input_size: ``(height, width)`` of the network input where the config's resizer leaves it open
+    input_size: ``(height, width)`` of the network input if the config's resizer does not determine it
         (keep_aspect_ratio_resizer without padding).
 
-    Checked, and recorded in ``log.jsonl``: every model variable was restored; the anchors that the
-    config's generator makes are those that the model uses; no post-processing or control flow is left;
-    the frozen graph computes what the eager model computes; spec.json and anchors.npy make the OD API's
-    own detections of raw heads (:func:`odtrt_lib.export.gate.compare_with_odapi`). Raises InputError,
-    UnsupportedError or CheckError otherwise, and leaves nothing half-written.
+    These checks are made, and recorded in ``log.jsonl``: every model variable was restored; the anchors that
+    the config's generator makes are those that the model uses; no post-processing or control flow is left;
+    the frozen graph computes what the eager model computes; with spec.json and anchors.npy, raw heads give
+    the OD API's own detections (:func:`odtrt_lib.export.gate.compare_with_odapi`). If a check fails, raises
+    InputError, UnsupportedError or CheckError, and leaves nothing half-written.
 
-    Where a config or a label map changed, but neither the checkpoint nor what the config says of the network,
-    ``frozen.pb`` and ``anchors.npy`` stay as they are; ``spec.json`` is made anew and compared with the OD
+    If the config or the label map changed, but neither the checkpoint nor the config's settings of the
+    network, ``frozen.pb`` and ``anchors.npy`` are kept. ``spec.json`` is made anew and compared with the OD
     API. The note and the check ``network_kept_from`` say so. force: make everything anew in any case.
     """
     folder = Path(folder)
@@ -184,7 +184,8 @@ def _options(
 
 
 def _network_sha256(settings: PipelineSettings) -> str:
-    """Of what the config says of the network and its anchors: the whole model but its post-processing."""
+    """The SHA-256 of the config's settings of network and anchors: all of the model but its
+    post-processing."""
     model = type(settings.message.model).FromString(settings.message.model.SerializeToString())
     model.ssd.ClearField("post_processing")
     return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
@@ -192,9 +193,9 @@ def _network_sha256(settings: PipelineSettings) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-    """The OD API's model of a config, its frozen graph, and what was found when that was made.
+    """The OD API's model of a config, its frozen graph, and the results of the checks.
 
-    predictions: the model's for one network input. scale, offset: its normalisation.
+    predictions: the model's, for one network input. scale, offset: its normalisation.
     """
 
     model: Any
@@ -244,7 +245,7 @@ def _make_network(
 def _find_kept(
     folder: Path, inputs: dict[str, str], options: dict[str, Any], versions: dict[str, str]
 ) -> _Kept | None:
-    """The last export into ``folder`` if its network is the one asked for and its files are intact."""
+    """The last export into ``folder``, if it has the network asked for and its files are intact; or None."""
     record = last_record(folder, "export")
     same = ("batch", "input_size", "network_sha256")
     if (
@@ -263,9 +264,10 @@ def _find_kept(
 
 
 def _keep_network(kept: _Kept, settings: PipelineSettings, size: tuple[int, int]) -> _Network | None:
-    """The kept network with the new config's model, built without weights: only its post-processing is used.
+    """The kept network, with the model of the new config. The model has no weights, because only its
+    post-processing is used.
 
-    None where that model has other anchors than the ones that are kept.
+    None if that model has other anchors than the kept ones.
     """
     tf = odapi.tensorflow()
     model = odapi.build_model(settings.path, settings.message)
@@ -283,7 +285,7 @@ def _keep_network(kept: _Kept, settings: PipelineSettings, size: tuple[int, int]
 
 
 def _stage(folder: Path, out: Path, network: _Network, kept: _Kept | None) -> None:
-    """Puts the network's files into ``out``: those that are kept as links, if they did not change."""
+    """Puts the network's files into ``out``. Kept files become links, or copies if they have changed."""
     if kept is None:
         (out / "frozen.pb").write_bytes(network.graph.SerializeToString(deterministic=True))
         (out / "anchors.npy").write_bytes(_npy(network.anchors))
@@ -356,8 +358,8 @@ def anchors_from_config(
 ) -> np.ndarray:
     """The anchors that the config's generator makes for a network input of ``size`` (height, width).
 
-    Computed by the OD API's generator, without the model. feature_maps: the sizes (height, width) of the
-    model's feature maps; where they are not given, those of a network whose levels halve, rounding up.
+    The OD API's generator computes them without the model. feature_maps: the sizes (height, width) of the
+    model's feature maps; by default those of a network in which each level halves the sides, rounding up.
     Returns float32 ``[N, 4]``, (ycenter, xcenter, height, width), normalised.
     """
     tf = odapi.tensorflow()
@@ -373,7 +375,7 @@ def anchors_from_config(
 
 
 def _label_map_read(settings: PipelineSettings) -> str:
-    """Which label map was read, without the folders of this machine, or that none was."""
+    """The label map that was read, without the folders of this machine, in words; also if there was none."""
     found, folder = settings.label_map, settings.path.parent
     if found is None:
         return f"none: {settings.label_map_note}" if settings.label_map_note else "none"
@@ -424,7 +426,7 @@ def _looks_like_model(folder: Path) -> bool:
 
 
 def _chosen_checkpoint(folder: Path) -> tuple[Path, str] | None:
-    """The checkpoint to take in ``folder``, and why; None where there is none."""
+    """The checkpoint to use in ``folder``, and the reason; None if the folder has none."""
     present = sorted(path.name[: -len(".index")] for path in folder.glob("*.index"))
     if not present:
         return None
@@ -444,9 +446,11 @@ def _chosen_checkpoint(folder: Path) -> tuple[Path, str] | None:
 
 
 def _followed(state: Path, present: list[str]) -> Path:
-    """The checkpoint that TensorFlow's ``checkpoint`` file names: where it says, else its namesake here.
+    """The checkpoint that TensorFlow's ``checkpoint`` file names: at that path, otherwise the one of that
+    name beside the file.
 
-    Only below the file's own folder: a path from another machine means a file that was copied here.
+    Nothing outside of the file's own folder is used: a path of another machine means that the files were
+    copied.
     """
     named = _read_state(state)
     folder = state.parent
@@ -554,7 +558,7 @@ def _network_size(settings: PipelineSettings, asked: tuple[int, int] | None) -> 
 def _trace(model: Any, batch: int | None, size: tuple[int, int]) -> Any:
     import tensorflow as tf
 
-    # The OD API builds graphs without AutoGraph, too; its conversion would double the time.
+    # The OD API builds its graphs without AutoGraph, too. AutoGraph would double the time.
     signature = [tf.TensorSpec([batch, *size, 3], tf.float32, name="image")]
 
     @tf.function(input_signature=signature, autograph=False)
@@ -569,7 +573,7 @@ def _trace(model: Any, batch: int | None, size: tuple[int, int]) -> Any:
 
 
 def _restore(model: Any, files: ModelFiles, settings: PipelineSettings) -> int:
-    """The number of variables restored, all of them finite."""
+    """Restores the model's variables and checks that all are finite; returns their number."""
     variables = list({id(v): v for v in _variables(model)}.values())
     status = odapi.restore(model, files.checkpoint, settings.path, settings.message, files.root)
     status.expect_partial()
@@ -643,9 +647,10 @@ def _normalisation(model: Any) -> tuple[tuple[float, float, float], tuple[float,
 def _probe_images(
     size: tuple[int, int], scale: tuple[float, float, float], offset: tuple[float, float, float]
 ) -> np.ndarray:
-    """Smooth random shading, and noise of a photograph's contrast, both float32: ``[2, height, width, 3]``.
+    """Two network inputs, float32 ``[2, height, width, 3]``: smooth random shading, and noise with the
+    contrast of a photograph.
 
-    Noise over the full range would drive deep networks far outside of what they were trained on.
+    Noise over the full range would give deep networks inputs far from those of their training.
     """
     generator = np.random.default_rng(0)
     coarse = generator.uniform(0, 255, (9, 9, 3))
@@ -678,7 +683,7 @@ def _halving_maps(ssd: Any, size: tuple[int, int]) -> list[tuple[int, int]]:
 def _checked_anchors(
     settings: PipelineSettings, size: tuple[int, int], predictions: dict[str, Any]
 ) -> tuple[np.ndarray, float | str]:
-    """The model's anchors, and how far the config's are from them, or why that is not known."""
+    """The model's anchors, and the distance of the config's anchors, or the reason why it is not known."""
     anchors = _centre_size(np.asarray(predictions["anchors"]))
     maps = [(int(each.shape[1]), int(each.shape[2])) for each in predictions.get("feature_maps", ())]
     if not maps:
@@ -731,7 +736,8 @@ def _freeze(concrete: Any) -> Any:
 
 
 def _sort_nodes(graph: Any) -> None:
-    """Inputs before their users, otherwise by name: TensorFlow's own order differs from run to run."""
+    """Sorts the nodes: inputs before their users, otherwise by name. TensorFlow's order differs between
+    runs."""
     nodes = {node.name: node for node in graph.node}
     sources = {name: {wire.lstrip("^").split(":")[0] for wire in node.input} for name, node in nodes.items()}
     users: dict[str, list[str]] = {name: [] for name in nodes}
@@ -756,7 +762,8 @@ def _sort_nodes(graph: Any) -> None:
 def _compare_with_eager(
     graph: Any, images: np.ndarray, predictions: list[dict[str, Any]], batch: int | None
 ) -> dict[str, float | bool]:
-    """The figures of the comparison for the record; CheckError where the two differ by more than rounding."""
+    """Compares the graph with the eager model; returns the figures for the record. Raises CheckError if they
+    differ by more than rounding."""
     eager = {
         name: np.concatenate([prediction[theirs].numpy() for prediction in predictions])
         for name, theirs in zip(
@@ -815,7 +822,7 @@ def _check_head_shapes(settings: PipelineSettings, spec: DetectorSpec, eager: di
 
 
 def _check_values(settings: PipelineSettings, spec: DetectorSpec, anchors: np.ndarray) -> None:
-    """Nothing is written that the later stages would refuse to read."""
+    """Raises an error if the later stages would refuse to read these values."""
     problem = anchor_problem(anchors)
     if problem:
         raise CheckError(f"{settings.path}: model.ssd.anchor_generator: {problem}; correct the config")

@@ -1,4 +1,4 @@
-"""Chapter 4: the network with its post-processing inside, as a plugin's node or in ONNX operators."""
+"""Chapter 4: adds the post-processing to the network, as a plugin's node or in ONNX operators."""
 
 from odtrt_lib.fuse.onnx_form import with_onnx_nms as with_onnx_nms
 from odtrt_lib.fuse.plugin import plugin_attributes as plugin_attributes

@@ -1,4 +1,4 @@
-"""ONNX graphs of a detector, as both forms of post-processing append to them (onnx-graphsurgeon)."""
+"""What both forms of post-processing need to extend an ONNX graph (onnx-graphsurgeon)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def add_clip_windows(graph: Graph) -> Variable:
 
 
 def output_variables(spec: DetectorSpec, batch: Union[int, str]) -> List[Any]:
-    """The detector's outputs. batch: its size, or the name of a dynamic one."""
+    """The detector's outputs. batch: its size, or the name of a dynamic batch."""
     import onnx_graphsurgeon as gs
 
     return [
@@ -62,14 +62,14 @@ def import_heads(heads: onnx.ModelProto) -> Graph:
     import onnx_graphsurgeon as gs
 
     graph = gs.import_onnx(heads)
-    graph.import_domains = None  # else the node's domain would be written into `heads`
+    graph.import_domains = None  # otherwise the plugin's domain would be written into `heads`
     for name in {"anchors", CLIP_WINDOWS, *DETECTIONS} & set(graph.tensors()):
         graph.tensors()[name].name = f"heads/{name}"
     return graph
 
 
 def export_detector(graph: Graph, heads: onnx.ModelProto) -> onnx.ModelProto:
-    """The model of ``graph``, described as ``heads`` is, without what no output needs."""
+    """The ONNX model of ``graph``, with the IR version and producer of ``heads``. Drops unused nodes."""
     import onnx_graphsurgeon as gs
 
     graph.name = "detector"

@@ -2,15 +2,15 @@
 
 Limits:
 
-* In ONNX Runtime it selects what the OD API selects, ties included, given equal scores and boxes. Exp,
-  sigmoid and softmax are ONNX Runtime's own, a few units in the last place away from odtrt's, so scores
-  that differ by less can change places, and boxes whose IoU is as close to the threshold, their fate.
-* TensorRT's NonMaxSuppression (``INMSLayer``) is another algorithm: it looks at 5000 pairs of box and class
-  of an image at most and leaves the order of equal scores open. TensorRT-RTX 1.7.1 cannot build it at all.
-* The scores of all anchors and classes are written out once more: 4 * num_anchors * num_classes bytes an
-  image.
-* A score that is NaN is left out, as ever, but class-agnostic the best class of an anchor with NaN among its
-  scores is up to the runtime.
+* From equal scores and boxes, ONNX Runtime selects what the OD API selects, ties included. But exp, sigmoid
+  and softmax are ONNX Runtime's own, and differ from odtrt's by a few units in the last place. So two scores
+  that are as close can change their order, and a box whose IoU is as close to the threshold can be kept or
+  dropped.
+* TensorRT's NonMaxSuppression (``INMSLayer``) is another algorithm. It considers at most 5000 pairs of box
+  and class of an image, and does not define the order of equal scores. TensorRT-RTX 1.7.1 cannot build it.
+* It writes a second array of all scores: 4 * num_anchors * num_classes bytes an image.
+* A score that is NaN is never a detection. But class-agnostic, if an anchor has NaN among its scores, the
+  runtime decides which class is its best.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _NOT_SELECTED = float(np.finfo(np.float32).min)
 
 
 def with_onnx_nms(heads: onnx.ModelProto, spec: DetectorSpec, anchors: np.ndarray) -> onnx.ModelProto:
-    """The ONNX model ``heads``, float32, with its post-processing in ONNX operators, as a new model.
+    """A new ONNX model: ``heads``, float32, followed by the post-processing in ONNX operators.
 
-    anchors: float32 [num_anchors, 4]. NonMaxSuppression's selection is scattered into an array of all classes
-    and anchors in that order, and TopK, which takes the lower index of equal values, cuts it: the OD API's
-    order of equal scores.
+    anchors: float32 [num_anchors, 4]. The scores that NonMaxSuppression selects are scattered into an array
+    over classes and anchors, in this order. TopK then takes the best; of equal scores it takes the lower
+    index. This is the OD API's order.
     """
     graph = import_heads(heads)
     encodings, logits = graph.outputs
@@ -113,7 +113,7 @@ def _selected(graph: Graph, boxes: Variable, scores: Variable, spec: DetectorSpe
 
 
 def _padded(graph: Graph, found: Dict[str, Variable], more: int) -> Dict[str, Variable]:
-    """The tensors ``boxes``, ``scores`` and ``classes`` with ``more`` rows of zeros."""
+    """The tensors ``boxes``, ``scores`` and ``classes`` with ``more`` rows of zeros at the end."""
     padded = {}
     for name, tensor in found.items():
         zero = np.array(0, np.int64 if name == "classes" else np.float32)
@@ -171,7 +171,7 @@ def _clip(graph: Graph, boxes: Variable, windows: Optional[Variable]) -> Variabl
 
 
 def _has_area(graph: Graph, boxes: Variable) -> Variable:
-    """bool [B, 1, N]."""
+    """Whether each box has an area: bool [B, 1, N]."""
     lower, upper = (
         add(graph, "Slice", [boxes, *(np.array([number], np.int64) for number in (start, start + 2, 2))])
         for start in (0, 2)
@@ -190,7 +190,7 @@ def _in_frame(graph: Graph, boxes: Variable, windows: Optional[Variable], spec: 
 
 
 def _corners_of(graph: Graph, windows: Variable) -> Tuple[Variable, Variable]:
-    """The windows' first corners and their second ones, each twice: float32 [B, 1, 4]."""
+    """The windows' first corners, and their second corners, each corner twice: float32 [B, 1, 4]."""
     first, second = (
         add(graph, "Gather", [windows, np.array([columns], np.int64)], axis=1)
         for columns in ([0, 1, 0, 1], [2, 3, 2, 3])

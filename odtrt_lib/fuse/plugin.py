@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def plugin_attributes(spec: DetectorSpec) -> Dict[str, Any]:
-    """The attributes of ``OdtrtDetect``: the fields of ``odtrt_postprocess_params`` that no shape gives.
+    """The attributes of ``OdtrtDetect``: those fields of ``odtrt_postprocess_params`` that no shape tells.
 
-    Raises InputError where ``spec`` asks for more than the plugin does.
+    Raises InputError if ``spec`` asks for something that the plugin cannot do.
     """
     nms, coder, scores = spec.nms, spec.heads.box_coder, spec.heads.scores
     if scores.converter not in SCORE_CONVERTERS:
@@ -47,7 +47,7 @@ def plugin_attributes(spec: DetectorSpec) -> Dict[str, Any]:
 
 
 def with_plugin(heads: onnx.ModelProto, spec: DetectorSpec, anchors: np.ndarray) -> onnx.ModelProto:
-    """The ONNX model ``heads`` with one ``OdtrtDetect`` node behind it, as a new model.
+    """A new ONNX model: ``heads`` followed by one ``OdtrtDetect`` node.
 
     anchors: float32 [num_anchors, 4].
     """

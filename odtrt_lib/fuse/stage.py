@@ -1,14 +1,14 @@
-"""Chapter 4: ``heads.onnx`` -> ``detector.onnx``, the network with its post-processing inside.
+"""Chapter 4: ``heads.onnx`` -> ``detector.onnx``, a network that does its post-processing too.
 
-Two forms with the same inputs and outputs:
+There are two forms with the same inputs and outputs:
 
-* ``plugin``: ``detector.onnx``, one node ``OdtrtDetect`` behind the heads. TensorRT runs it with odtrt's
+* ``plugin``: ``detector.onnx``, with one node ``OdtrtDetect`` behind the heads. TensorRT runs it with odtrt's
   plugin (``plugins/tensorrt``), which computes what :func:`odtrt_lib.nms.postprocess` computes, bit for bit.
-* ``onnx_nms``: ``detector_onnxnms.onnx``, the same in ONNX's own operators around NonMaxSuppression, for
-  those who cannot load a plugin; see :mod:`odtrt_lib.fuse.onnx_form` for its limits.
+* ``onnx_nms``: ``detector_onnxnms.onnx``, with ONNX's own operators around NonMaxSuppression, for runtimes
+  that cannot load a plugin. :mod:`odtrt_lib.fuse.onnx_form` states its limits.
 
-Inputs: ``image`` as in ``heads.onnx``; where the resizer pads the image, also ``clip_windows``, float32
-``[batch, 4]``, ``Frame.clip_window`` of each image (elsewhere it is 0, 0, 1, 1 and left out). Outputs:
+Inputs: ``image`` as in ``heads.onnx``; if the resizer pads the image, also ``clip_windows``, float32
+``[batch, 4]``, the ``Frame.clip_window`` of each image (otherwise every window is 0, 0, 1, 1). Outputs:
 ``num_detections`` int32 ``[batch]``, ``boxes`` float32 ``[batch, M, 4]``, ``scores`` float32 ``[batch, M]``
 and ``classes`` int32 ``[batch, M]``, as in :class:`odtrt_lib.nms.Postprocessed`.
 """
@@ -35,14 +35,14 @@ FUSED = tuple(name for name in FORMS if name != "heads")
 
 
 def fuse(folder: Union[str, Path], *, form: str = "plugin", force: bool = False) -> folders.StageResult:
-    """Writes ``detector.onnx``, or the other form's file, out of the heads, the anchors and ``spec.json``.
+    """Writes ``detector.onnx``, or the other form's file, from the heads, the anchors and ``spec.json``.
 
-    form: one of :data:`FUSED`. force: write even if the file is up to date. The same inputs
-    give the same bytes.
+    form: one of :data:`FUSED`. force: write even if the file is up to date. The same inputs give the same
+    bytes.
 
-    Raises InputError for another form and where an input is missing, damaged or does not match
-    ``spec.json``, MissingDependencyError without onnx or onnx-graphsurgeon, CheckError where the ONNX checker
-    refuses the outcome; nothing is written then.
+    Raises InputError for another form, and if an input is missing, damaged or does not match ``spec.json``;
+    MissingDependencyError without onnx or onnx-graphsurgeon; CheckError if the ONNX checker refuses the
+    result. Nothing is written then.
     """
     folder = Path(folder)
     if form not in FUSED:

@@ -1,6 +1,6 @@
-"""Chapter 5: which plan may be used on this machine, and how one that may not is replaced.
+"""Chapter 5: which plan may be used on this machine, and how another one is replaced.
 
-``policy`` decides, ``rebuild`` replaces.
+``policy`` decides about a plan, and ``rebuild`` replaces it.
 """
 
 from odtrt_lib.portability.policy import POLICY as POLICY

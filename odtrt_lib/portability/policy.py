@@ -1,7 +1,7 @@
-"""May this plan be used here and now?
+"""Decides whether a plan may be used on this machine now.
 
 :func:`check` compares a plan's passport (:mod:`odtrt_lib.engine.passport`) with the machine and the library
-that would run it, row by row of :data:`POLICY`. :func:`best_plan` picks the newest plan of a folder that
+that would run it, by the rows of :data:`POLICY`. :func:`best_plan` picks the newest plan of a folder that
 passes.
 
 Sources of the rules, as the rows name them:
@@ -12,8 +12,8 @@ Sources of the rules, as the rows name them:
   it on another").
 * NI: NvInfer.h of TensorRT 11, HardwareCompatibilityLevel.
 * RTX: docs.nvidia.com, TensorRT-RTX, "Engine Compatibility" and "CPU-Only AOT and TensorRT-RTX Engines".
-* H200: seen with TensorRT-RTX 1.4.0.76 on an H200 (benchmarks/engine_gpu.py).
-* odtrt: our own caution.
+* H200: observed with TensorRT-RTX 1.4.0.76 on an H200 (benchmarks/engine_gpu.py).
+* odtrt: a precaution of this project.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from odtrt_lib.folder import (
 from odtrt_lib.machine import Machine, this_machine
 from odtrt_lib.variants import RUNTIME_LIBRARIES
 
-# How often best_plan reads the folder again while plans are being replaced; three times were once too few.
+# How often best_plan reads the folder again while plans are being replaced. Three times were too few.
 _MAX_LOOKS = 20
 
 
 class Action(str, enum.Enum):
     """What to do with a plan.
 
-    OK: load it. REBUILD: intact, but not for this machine, library or model. REFUSE: never hand these bytes
-    to the runtime here.
+    OK: load it. REBUILD: it is intact, but not for this machine, library or model. REFUSE: never give these
+    bytes to the runtime here.
     """
 
     OK = "ok"
@@ -57,9 +57,9 @@ class Action(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The outcome of :func:`check`.
+    """The result of :func:`check`.
 
-    reasons: one sentence for each row of :data:`POLICY` that applies, the gravest first. rebuild_helps: the
+    reasons: one sentence for each row of :data:`POLICY` that decides, the gravest first. rebuild_helps: the
     plan is not OK, and a build on this machine would make one that is.
     """
 
@@ -69,17 +69,17 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """The action for people; ``not here`` for a rebuild that could not help on this machine."""
+        """The action, for people; ``not here`` if a rebuild on this machine could not help."""
         is_of_elsewhere = self.action is Action.REBUILD and not self.rebuild_helps
         return "not here" if is_of_elsewhere else self.action.value
 
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """Where a plan is to run.
+    """The machine and the software that are to run a plan.
 
-    runtime_library, version: of the installed TensorRT, None where there is none. tf32_override: what the
-    environment variable NVIDIA_TF32_OVERRIDE is, None where it is not set.
+    runtime_library, version: those of the installed TensorRT, None if there is none. tf32_override: the value
+    of the environment variable NVIDIA_TF32_OVERRIDE, None if it is not set.
     """
 
     machine: Machine
@@ -91,7 +91,7 @@ class Environment:
 
 @dataclasses.dataclass(frozen=True)
 class PlanCheck:
-    """One plan, looked at from one place; what the conditions of :data:`POLICY` ask about."""
+    """One plan and one environment: the facts that the conditions of :data:`POLICY` need."""
 
     folder: Path
     passport: Passport
@@ -99,7 +99,7 @@ class PlanCheck:
 
     @cached_property
     def plan_bytes(self) -> Optional[int]:
-        """The size of the plan's file, None where there is none."""
+        """The size of the plan's file, None if there is none."""
         try:
             return self._plan.stat().st_size if self._plan.is_file() else None
         except OSError:
@@ -115,16 +115,16 @@ class PlanCheck:
 
     @cached_property
     def header_version(self) -> Optional[str]:
-        """The version in the plan's header; None where it is not understood, as before TensorRT 8.6."""
+        """The version in the plan's header; None if it is not understood, as before TensorRT 8.6."""
         is_known = self.passport.runtime_library == "tensorrt_rtx" or self.built >= (8, 6)
         return passports.plan_version(self._plan) if is_known else None
 
     @cached_property
     def changed(self) -> Tuple[str, ...]:
-        """The files that the plan was built from and that are others now.
+        """The files that have changed since the plan was built from them.
 
-        A damaged file counts as what its stage wrote. In ``spec.json`` only what goes into the plan counts. A
-        model that belongs to an earlier export counts as changed.
+        A damaged file counts as the file that its stage wrote. Of ``spec.json`` only the part that goes into
+        the plan counts. A model that belongs to an earlier export counts as changed.
         """
         expected = {self.passport.model: self.passport.onnx_sha256, "spec.json": self.passport.spec_sha256}
         found = {name: self._sealed.get(name) or self._sha256(name) for name in expected}
@@ -137,13 +137,13 @@ class PlanCheck:
 
     @cached_property
     def damaged(self) -> Tuple[str, ...]:
-        """The files that are there and are not what their stages recorded."""
+        """The files whose content is not what their stages recorded."""
         found = {name: self._sha256(name) for name in (self.passport.model, "spec.json")}
         return tuple(name for name in found if found[name] not in (None, self._sealed.get(name, found[name])))
 
     @cached_property
     def absent(self) -> Tuple[str, ...]:
-        """The files that a build needs and that are not there or cannot be read."""
+        """The files that a build needs and that are absent or cannot be read."""
         return tuple(name for name in (self.passport.model, "spec.json") if self._sha256(name) is None)
 
     @property
@@ -153,7 +153,7 @@ class PlanCheck:
 
     @property
     def installed(self) -> Tuple[int, ...]:
-        """The version of the library here, () where there is none."""
+        """The version of the library here, () if there is none."""
         return version_order(self.here.version or "")
 
     @property
@@ -162,7 +162,7 @@ class PlanCheck:
 
     @property
     def is_tensorrt(self) -> bool:
-        """Whether TensorRT built the plan and is installed: its version rules apply."""
+        """Whether TensorRT built the plan and is installed, so that TensorRT's version rules apply."""
         return self.is_same_runtime_library and self.passport.runtime_library == "tensorrt"
 
     @property
@@ -171,7 +171,8 @@ class PlanCheck:
 
     @property
     def step(self) -> int:
-        """-1: the library here is older than the plan's, 0: the same, as far as both are known, 1: newer."""
+        """-1: the library here is older than the plan's. 0: they are the same, as far as is known. 1:
+        newer."""
         pairs = list(zip(self.installed, self.built))
         return next((1 if one > other else -1 for one, other in pairs if one != other), 0)
 
@@ -181,7 +182,7 @@ class PlanCheck:
 
     @property
     def gpu_is_compared(self) -> bool:
-        """Whether TensorRT built the plan on a known GPU and there is one here."""
+        """Whether TensorRT built the plan on a known GPU, and this machine has a GPU."""
         return self.passport.runtime_library == "tensorrt" and self.has_gpu and self.built_on_known_gpu
 
     @property
@@ -203,7 +204,7 @@ class PlanCheck:
 
     @property
     def is_same_size(self) -> bool:
-        """Whether SMs and memory agree; memory within a tenth, because drivers reserve more or less of it."""
+        """Whether SM count and memory agree; memory within a tenth, because drivers reserve some of it."""
         built, here = self.passport.machine, self.here.machine
         if None not in (built.sm_count, here.sm_count) and built.sm_count != here.sm_count:
             return False
@@ -225,14 +226,14 @@ class PlanCheck:
 
     @property
     def rtx_covers(self) -> bool:
-        """Whether TensorRT-RTX's targets have the GPU here among them."""
+        """Whether the GPU of this machine is among TensorRT-RTX's targets."""
         capability = self.here.machine.compute_capability or ""
         targets = self.passport.compute_capabilities
         return capability in targets or ("default" in targets and version_order(capability) >= (8, 0))
 
     @property
     def tf32_override(self) -> Optional[str]:
-        """What NVIDIA_TF32_OVERRIDE was at the build."""
+        """The value of NVIDIA_TF32_OVERRIDE at the build."""
         return self.passport.settings.get("tf32_override")
 
     @property
@@ -241,7 +242,7 @@ class PlanCheck:
         return built is not None and here is not None and version_order(here) < version_order(built)
 
     def words(self) -> Dict[str, Any]:
-        """What the sentences of :data:`POLICY` name."""
+        """The values that are put into the sentences of :data:`POLICY`."""
         built, here, plan = self.passport.machine, self.here.machine, self.passport
         library = RUNTIME_LIBRARIES[plan.runtime_library]
         library_here = RUNTIME_LIBRARIES.get(self.here.runtime_library or "", "no TensorRT")
@@ -278,7 +279,7 @@ class PlanCheck:
 
     @cached_property
     def _sealed(self) -> Dict[str, str]:
-        """What ``log.jsonl`` says of the files; nothing where it cannot be read."""
+        """Name -> SHA-256 of the files that ``log.jsonl`` records; empty if it cannot be read."""
         try:
             return {name: one.sha256 for name, one in recorded(self.folder).items()}
         except InputError:
@@ -312,9 +313,9 @@ class PlanCheck:
 class Rule:
     """One row of :data:`POLICY`.
 
-    sentence: the reason, with the names of :meth:`PlanCheck.words` in braces. source: see the module.
-    reads_plan: whether it opens the plan's file. blocks_rebuild: a build here cannot succeed or would not
-    help.
+    sentence: the reason, with the names of :meth:`PlanCheck.words` in braces. source: see the module's
+    docstring. reads_plan: whether the condition opens the plan's file. blocks_rebuild: a build here cannot
+    succeed or would not help.
     """
 
     name: str
@@ -670,9 +671,9 @@ POLICY: Tuple[Rule, ...] = (
 
 
 def this_environment(plugin: Union[str, Path, None] = None) -> Environment:
-    """This machine, the TensorRT that can be imported (the preferred one), and the plugin library.
+    """This machine, the preferred one of the TensorRTs that can be imported, and the plugin library.
 
-    Raises InputError where ``plugin`` cannot be read.
+    Raises InputError if ``plugin`` cannot be read.
     """
     runtime_library, version = next(iter(available_runtimes()), (None, None))
     identity = None if plugin is None else passports.plugin_identity(plugin)
@@ -681,9 +682,9 @@ def this_environment(plugin: Union[str, Path, None] = None) -> Environment:
 
 
 def check(folder: Union[str, Path], passport: Passport, here: Environment) -> Verdict:
-    """Whether the plan may be loaded here and now, with the reasons in words.
+    """Whether the plan may be loaded in this environment, with the reasons in words.
 
-    The plan is not deserialised; its bytes are compared with the passport, which reads the whole file.
+    Reads the whole file of the plan and compares it with the passport, but does not deserialise it.
     """
     return _verdict(PlanCheck(Path(folder), passport, here), POLICY)
 
@@ -691,7 +692,7 @@ def check(folder: Union[str, Path], passport: Passport, here: Environment) -> Ve
 def best_plan(
     folder: Union[str, Path], here: Environment, model: Optional[str] = None, precision: Optional[str] = None
 ) -> Optional[Passport]:
-    """The newest plan of the folder whose verdict is OK, None where there is none.
+    """The newest plan of the folder whose verdict is OK, None if there is none.
 
     model: ``heads.onnx`` or ``detector.onnx``; precision: ``fp32``, ...; None takes any.
     """
@@ -708,7 +709,7 @@ def best_plan(
                 and _verdict(case, POLICY).action is Action.OK
             ):
                 return one
-        if passports.passports(folder) == found:  # else a plan was replaced meanwhile
+        if passports.passports(folder) == found:  # otherwise a plan was replaced in the meantime
             break
     return None
 
@@ -759,7 +760,7 @@ def _crosses_majors(case: PlanCheck) -> bool:
 
 
 def _on_other_gpu(case: PlanCheck, level: str) -> bool:
-    """Whether a hardware-compatible plan of this level meets another GPU, and none of a Jetson."""
+    """Whether a plan of this hardware compatibility level is for another GPU, and neither is a Jetson's."""
     return case.gpu_is_compared and case.level == level and not case.is_jetson and not case.is_same_gpu
 
 
@@ -769,7 +770,7 @@ def _is_ampere_or_newer(case: PlanCheck) -> bool:
 
 
 def _plugins(case: PlanCheck) -> Optional[str]:
-    """``same`` or ``other``: the plugin library here, None where one of the two has none."""
+    """``same`` or ``other``: the plugin library here and that of the plan; None if one of them is missing."""
     built, here = case.passport.plugin, case.here.plugin
     if built is None or here is None:
         return None

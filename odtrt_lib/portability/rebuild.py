@@ -1,9 +1,9 @@
-"""Replaces a plan that may not be used any more, in a process of its own, while the caller serves on.
+"""Replaces a plan that may no longer be used, in a process of its own, while the caller goes on serving.
 
-One process rebuilds at a time. It holds a lock on ``plans/.rebuild.lock`` that the system takes away when it
-ends, however it ends; that lock alone says whether a rebuild runs, never a clock or a process number.
-``plans/.rebuild.json`` says how far it is and how the last one ended, ``plans/.rebuild.log`` what it printed.
-A rebuild that failed is not tried again for the same inputs unless it is asked for.
+One process rebuilds at a time. It holds a lock on ``plans/.rebuild.lock``, which the system releases when the
+process ends in any way. Only this lock tells whether a rebuild is running; clocks and process numbers do not.
+``plans/.rebuild.json`` holds the progress, or how the last rebuild ended; ``plans/.rebuild.log`` holds what
+it printed. If a rebuild has failed, it is tried again for the same inputs only on request.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ LOCK, STATUS, OUTPUT = ".rebuild.lock", ".rebuild.json", ".rebuild.log"
 
 @dataclasses.dataclass(frozen=True)
 class RebuildStatus:
-    """state: ``idle`` (never rebuilt), ``running``, ``failed`` or ``done``. since: when it began, ISO 8601.
+    """state: ``idle`` (never rebuilt), ``running``, ``failed`` or ``done``. since: its start, ISO 8601.
 
-    progress: 0 to 1, None where unknown. message: what it does, or why it failed.
+    progress: 0 to 1, None if unknown. message: what the rebuild is doing, or why it failed.
     """
 
     state: str
@@ -63,12 +63,12 @@ def start_rebuild(
 ) -> Optional[int]:
     """Starts a process that builds the plan again for this machine and library; returns its number.
 
-    plugin: the plugin library, for a plan that has a plugin inside. command: what to run instead of
-    :func:`odtrt_lib.engine.build`; it succeeds with exit status 0. force: also where it failed before.
+    plugin: the plugin library, for a plan that contains a plugin. command: what to run instead of
+    :func:`odtrt_lib.engine.build`; exit status 0 means success. force: start even if it failed before.
 
-    The process survives the caller and hears none of its signals. None, and nothing is started, where another
-    process rebuilds in this folder, where the folder cannot be written, where a rebuild of the same inputs
-    failed before or was killed twice, and where the plan needs a plugin and none is given.
+    The process survives the caller and receives none of its signals. Returns None and starts nothing if
+    another process rebuilds in this folder, if the folder cannot be written, if a rebuild of the same inputs
+    failed before or was killed twice, or if the plan needs a plugin and none is given.
     """
     folder = Path(folder).resolve()
     if passport.plugin is None:
@@ -99,12 +99,12 @@ def start_rebuild(
 
 
 def rebuild_status(folder: Union[str, Path]) -> RebuildStatus:
-    """How a rebuild in this folder stands. The lock says whether one runs; the record says the rest."""
+    """The state of a rebuild in this folder. The lock tells whether one is running, the record the rest."""
     folder = Path(folder)
     for _ in range(3):
         is_running, record = _is_locked(folder), _read_status(folder)
         if is_running or record["state"] != "running":
-            break  # else it died, or one has begun between the two questions
+            break  # otherwise it died, or a rebuild began between the two reads
     if is_running:
         known = record if record["state"] == "running" else {}
         return RebuildStatus(
@@ -121,14 +121,14 @@ def rebuild_status(folder: Union[str, Path]) -> RebuildStatus:
 
 
 def wait_for_rebuild(folder: Union[str, Path]) -> RebuildStatus:
-    """Waits until no process rebuilds in this folder; returns how it ended."""
+    """Waits until no process rebuilds in this folder; returns how the rebuild ended."""
     with contextlib.suppress(OSError), _opened_lock(Path(folder), os.O_RDONLY) as descriptor:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
     return rebuild_status(folder)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
-    """The rebuilding process: ``python -m odtrt_lib.portability`` with a JSON object, see :func:`_spawn`."""
+    """The rebuilding process: ``python -m odtrt_lib.portability JSON``. For the JSON see :func:`_spawn`."""
     request = json.loads((sys.argv[1:] if arguments is None else arguments)[0])
     folder, lock = Path(request["folder"]), request["lock"]
     if lock is not None:
@@ -161,7 +161,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     return 0 if failure is None else 1
 
 
-# A rebuild that ends without a status once may be a power cut; twice is treated as out of memory.
+# If a rebuild ends once without a status, the cause may be a power cut. Twice counts as out of memory.
 _MAX_DEATHS = 2
 _MAX_FAILURES = 50
 _DIED = "the rebuilding process ended without a word: killed (out of memory?), or the power was cut"
@@ -183,7 +183,7 @@ def _now() -> str:
 def _inputs(
     folder: Path, passport: Passport, plugin: Union[str, Path, None], command: Optional[Sequence[str]]
 ) -> str:
-    """What the outcome of a rebuild depends on, as 16 hexadecimal digits."""
+    """A hash of everything that the result of a rebuild depends on: 16 hexadecimal digits."""
     place = this_environment(plugin)
     identity = [
         [sha256(folder / name) for name in (passport.model, "spec.json")],
@@ -197,7 +197,7 @@ def _inputs(
 def _settings(folder: Path, passport: Passport, here: Environment) -> Dict[str, Any]:
     """The arguments of :func:`odtrt_lib.engine.build` that make such a plan for this machine and library.
 
-    What the plan was compatible with stays, where this machine takes it.
+    The plan's compatibility modes are kept if this machine supports them.
     """
     settings: Dict[str, Any] = {"precision": passport.precision}
     capability = here.machine.compute_capability
@@ -228,7 +228,7 @@ def _spawn(
     force: bool,
     lock: int,
 ) -> int:
-    """Starts :func:`main` as a process that inherits the lock's descriptor; the caller may close its own."""
+    """Starts :func:`main` as a process that inherits the lock, so the caller may close its own descriptor."""
     request = {
         "folder": str(folder),
         "fingerprint": passport.fingerprint,
@@ -249,13 +249,13 @@ def _spawn(
             pass_fds=(lock,),
             start_new_session=True,
         )
-    # Somebody has to ask for a child's exit status, or it stays in the process table.
+    # A child stays in the process table until its parent has read its exit status.
     threading.Thread(target=process.wait, name="odtrt-rebuild-end", daemon=True).start()
     return process.pid
 
 
 def _rebuild(request: Mapping[str, Any], report: Callable[..., None]) -> str:
-    """Does the work of the rebuilding process; returns what to say. Raises what the build raises."""
+    """Builds the plan in the rebuilding process; returns a message. Raises what the build raises."""
     folder, plugin = Path(request["folder"]), request["plugin"]
     stale = passports.read(folder / passports.PLANS / f"{request['fingerprint']}.json")
     place = this_environment(plugin)
@@ -264,7 +264,7 @@ def _rebuild(request: Mapping[str, Any], report: Callable[..., None]) -> str:
     check_seal(folder, stale.model)
     if request["command"] is not None:
         keep = () if request["lock"] is None else (request["lock"],)
-        # The lock lives as long as the command, even if this process is killed.
+        # The command holds the lock too, even if this process is killed.
         done = subprocess.run(request["command"], check=False, stdin=subprocess.DEVNULL, pass_fds=keep)
         if done.returncode:
             raise BuildError(
@@ -297,16 +297,17 @@ def _opened_lock(folder: Path, flags: int) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[Optional[int]]:
-    """The descriptor of the rebuild lock, held; None where another process holds it.
+    """Holds the rebuild lock and yields its descriptor; yields None if another process holds the lock.
 
-    It belongs to whoever inherits the descriptor, too. Raises OSError where the folder cannot be written.
+    A process that inherits the descriptor holds the lock too. Raises OSError if the folder cannot be written.
     """
     with _opened_lock(folder, os.O_RDWR | os.O_CREAT) as descriptor:
         yield descriptor if _take(descriptor) else None
 
 
 def _take(descriptor: int) -> bool:
-    """Takes the lock at once or not at all. Who only asks (:func:`_is_locked`) holds it for a moment, too."""
+    """Takes the lock without waiting. Tries again while :func:`_is_locked`, in another process, holds it
+    shared for a moment."""
     for _ in range(200):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -332,7 +333,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 def _read_status(folder: Path) -> Dict[str, Any]:
-    """``plans/.rebuild.json``; what is damaged there counts as not written."""
+    """The content of ``plans/.rebuild.json``; a damaged field counts as absent."""
     try:
         data = json.loads((folder / passports.PLANS / STATUS).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -369,7 +370,7 @@ def _write_status(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def _settled(record: Dict[str, Any]) -> Dict[str, Any]:
-    """The record, given that nobody rebuilds: one that says ``running`` tells of a process that died."""
+    """The record if no process rebuilds: ``running`` becomes ``failed``, because that process died."""
     if record["state"] != "running":
         return record
     inputs = record["inputs"]

@@ -1,4 +1,4 @@
-// Checks of arguments. Every entry point, for CPU and CUDA, makes them before it uses its arguments.
+// Checks of arguments. Every entry point, for CPU and CUDA, calls them before it uses its arguments.
 #pragma once
 
 #include <cmath>

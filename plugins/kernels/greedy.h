@@ -60,8 +60,8 @@ class KeptBoxes {
   size_t size_ = 0;
 };
 
-// Calls visit(key) for the keys in descending order until it returns false; returns whether it never did. Sorts the
-// keys in growing portions, because most walks end early.
+// Calls visit(key) for the keys in descending order until visit returns false. Returns whether it went through all
+// keys. Sorts the keys in growing portions, because most walks end early.
 template <typename Visit>
 bool visit_descending(std::vector<uint64_t> &keys, const Visit &visit) {
   const auto descending = [](uint64_t a, uint64_t b) { return a > b; };

@@ -14,7 +14,7 @@
  * pointers. The structs lie in host memory and are read only during the call.
  *
  * Boxes are [ymin, xmin, ymax, xmax]. Arrays are dense, in C order. Device arrays are aligned to 16 bytes, host
- * arrays and structs as the compiler aligns them; a host pointer that is not is an invalid argument.
+ * arrays and structs as the compiler aligns them; a misaligned host pointer is an invalid argument.
  * Every function returns an odtrt_status: 0, a negative number listed here, or a positive cudaError_t.
  */
 #ifndef ODTRT_H
@@ -78,7 +78,7 @@ typedef struct {
   float *boxes;            /* [batch, M, 4], normalised */
   float *scores;           /* [batch, M] */
   int32_t *classes;        /* [batch, M], 0-based, without the background */
-  int32_t *anchors;        /* [batch, M], the row of the heads that each comes from; NULL: not wanted */
+  int32_t *anchors;        /* [batch, M], the row of the heads of each detection; NULL: not wanted */
 } odtrt_detections;
 
 /* num_threads: 0 for all that the machine has. */

@@ -39,7 +39,7 @@ void for_each_index(size_t count, int num_threads, const Work &work) {
   threads.reserve(others);
   try {
     while (threads.size() < others) threads.emplace_back(take_turns);
-  } catch (...) {  // the system refuses a thread: the ones that run do all the work
+  } catch (...) {  // the system refuses a thread, so the running ones do all the work
   }
   take_turns();
   for (std::thread &thread : threads) thread.join();

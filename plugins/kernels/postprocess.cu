@@ -30,8 +30,8 @@ Call new_call(const odtrt_postprocess_params &params) {
   return call;
 }
 
-// A grid for `work` of which a block does `each` at a time. All images together get at most `at_most` blocks, or one
-// each.
+// A grid for `work` items, of which a block does `each` at a time. All images together get at most `at_most` blocks,
+// but every image gets at least one.
 dim3 grid_for(int work, int each, int at_most, int images) {
   const int wanted = (work + each - 1) / each, fair = std::max(1, at_most / images);
   return dim3(static_cast<unsigned>(std::min(wanted, fair)), static_cast<unsigned>(images));
@@ -44,14 +44,14 @@ int anchors_per_warp(const Call &call) {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// A scaled logit below this has no score above the threshold. With the identity converter, every other one has.
+// A scaled logit below this has no score above the threshold. With the identity converter, every other logit has one.
 template <int kConverter>
 float min_logit_for(float threshold) {
   return kConverter == ODTRT_IDENTITY ? std::nextafter(threshold, kInfinity)
                                       : logit_lower_bound<kConverter>(threshold);
 }
 
-// Ordered. A logit below this, times `factor`, is at most `min_score`.
+// A bound, as `ordered` maps it: a logit below it, times `factor`, is at most `min_score`.
 uint32_t min_best_logit_for(float min_score, float factor) {
   const uint32_t lowest = ordered(-kInfinity);
   // Two steps down make up for the rounding of the division.
@@ -98,7 +98,7 @@ __global__ __launch_bounds__(kClusterThreads, 1) void suppress_in_cluster(ODTRT_
 constexpr size_t kClusterSharedBytes = sizeof(GlobalShared) > sizeof(PerClassShared) ? sizeof(GlobalShared)
                                                                                      : sizeof(PerClassShared);
 
-// The size of a cluster: the largest of which the device can run one for each image at the same time.
+// The cluster size: the largest for which the device can run the clusters of all images at the same time.
 template <typename T, int kConverter>
 int ranks_of_cluster(int images, const Device &device) {
   constexpr int kSizes = 3, kDevices = 64;            // clusters of 16, 8, 4

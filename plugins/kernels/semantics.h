@@ -100,12 +100,12 @@ ODTRT_HD float exponential(float x) {
 constexpr float kSmallestNormal = 1.17549435e-38f;  // 2^-126
 constexpr float kGreatestSubnormal = 1.17549421e-38f;
 
-// 0 if the value is subnormal or -0, else the value.
+// 0 if the value is subnormal or -0; otherwise the value.
 ODTRT_HD float flushed(float value) {
   return value < kSmallestNormal && value > -kSmallestNormal ? 0.0f : value;
 }
 
-// 0 if the value is subnormal or negative, else the value. NaN stays NaN, here and in all functions below.
+// 0 if the value is subnormal or negative; otherwise the value. NaN stays NaN, here and in all functions below.
 ODTRT_HD float normal_or_zero(float value) { return value < kSmallestNormal ? 0.0f : value; }
 
 // flushed(a - b). The device's flushing instruction gives the same bits, because a subnormal sum is exact before it is
