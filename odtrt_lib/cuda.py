@@ -1,11 +1,11 @@
 """The CUDA runtime library through ctypes: memory of every kind, streams, events and graphs.
 
-Memory is ``device`` (the GPU's own), ``pinned`` (the host's, page-locked: the GPU copies it by itself) or
-``mapped`` (pinned, and kernels reach it where it lies). Streams are non-blocking ones. An address is a plain
-integer; :func:`address_of` takes those of PyCUDA, CuPy and PyTorch.
+Memory is ``device`` (the GPU's own), ``pinned`` (page-locked host memory, which the GPU copies by itself) or
+``mapped`` (pinned memory that kernels can access directly). Streams are non-blocking. An address is an
+integer; :func:`address_of` returns the address of memory of PyCUDA, CuPy and PyTorch.
 
-Every function raises CudaError where CUDA fails, and what :func:`library` raises. A CUDA call works on the
-GPU that is current in its thread, 0 unless the program chose another.
+Every function raises CudaError if CUDA fails, and what :func:`library` raises. A CUDA call uses the current
+GPU of its thread, which is 0 unless the program chose another.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class CudaError(OdtrtError):
 def library() -> Any:
     """The CUDA runtime library, ``libcudart.so``.
 
-    Looked for as the dynamic loader does (LD_LIBRARY_PATH, ldconfig), in ``/usr/local/cuda/lib64``, and in
-    NVIDIA's packages for Python. Raises MissingDependencyError where it is in none of these.
+    It is looked for as the dynamic loader does (LD_LIBRARY_PATH, ldconfig), in ``/usr/local/cuda/lib64``, and
+    in NVIDIA's packages for Python. Raises MissingDependencyError if it is in none of these.
     """
     reasons: List[str] = []
     for name in (*FILE_NAMES, *_files()):
@@ -106,7 +106,7 @@ class Memory:
     """A block of memory, given back by :meth:`free` or when nobody refers to it any more.
 
     kind: one of :data:`KINDS`. address: where kernels find it; of pinned memory too, for copies. host: its
-    bytes as a uint8 array [size], None where it is the GPU's own. What it holds at first is undefined.
+    bytes as a uint8 array [size], None if it is the GPU's own. What it holds at first is undefined.
     """
 
     def __init__(self, size: int, kind: str = "device") -> None:
@@ -141,7 +141,8 @@ Field = Tuple[str, Any, Tuple[int, ...]]
 
 
 class Buffer:
-    """Named arrays, one behind the other, where the GPU reaches them, and the host too but for ``device``.
+    """Named arrays, one after the other, in memory that the GPU can access; except ``device``, the host can
+    too.
 
     kind: one of :data:`KINDS`, or ``pageable``: numpy's memory for the host and the GPU's own for the GPU.
     Where these are two, :meth:`upload` and :meth:`download` copy all of it. It grows, and never shrinks.
@@ -156,7 +157,7 @@ class Buffer:
         self._host: Optional[np.ndarray] = None
 
     def arrange(self, fields: Sequence[Field]) -> bool:
-        """Lays the arrays out, each at a multiple of 256 bytes. Returns whether an address has changed."""
+        """Places the arrays, each at a multiple of 256 bytes. Returns whether an address has changed."""
         placed, offset = {}, 0
         for name, dtype, shape in fields:
             placed[name] = (offset, dtype, shape)
@@ -174,13 +175,13 @@ class Buffer:
         return True
 
     def array(self, name: str) -> np.ndarray:
-        """The host's side of one, no copy: valid until the buffer is arranged anew."""
+        """One array on the host's side, without a copy: valid until the buffer is arranged anew."""
         offset, dtype, shape = self._fields[name]
         assert self._host is not None, "device memory has no side of the host"
         return self._host[offset : offset + _nbytes(dtype, shape)].view(dtype).reshape(shape)
 
     def address(self, name: str) -> int:
-        """The GPU's side of one."""
+        """The address of one array on the GPU's side."""
         assert self._device is not None
         return self._device.address + self._fields[name][0]
 
@@ -221,12 +222,12 @@ class Buffer:
         return b"".join(self.array(name).tobytes() for name in self._fields)
 
     def overwrite(self, stream: Stream) -> None:
-        """Enqueues bytes for the GPU's side that make every float a NaN and every integer -1."""
+        """Enqueues a fill of the GPU's side: every float becomes NaN, and every integer -1."""
         if self._device is not None:
             fill(self._device.address, 0xFF, self.size, stream)
 
     def free(self) -> None:
-        """Gives the memory back. Never fails: after an error CUDA refuses, and has freed everything."""
+        """Frees the memory. Never fails: after an error CUDA refuses to, but has freed everything."""
         for memory in (self._device, self._pinned):
             if memory is not None:
                 quietly(memory.free)
@@ -354,7 +355,7 @@ def copy(destination: int, source: int, size: int, stream: Stream) -> None:
 
 
 def fill(address: int, byte: int, size: int, stream: Stream) -> None:
-    """Enqueues the setting of ``size`` bytes of memory that the GPU reaches."""
+    """Enqueues a fill: sets ``size`` bytes of memory that the GPU can access to ``byte``."""
     _call("cudaMemsetAsync", address, byte, size, stream.handle)
 
 
@@ -399,7 +400,8 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 def quietly(free: Any) -> None:
-    """For what runs when an object goes: after an error CUDA refuses, and has freed everything."""
+    """Calls ``free`` and ignores CUDA's errors: after an error CUDA refuses to free, but has freed
+    everything."""
     if sys.is_finalizing():
         return
     with contextlib.suppress(Exception):

@@ -1,19 +1,18 @@
-"""Image in, detections out: preprocessing, network and post-processing behind one class.
+"""One class for the whole way from an image to detections: preprocessing, network and post-processing.
 
-A :class:`Backend` takes pictures and gives detections as the network's coordinates have them; what makes
-boxes in pixels and names of classes out of these is the same for all.
+A :class:`Backend` turns pictures into detections in the network's coordinates. The conversion to boxes in
+pixels and to class names is the same for all backends.
 
-* ``onnxruntime`` runs ``heads.onnx`` on the CPU, between preprocessing and post-processing in the native
-library
-  where that was built, else in numpy.
+* ``onnxruntime`` runs ``heads.onnx`` on the CPU. Preprocessing and post-processing run in the native library
+  if it was built, otherwise in numpy.
 * ``tensorrt`` and ``tensorrt_rtx`` run the newest plan in ``plans/`` that may be used here
   (:func:`odtrt_lib.portability.check`), split or fused; see :mod:`odtrt_lib.engine.pipeline`.
-* ``auto``, unless another is asked for: the newest plan of the TensorRT that is installed, where there is an
-  NVIDIA GPU, else ONNX Runtime. Where that plan is stale, an older one or ONNX Runtime serves while another
-  process rebuilds it; the new plan is loaded behind the running detector and takes over between two calls.
+* ``auto``, the default, uses the newest plan of the installed TensorRT if there is an NVIDIA GPU, otherwise
+  ONNX Runtime. If that plan is stale, another process rebuilds it. Meanwhile an older plan or ONNX Runtime is
+  used. The new plan is loaded in the background and replaces it between two calls.
 
-A detector belongs to the process that opened it: after ``fork`` the child has neither its threads nor its
-GPU, and its calls raise InputError there. Open after the fork, or let multiprocessing "spawn" its processes.
+A detector belongs to the process that opened it. After ``fork`` the child has neither its threads nor its
+GPU, and its calls raise InputError. Open it after the fork, or let multiprocessing "spawn" its processes.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ _HEADS = FORMS["heads"].file
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
-    """What was found in one image, best score first: K rows.
+    """The K detections in one image, best score first.
 
     boxes: float32 [K, 4], ``[ymin, xmin, ymax, xmax]`` in pixels of the original image.
     scores: float32 [K]. class_ids: int64 [K], ids of the label map. names: K class names.
@@ -82,11 +81,11 @@ class Backend:
     """Something that finds objects in pictures.
 
     run: RGB pictures, uint8 [height, width, 3], of any sizes -> detections, one row for each picture; no more
-    than ``InputSpec.batch`` where that is fixed. infer: what the network alone gives, to look at: float32 [B,
+    than ``InputSpec.batch`` if that is fixed. infer: what the network alone gives, to look at: float32 [B,
     3, height, width] -> (box_encodings float32 [B, N, 4], class_logits float32 [B, N, columns]), see
-    :class:`odtrt_lib.spec.SsdHeads`; B is ``InputSpec.batch`` where that is fixed. A fused plan has no heads
+    :class:`odtrt_lib.spec.SsdHeads`; B is ``InputSpec.batch`` if that is fixed. A fused plan has no heads
     to give and raises UnsupportedError. close: gives its memory back. description: what runs, for people.
-    plan: the fingerprint, where it is a plan. notes: which switches were turned off up to now, and why.
+    plan: the fingerprint, if it is a plan. notes: which switches were turned off up to now, and why.
     """
 
     name: str
@@ -123,11 +122,11 @@ def host_backend(
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """What serves now, and why nothing better does.
+    """The backend in use, and the reasons why no better one is used.
 
     backend, description, plan: of :class:`Backend`. reasons: why a plan that was preferred is not used, in
-    words; empty where the best one serves. rebuild: ``none``, ``running``, ``done`` or ``failed``; progress:
-    0 to 1 while it runs, where it is known. message: what the rebuild says, e.g. why it failed.
+    words; empty if the best one serves. rebuild: ``none``, ``running``, ``done`` or ``failed``; progress:
+    0 to 1 while it runs, if it is known. message: what the rebuild says, e.g. why it failed.
     """
 
     backend: str
@@ -169,7 +168,7 @@ class Detector:
     """One detector, ready to run, from any number of threads.
 
     anchors: float32 [N, 4], ``(ycenter, xcenter, height, width)``. A call of :meth:`detect` or
-    :meth:`detect_batch` is answered by one backend as a whole, also where a new plan takes over meanwhile.
+    :meth:`detect_batch` is answered by one backend as a whole, even if a new plan takes over in the meantime.
     """
 
     spec: DetectorSpec
@@ -192,7 +191,7 @@ class Detector:
     ) -> Detector:
         """Opens a model folder.
 
-        backend: ``auto``: the newest plan that may be used here, where there is an NVIDIA GPU, else ONNX
+        backend: ``auto``: the newest plan that may be used here if there is an NVIDIA GPU, else ONNX
         Runtime; ``onnxruntime``; ``tensorrt`` or ``tensorrt_rtx``: a plan of that library or an error. With
         ``auto`` a plan that no longer fits (another library, GPU, ONNX file or spec.json) starts one process
         that rebuilds it in the background; :attr:`status` says so, and the other backends never do. plugin:
@@ -205,10 +204,10 @@ class Detector:
             with Detector.open("out/parts") as detector:
                 found = detector.detect(image)
 
-        Raises InputError where a file is missing, is not the one that its stage recorded
+        Raises InputError if a file is missing, is not the one that its stage recorded
         (:func:`odtrt_lib.folder.sealed`) or does not agree with ``spec.json``, and, naming every plan and why
-        it may not be used, where a TensorRT was asked for and no plan is left;
-        MissingDependencyError where the backend is not installed or there is no GPU for it. ``auto`` falls
+        it may not be used, if a TensorRT was asked for and no plan is left;
+        MissingDependencyError if the backend is not installed or there is no GPU for it. ``auto`` falls
         back to ONNX Runtime instead, and :attr:`status` says why.
         """
         folder = Path(folder)
@@ -244,7 +243,7 @@ class Detector:
 
     @property
     def status(self) -> Status:
-        """What serves now, and what a rebuild is doing."""
+        """The backend in use, and the state of a rebuild."""
         backend, serving = self.backend, self._serving
         with serving.lock:
             return Status(
@@ -258,7 +257,7 @@ class Detector:
             )
 
     def wait_for_rebuild(self, timeout: Optional[float] = None) -> Status:
-        """Waits until no rebuild is under way and its plan serves, ``timeout`` seconds at most."""
+        """Waits until no rebuild is running and the new plan is in use, at most ``timeout`` seconds."""
         watcher = self._serving.watcher
         if watcher is not None:
             watcher.join(timeout)
@@ -271,7 +270,7 @@ class Detector:
     def detect_batch(self, images: Sequence[np.ndarray]) -> List[Detections]:
         """The detections in each of several RGB images, uint8 [height, width, 3], of any sizes.
 
-        They go through the network together; where its batch size is fixed, that many at a time.
+        They go through the network together; if its batch size is fixed, that many at a time.
         """
         backend = self.backend
         at_a_time = self.spec.input.batch or len(images)
@@ -298,9 +297,9 @@ class Detector:
         return self._in_background(self.detect_batch, images)
 
     def close(self) -> None:
-        """Finishes what was submitted, and gives the network's memory back. A rebuild goes on by itself.
+        """Waits until all submitted calls are done, and frees the network's memory. A rebuild is not stopped.
 
-        Raises InputError in a callback, see :meth:`submit`: what was submitted could not finish meanwhile.
+        Raises InputError in a callback, see :meth:`submit`, because submitted calls could not finish.
         """
         if _in_worker():
             raise InputError(
@@ -373,7 +372,7 @@ def _read_contract(folder: Path) -> Tuple[DetectorSpec, np.ndarray]:
 
 
 def _is_contract_of(folder: Path, spec: DetectorSpec, anchors: np.ndarray) -> bool:
-    """Whether the folder still holds the model that these were read from."""
+    """Whether the folder still contains the model from which these were read."""
     try:
         found = _read_contract(folder)
     except InputError:
@@ -382,7 +381,7 @@ def _is_contract_of(folder: Path, spec: DetectorSpec, anchors: np.ndarray) -> bo
 
 
 def _open_onnxruntime(folder: Path) -> Tuple[DetectorSpec, np.ndarray, Backend]:
-    """All files of one reading: the model may be replaced meanwhile."""
+    """Opens ONNX Runtime, with all files from one model: another process may replace it in the meantime."""
     files = sealed(folder, "spec.json", "anchors.npy", _HEADS)
     spec = load_spec(folder / "spec.json", files["spec.json"])
     anchors = load_anchors(folder / "anchors.npy", spec, files["anchors.npy"])
@@ -392,7 +391,7 @@ def _open_onnxruntime(folder: Path) -> Tuple[DetectorSpec, np.ndarray, Backend]:
 def _open_onnxruntime_instead(
     folder: Path, reasons: Sequence[str]
 ) -> Tuple[DetectorSpec, np.ndarray, Backend]:
-    """reasons: why no plan serves."""
+    """Opens ONNX Runtime because no plan can be used. reasons: why not, for the error if this fails too."""
     try:
         return _open_onnxruntime(folder)
     except MissingDependencyError as error:
@@ -431,7 +430,8 @@ def _run_by_onnxruntime(path: Path, spec: DetectorSpec, anchors: np.ndarray, mod
 
 
 def _check_tensors(path: Path, kind: str, found: Sequence[Any], tensors: Sequence[Tensor]) -> None:
-    """``found`` are ONNX Runtime's: a dimension that is not fixed is a name or None."""
+    """Compares ONNX Runtime's inputs or outputs with the spec. In ``found``, a dynamic dimension is a name or
+    None."""
     again = "as spec.json says; run `odtrt convert` again"
     names, expected = [tensor.name for tensor in found], {tensor.name: tensor.shape for tensor in tensors}
     if sorted(names) != sorted(expected):
@@ -484,7 +484,8 @@ def _in_worker() -> bool:
 
 
 def _take_place(serving: _Serving) -> threading.Semaphore:
-    """Takes a place among the unfinished calls, waits for one only outside of workers; returns its kind."""
+    """Reserves one of the places for unfinished calls; returns the semaphore to release. Outside of workers
+    it waits for a free place."""
     if not _in_worker():
         serving.free_places.acquire()
         return serving.free_places
@@ -527,7 +528,7 @@ os.register_at_fork(after_in_child=_part_from_parent)
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """Which plans come into question."""
+    """The plans that a caller accepts."""
 
     folder: Path
     here: Environment
@@ -546,9 +547,9 @@ class _Found:
 
 
 def _here(backend: str, plugin: Union[str, Path, None]) -> Optional[Environment]:
-    """This machine with the TensorRT that ``backend`` means; None where ``auto`` finds no GPU.
+    """This machine with the TensorRT that ``backend`` means; None if ``auto`` finds no GPU.
 
-    TensorRT is imported only where there is one.
+    TensorRT is imported only if there is one.
     """
     from odtrt_lib import portability
     from odtrt_lib.engine.bindings import import_library
@@ -572,7 +573,7 @@ def _open_best_plan(
     """Loads the newest plan that may be used. Its kind is its model and precision: the newest plan's kind is
     preferred, and without ``of_any_kind`` nothing else will do.
 
-    A plan is stale where no plan of its kind may be used: a folder can hold plans for several machines, and
+    A plan is stale if no plan of its kind may be used: a folder can hold plans for several machines, and
     those of the others are no reason to rebuild.
     """
     from odtrt_lib.engine.passport import passports, survey
@@ -655,7 +656,7 @@ def _open_plan(wanted: _Wanted, one: Passport, spec: DetectorSpec, anchors: np.n
 
 
 def _start_rebuild(wanted: _Wanted, stale: Passport) -> bool:
-    """False where another process rebuilds in the folder, or where it failed before or cannot be tried."""
+    """Starts a rebuild. Returns False if another process rebuilds, or if it failed before or cannot start."""
     from odtrt_lib import portability
 
     return portability.start_rebuild(wanted.folder, stale, plugin=wanted.plugin) is not None

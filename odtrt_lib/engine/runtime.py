@@ -1,15 +1,15 @@
-"""Loads a plan: TensorRT from 8.5 on, and TensorRT-RTX, through the calls that all of them have.
+"""Loads a plan with TensorRT 8.5 and newer, or TensorRT-RTX, by the calls that all of them have.
 
-A :class:`Network` is the plan on the GPU. :mod:`odtrt_lib.engine.pipeline` puts around it what makes
-detections of pictures.
+A :class:`Network` is a plan on the GPU. :mod:`odtrt_lib.engine.pipeline` adds preprocessing and
+post-processing.
 
-Deserialising a plan executes native code out of it. :func:`load` therefore hands TensorRT only bytes whose
-SHA-256 is the one in their passport; whether they suit this machine is decided before, by
-:func:`odtrt_lib.portability.check`.
+Deserialising a plan executes native code from its file. So :func:`load` gives TensorRT only bytes whose
+SHA-256 is that of the passport. :func:`odtrt_lib.portability.check` must decide before whether they suit this
+machine.
 
-TensorRT-RTX compiles its kernels when a plan is loaded, which takes seconds. They are kept beside the plan in
-``plans/<plan>.<key>.kernels``, behind their own SHA-256; the key stands for the plan, the library's version
-and the GPU. A file that is damaged, or that TensorRT-RTX does not want, is ignored and written anew.
+TensorRT-RTX compiles its kernels when a plan is loaded, which takes seconds. They are stored beside the plan
+in ``plans/<plan>.<key>.kernels``, after their SHA-256. The key stands for the plan, the library's version and
+the GPU. A file that is damaged, or that TensorRT-RTX refuses, is ignored and written anew.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def load(
     *,
     plugin: Union[str, Path, None] = None,
 ) -> Network:
-    """The plan of ``passport`` out of ``folder``, ready to be bound. For errors see
+    """Loads the plan of ``passport`` from ``folder``; ``Network.bind`` comes next. For errors see
     :func:`odtrt_lib.engine.pipeline.load`.
     """
     folder = Path(folder)
@@ -68,8 +68,8 @@ def load(
 class Network:
     """A plan that TensorRT has loaded, and one execution context. Not for several threads at a time.
 
-    who: plan and library, for messages. tensors: its inputs and outputs, which are those of the plan.
-    min_batch, usual_batch, max_batch: the profile's.
+    who: the plan and the library, for messages. tensors: the plan's inputs and outputs. min_batch,
+    usual_batch, max_batch: the smallest, best-tuned and largest batch of its profile.
     """
 
     def __init__(self, trt: Any, who: str, passport: Passport, spec: DetectorSpec) -> None:
@@ -87,7 +87,7 @@ class Network:
         self._context: Any = None
 
     def deserialize(self, data: bytes, folder: Path, plugin: Union[str, Path, None]) -> None:
-        """Loads the plan, and checks its tensors."""
+        """Deserialises the plan, and checks its tensors."""
         trt, passport = self._trt, self.passport
         self._runtime = trt.Runtime(self._messages.logger)
         self._runtime.error_recorder = self._messages.recorder
@@ -119,14 +119,14 @@ class Network:
         self.min_batch, self.usual_batch, self.max_batch = profile
 
     def keep_kernels(self) -> None:
-        """Writes what TensorRT-RTX compiled up to now beside the plan, for the next start."""
+        """Stores the kernels that TensorRT-RTX has compiled beside the plan, for the next start."""
         if self._kernels_path is not None:
             _keep_kernels(self._kernel_cache, self._kernels_path)
 
     def bind(self, batch: int, addresses: Dict[str, int]) -> None:
-        """Sets the shapes of a batch, and where each tensor lies in memory that the GPU reaches.
+        """Sets the batch, and the address of each tensor in memory that the GPU can access.
 
-        Raises CheckError where the plan's outputs have other shapes than ``spec.json`` says.
+        Raises CheckError if the plan's outputs have other shapes than ``spec.json`` says.
         """
         context = self._context
         for tensor in self.tensors.inputs:
@@ -140,12 +140,13 @@ class Network:
                 raise self.error(f"does not take the address of `{tensor.name}`")
 
     def enqueue(self, stream: cuda.Stream) -> None:
-        """Starts the network on what is bound."""
+        """Enqueues the network on the bound tensors."""
         if not self._context.execute_async_v3(stream.handle):
             raise self.error("cannot run it")
 
     def close(self) -> None:
-        """In TensorRT's order. Nothing of it may be enqueued."""
+        """Frees context, engine and runtime, in the order that TensorRT needs. No work of it may be
+        enqueued."""
         self._context = self._kernel_cache = self._config = None
         self._engine = None
         self._runtime = None
@@ -180,7 +181,7 @@ class Network:
             )
 
     def _offer_kernels(self, folder: Path) -> None:
-        """Hands TensorRT-RTX the kernels that it compiled before."""
+        """Gives TensorRT-RTX the stored kernels."""
         if not hasattr(self._engine, "create_runtime_config"):
             return
         self._config = self._engine.create_runtime_config()
@@ -228,7 +229,7 @@ class Network:
 
 
 def kernels_path(folder: Union[str, Path], passport: Passport, version: str, machine: Machine) -> Path:
-    """Where the kernels are kept that ``version`` of TensorRT-RTX compiles for the plan on ``machine``."""
+    """The file for the kernels that this version of TensorRT-RTX compiles for the plan on ``machine``."""
     identity = [
         passport.plan_sha256,
         passport.runtime_library,
@@ -241,7 +242,7 @@ def kernels_path(folder: Union[str, Path], passport: Passport, version: str, mac
 
 
 def _read_kernels(path: Path) -> Optional[bytes]:
-    """The kernels that :func:`_keep_kernels` wrote; None where there are none or the file is damaged."""
+    """The kernels that :func:`_keep_kernels` wrote; None if there are none or the file is damaged."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -251,7 +252,7 @@ def _read_kernels(path: Path) -> Optional[bytes]:
 
 
 def _keep_kernels(cache: Any, path: Path) -> None:
-    """Writes the kernels unless the file has them. They only save time: where that fails, it is no error."""
+    """Writes the kernels unless the file has them. They only save time, so a failure is no error."""
     serialized = cache.serialize()
     if serialized is None:
         return
