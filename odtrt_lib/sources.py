@@ -259,7 +259,7 @@ def _without_password(address: str) -> str:
     except ValueError as error:
         raise InputError("the address of the stream is not one: expected rtsp://HOST/PATH") from error
     netloc = parts.netloc if password is None else f"{user}:...@{parts.netloc.rpartition('@')[2]}"
-    return parts._replace(netloc=netloc, query="..." if parts.query else "").geturl()
+    return parts._replace(netloc=netloc, query="..." if "?" in address else "").geturl()
 
 
 def _suffixes() -> str:
