@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_times import free_device_mb
+from gpu_times import free_device_mb, gpu_name
 from recorded_heads import ARITHMETIC
 
 from odtrt_lib import engine, portability
@@ -79,7 +79,7 @@ def main() -> int:
     if arguments.row is not None:
         print(json.dumps(serve(arguments.folders[0], arguments)))
         return 0
-    gpu = (this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
+    gpu = gpu_name(this_machine().gpu)
     path = ROOT / "results" / f"backends.{gpu}.json"
     rows: list[dict[str, Any]] = []
 

@@ -48,7 +48,7 @@ from typing import Any
 
 import numpy as np
 from backends_gpu import in_a_process
-from gpu_times import free_device_mb, whole_frame
+from gpu_times import free_device_mb, gpu_name, whole_frame
 from recorded_heads import (
     ARITHMETIC,
     LARGEST_RELATIVE_ERROR,
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
     if gpu is None:
         print("no GPU here: this script measures one")
         return 2
-    path = ROOT / "results" / f"engine.{gpu.lower().replace('nvidia', '').split()[0]}.json"
+    path = ROOT / "results" / f"engine.{gpu_name(gpu)}.json"
     rows = json.loads(path.read_text())["rows"] if chosen and path.is_file() else []
     everything = sorted(path.name for path in (recorded / "fp32").iterdir() if path.is_dir())
     for name in chosen or everything:

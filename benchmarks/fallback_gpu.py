@@ -36,6 +36,8 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # odtrt is not installed where it runs
 
+from gpu_times import gpu_name
+
 from odtrt_lib import engine
 from odtrt_lib.engine import fallback, passport
 from odtrt_lib.errors import OdtrtError, one_line
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=180.0)
     options = parser.parse_args(arguments)
     end = time.perf_counter() + options.seconds
-    gpu = (this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
+    gpu = gpu_name(this_machine().gpu)
     path = ROOT / "results" / f"fallback.{gpu}.json"
     rows: List[Row] = json.loads(path.read_text())["rows"] if path.is_file() else []
     for case in planned(options.names or MODELS):

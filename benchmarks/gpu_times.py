@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, Optional
 
 from odtrt_lib import cuda
 from odtrt_lib.latency import Sampling, Timing, sample
@@ -35,6 +35,11 @@ def graph_times(enqueue: Callable[[], None], stream: cuda.Stream, sampling: Samp
     finally:
         for one in (graph, start, end):
             one.free()
+
+
+def gpu_name(gpu: Optional[str]) -> str:
+    """The GPU's part of a results file's name: ``h200`` for "NVIDIA H200"; ``none`` if there is none."""
+    return "-".join(word for word in (gpu or "none").lower().split() if word != "nvidia")
 
 
 def free_device_mb() -> float:

@@ -40,8 +40,10 @@ sys.path.insert(0, str(ROOT))  # odtrt is not installed where it runs
 import nms_cases
 import nms_gpu
 import torch_calls
+from gpu_times import gpu_name
 
 from odtrt_lib import native
+from odtrt_lib.machine import this_machine
 from odtrt_lib.results import write_results
 
 # Logits of the largest case, chosen cases, drawn cases, cases of plain suppression.
@@ -173,7 +175,7 @@ def main() -> None:
     if options.do:
         what, *values = options.do
         return few(*map(int, values)) if what == "few" else recorded(Path(values[0]))
-    path = ROOT / "results" / f"nms_checks.{nms_gpu.gpu_name()}.json"
+    path = ROOT / "results" / f"nms_checks.{gpu_name(this_machine().gpu)}.json"
     planned = jobs(options)
     rows = [{**row, "agrees": None, "failure": "not finished"} for row, _, _ in planned]
     racecheck_first = sorted(range(len(planned)), key=lambda i: "racecheck" not in planned[i][0]["check"])

@@ -38,6 +38,7 @@ import nms_cases
 import torch
 import torch_calls
 import torchvision
+from gpu_times import gpu_name
 
 from odtrt_lib import native
 from odtrt_lib.latency import Sampling, sample
@@ -285,11 +286,6 @@ def preprocess_rows(replays: int) -> list[dict[str, Any]]:
     return rows
 
 
-def gpu_name() -> str:
-    """The GPU as results files name it, such as ``h200``."""
-    return torch.cuda.get_device_name().lower().replace("nvidia", "").split()[0]
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("heads", nargs="?")
@@ -324,7 +320,7 @@ def main() -> None:
                 for threshold in THRESHOLDS
                 for dtype in (np.float32, np.float16)[: 1 if options.quick else 2]
             ]
-    output = options.output or str(ROOT / "results" / f"nms.{gpu_name()}.json")
+    output = options.output or str(ROOT / "results" / f"nms.{gpu_name(torch.cuda.get_device_name())}.json")
     try:
         rows += preprocess_rows(replays)
         for make, arguments_of_case, source in cases:

@@ -34,6 +34,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # odtrt is not installed where it runs
 
+from gpu_times import gpu_name
+
+from odtrt_lib.machine import this_machine
 from odtrt_lib.results import write_results
 
 # Anchors, score threshold, objects: a usual picture of 8, a crowd of 30.
@@ -152,9 +155,7 @@ def main() -> None:
     said = subprocess.run(["ncu", "--version"], capture_output=True, text=True, check=True).stdout
     rows = [{**row, "ncu_version": version_in(said)} for row in rows_of(watched())]
 
-    import nms_gpu  # needs the GPU, which was ncu's until here
-
-    path = ROOT / "results" / f"nms_ncu.{nms_gpu.gpu_name()}.json"
+    path = ROOT / "results" / f"nms_ncu.{gpu_name(this_machine().gpu)}.json"
     write_results(path, "nms_ncu", "python benchmarks/nms_ncu_gpu.py", rows)
     for row in rows:
         print(row)

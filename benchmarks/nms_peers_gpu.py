@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT))  # odtrt is not installed where it runs
 import drawn_heads
 import nms_cases
 import tensorrt as trt
-from gpu_times import graph_times
+from gpu_times import gpu_name, graph_times
 from tensorrt_gpu import SAMPLING
 
 from odtrt_lib import cuda
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str]) -> int:
     plugin, recorded = Path(files[0]), Path(files[1]) if len(files) > 1 else None
     trt.init_libnvinfer_plugins(trt.Logger(trt.Logger.ERROR), "")
     load_plugin(trt.get_plugin_registry(), plugin)
-    gpu = (this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
+    gpu = gpu_name(this_machine().gpu)
     path = ROOT / "results" / f"nms_peers.{gpu}.json"
     rows: List[Dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
     planned = cases(recorded, quick="--quick" in arguments)

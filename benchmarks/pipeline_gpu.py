@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
-from gpu_times import graph_times
+from gpu_times import gpu_name, graph_times
 
 from odtrt_lib import cuda, engine, portability
 from odtrt_lib.anchors import load_anchors
@@ -62,7 +62,7 @@ def main() -> int:
         for row in rows_of(arguments.folders[0], arguments.row, arguments.plugin, arguments.image):
             print(json.dumps(row), flush=True)
         return 0
-    gpu = (this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
+    gpu = gpu_name(this_machine().gpu)
     path = ROOT / "results" / f"pipeline.{gpu}.json"
     rows: List[Dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
     for folder, precision in itertools.product(arguments.folders, arguments.precision):

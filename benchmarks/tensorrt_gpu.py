@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
-from gpu_times import free_device_mb, graph_times, whole_frame
+from gpu_times import free_device_mb, gpu_name, graph_times, whole_frame
 from recorded_heads import (
     ARITHMETIC,
     LARGEST_RELATIVE_ERROR,
@@ -134,7 +134,7 @@ def run(recorded: Path, plugin: Path, names: Sequence[str]) -> int:
         print("no GPU, or no tensorrt here: this script measures both")
         return 2
     release = "".join(str(here.version).split(".")[:2])
-    path = ROOT / "results" / f"tensorrt{release}.{gpu.lower().replace('nvidia', '').split()[0]}.json"
+    path = ROOT / "results" / f"tensorrt{release}.{gpu_name(gpu)}.json"
     rows: List[Dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
     failed = False
 

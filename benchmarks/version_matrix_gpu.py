@@ -40,6 +40,8 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # odtrt is not installed where it runs
 
+from gpu_times import gpu_name
+
 from odtrt_lib import engine, portability
 from odtrt_lib.engine import builder, passport
 from odtrt_lib.engine.bindings import import_library, load_plugin
@@ -111,7 +113,7 @@ def build(folder: str, precision: str, plugin: str) -> None:
 
 
 def load_everywhere(environments: Environments, work: Path, plugin: Path) -> int:
-    gpu = (this_machine().gpu or "none").lower().replace("nvidia", "").split()[0]
+    gpu = gpu_name(this_machine().gpu)
     path = ROOT / "results" / f"version_matrix.{gpu}.json"
     rows: List[Row] = json.loads(path.read_text())["rows"] if path.is_file() else []
     known = {tuple(row[key] for key in KEY) for row in rows if "error" not in row}

@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu_times
 import pytest
 
 from odtrt_lib import engine
@@ -371,3 +372,19 @@ def test_what_is_there_is_not_built_again_and_nothing_begins_too_late(fallback_g
     assert made[:2] == [("one", "setting", "as asked"), ("one", "host", "90%")] and len(made) == 8
     assert fallback_gpu.main([str(tmp_path)]) == 0 and len(made) == 8
     assert len(results(tmp_path, "fallback")) == 8
+
+
+# ---- gpu_times ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "gpu, name",
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 4090", "geforce-rtx-4090"),
+        ("Tesla T4", "tesla-t4"),
+        (None, "none"),
+    ],
+)
+def test_each_gpu_has_results_of_its_own(gpu, name):
+    assert gpu_times.gpu_name(gpu) == name
