@@ -141,7 +141,7 @@ def rows_of(
                 "same_bits": found == expected,
                 "detections": int(loaded.run([images[0]]).num_detections[0]),
                 "in_force": "/".join(dataclasses.astuple(loaded.switches)),
-                "notes": "; ".join(loaded.notes),
+                "notes": "; ".join(f"{name}: {reason}" for name, reason in loaded.reasons.items()),
             }
             row.update(counted(loaded, timed))
             row.update(time_calls(lambda loaded=loaded: loaded.run([timed]), SAMPLING).row("detect_"))

@@ -257,8 +257,25 @@ def _nbytes(dtype: Any, shape: Tuple[int, ...]) -> int:
     return math.prod(shape) * np.dtype(dtype).itemsize
 
 
-class Stream:
+class _Handle:
+    """Something of CUDA's that :meth:`free` destroys, or the end of its last reference."""
+
+    handle = 0
+    _destroy = ""
+
+    def free(self) -> None:
+        handle, self.handle = self.handle, 0
+        if handle:
+            _call(self._destroy, handle)
+
+    def __del__(self) -> None:
+        quietly(self.free)
+
+
+class Stream(_Handle):
     """A stream of its own, which does not wait for the default one. handle: its ``cudaStream_t``."""
+
+    _destroy = "cudaStreamDestroy"
 
     def __init__(self) -> None:
         self.handle = _made("cudaStreamCreateWithFlags", _STREAM_NON_BLOCKING)
@@ -267,17 +284,11 @@ class Stream:
         """Waits until all that was enqueued is done."""
         _call("cudaStreamSynchronize", self.handle)
 
-    def free(self) -> None:
-        handle, self.handle = self.handle, 0
-        if handle:
-            _call("cudaStreamDestroy", handle)
 
-    def __del__(self) -> None:
-        quietly(self.free)
-
-
-class Event:
+class Event(_Handle):
     """A moment on a stream."""
+
+    _destroy = "cudaEventDestroy"
 
     def __init__(self) -> None:
         self.handle = _made("cudaEventCreate")
@@ -295,24 +306,18 @@ class Event:
         _call("cudaEventElapsedTime", ctypes.byref(milliseconds), earlier.handle, self.handle)
         return 1e3 * milliseconds.value
 
-    def free(self) -> None:
-        handle, self.handle = self.handle, 0
-        if handle:
-            _call("cudaEventDestroy", handle)
 
-    def __del__(self) -> None:
-        quietly(self.free)
-
-
-class Graph:
+class Graph(_Handle):
     """What a function enqueues on a stream, recorded once, to be launched by one call.
 
     The function is called by the constructor and runs nothing then. The recorded work uses the addresses and
     sizes of that moment for ever. Whatever the function raises comes through; the stream is usable after it.
     """
 
+    _destroy = "cudaGraphExecDestroy"
+
     def __init__(self, stream: Stream, enqueue: Any) -> None:
-        self.handle, recorded = 0, _POINTER()
+        recorded = _POINTER()
         _call("cudaStreamBeginCapture", stream.handle, _CAPTURE_THREAD_LOCAL)
         try:
             enqueue()
@@ -336,14 +341,6 @@ class Graph:
 
     def launch(self, stream: Stream) -> None:
         _call("cudaGraphLaunch", self.handle, stream.handle)
-
-    def free(self) -> None:
-        handle, self.handle = self.handle, 0
-        if handle:
-            _call("cudaGraphExecDestroy", handle)
-
-    def __del__(self) -> None:
-        quietly(self.free)
 
 
 def copy(destination: int, source: int, size: int, stream: Stream) -> None:

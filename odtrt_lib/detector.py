@@ -651,7 +651,7 @@ def _open_plan(wanted: _Wanted, one: Passport, spec: DetectorSpec, anchors: np.n
         f"{RUNTIME_LIBRARIES[one.runtime_library]} {wanted.here.version}, plan {one.fingerprint}, "
         f"{one.precision}, post-processing {plan.postprocessing}",
         one.fingerprint,
-        lambda: [note for note in plan.notes if not note.startswith("postprocess")],
+        lambda: plan.notes,
     )
 
 

@@ -28,10 +28,10 @@ from odtrt_lib.errors import InputError, UnsupportedError, one_line
 from odtrt_lib.nms import Postprocessed, postprocess
 from odtrt_lib.preprocess import Frame, check_image, frame_of, preprocess
 from odtrt_lib.spec import DetectorSpec
-from odtrt_lib.tensors import CLIP_WINDOWS, DETECTIONS, Tensor, has_clip_windows
+from odtrt_lib.tensors import CLIP_WINDOWS, DETECTIONS, Tensor, detector_tensors, has_clip_windows
 
 MAX_GRAPHS = 8
-"""CUDA graphs that a pipeline keeps, one for each combination of image sizes; the oldest in use goes."""
+"""CUDA graphs that a pipeline keeps, one for each combination of image sizes, the most recently used."""
 
 _CHOICES = {
     "memory": ("pageable", "pinned", "mapped"),
@@ -99,14 +99,14 @@ class Pipeline:
     Calls from several threads take turns. Memory grows with the largest batch and the largest pictures that
     were run. :meth:`close` frees it, and so does the end of the last reference to the pipeline.
 
-    switches: those in force; a switch that this GPU or the native library cannot obey is turned off. notes: a
-    line for each of these, with the reason. postprocessing: in words, what does it.
+    switches: those in force; a switch that this GPU or the native library cannot obey is turned off. reasons:
+    why, for each of these: its name -> the reason. postprocessing: in words, what does it.
     """
 
     def __init__(self, network: Network, spec: DetectorSpec, anchors: np.ndarray, switches: Switches) -> None:
         """network: :meth:`close` closes it too. anchors, errors: see :func:`load`."""
         self.switches = switches
-        self.notes: Tuple[str, ...] = ()
+        self.reasons: Dict[str, str] = {}
         self.is_fused = network.is_fused
         self._network, self._spec = network, spec
         self._anchors = np.ascontiguousarray(anchors, np.float32)
@@ -127,8 +127,17 @@ class Pipeline:
             return "inside the plan"
         if self.switches.postprocess == "gpu":
             return "on the GPU"
-        reasons = [note for note in self.notes if note.startswith("postprocess")]
-        return "on the CPU" + (f", {reasons[0].split(', ', 1)[1]}" if reasons else "")
+        reason = self.reasons.get("postprocess")
+        return "on the CPU" + (f", because {reason}" if reason else "")
+
+    @property
+    def notes(self) -> List[str]:
+        """A line for each switch that was turned off, but for the post-processing's."""
+        return [
+            f"{name}: {getattr(self.switches, name)}, because {reason}"
+            for name, reason in self.reasons.items()
+            if name != "postprocess"
+        ]
 
     def run(self, images: Sequence[np.ndarray]) -> Postprocessed:
         """The detections in RGB pictures, uint8 [height, width, 3], of any sizes: one row for each picture.
@@ -257,7 +266,7 @@ class Pipeline:
 
     def _turn_off(self, name: str, value: str, reason: str) -> None:
         self.switches = dataclasses.replace(self.switches, **{name: value})
-        self.notes += (f"{name}: {value}, because {reason}",)
+        self.reasons[name] = reason
 
     # ---- one batch ----------------------------------------------------------------------------------------
 
@@ -567,14 +576,9 @@ def _field(tensor: Tensor, batch: int) -> cuda.Field:
 
 
 def _detection_fields(spec: DetectorSpec, batch: int) -> List[cuda.Field]:
-    most = spec.nms.max_total_detections
-    return [
-        ("num_detections", np.int32, (batch,)),
-        ("boxes", np.float32, (batch, most, 4)),
-        ("scores", np.float32, (batch, most)),
-        ("classes", np.int32, (batch, most)),
-        ("anchors", np.int32, (batch, most)),
-    ]
+    """The fields of ``Postprocessed``: those that a fused plan has too, and the anchors."""
+    fields = [_field(tensor, batch) for tensor in detector_tensors(spec).outputs]
+    return [*fields, ("anchors", np.int32, (batch, spec.nms.max_total_detections))]
 
 
 def _library() -> native.Library:
