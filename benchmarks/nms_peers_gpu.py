@@ -46,7 +46,7 @@ from gpu_times import gpu_name, graph_times
 from tensorrt_gpu import SAMPLING
 
 from odtrt_lib import cuda
-from odtrt_lib.engine.bindings import load_plugin
+from odtrt_lib.engine.bindings import load_plugin, trt_messages
 from odtrt_lib.fuse import plugin_attributes
 from odtrt_lib.latency import Timing, time_calls
 from odtrt_lib.machine import this_machine
@@ -86,26 +86,26 @@ class Found:
 
 
 @functools.lru_cache(maxsize=1)
-def builder_and_logger() -> Tuple[Any, Any]:
+def builder() -> Any:
     """One for all networks: to make a builder is to load TensorRT's kernels, which takes seconds."""
-    logger = trt.Logger(trt.Logger.ERROR)
-    return trt.Builder(logger), logger
+    return trt.Builder(trt_messages(trt).logger)
 
 
 class Peer:
     """A network of one node, its engine and its buffers."""
 
     def __init__(self, inputs: Dict[str, np.ndarray], add: Callable[[Any, Dict[str, Any]], Any]) -> None:
-        builder, logger = builder_and_logger()
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
+        messages = trt_messages(trt)
+        messages.messages.clear()
+        network = builder().create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
         tensors = {name: network.add_input(name, trt.float32, array.shape) for name, array in inputs.items()}
         self.outputs = add(network, tensors)
-        config = builder.create_builder_config()
+        config = builder().create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, 4 << 30)
-        plan = builder.build_serialized_network(network, config)
+        plan = builder().build_serialized_network(network, config)
         if plan is None:
-            raise RuntimeError("TensorRT does not build it")
-        self.runtime = trt.Runtime(logger)
+            raise RuntimeError(f"TensorRT does not build it: {messages.reasons()}")
+        self.runtime = trt.Runtime(messages.logger)
         self.engine = self.runtime.deserialize_cuda_engine(plan)
         self.context = self.engine.create_execution_context()
         self.stream = cuda.Stream()

@@ -1,10 +1,11 @@
-"""Measures the shipped detector's checkpoint, models/parts, on scenes that its training did not see.
+"""Measures a parts detector's checkpoint on scenes that its training did not see.
 
-    python benchmarks/parts.py                                   writes results/parts.json
+    python benchmarks/parts.py                                   models/parts; writes results/parts.json
+    python benchmarks/parts.py --model models/parts_d0           writes results/parts_d0.json
     python benchmarks/parts.py --split validation --scenes 60    a quick look while it trains; writes nothing
 
 The Object Detection API's own model and post-processing make the detections, pycocotools scores them on
-``TEST_SEEDS``. ``steps``, ``seconds`` and ``train_scenes`` are those of models/parts/training.json.
+``TEST_SEEDS``. ``steps``, ``seconds`` and ``train_scenes`` are those of the model's training.json.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ from odtrt_lib.results import write_results
 from odtrt_lib.scenes import PARTS_CLASSES, TEST_SEEDS, VALIDATION_SEEDS, render_scene
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "results" / "parts.json"
 PARTS = ROOT / "models" / "parts"
-CHECKPOINT = PARTS / "checkpoint"
 SPLITS = {"test": TEST_SEEDS, "validation": VALIDATION_SEEDS}
 SCENES = 500
 # The row's keys, and the figures of CocoMetrics that they are.
@@ -37,10 +36,11 @@ FIGURES = {
 }
 
 
-def measure(split: str, count: int) -> dict[str, Any]:
-    """One row: how the checkpoint scores on the first ``count`` scenes of a split."""
+def measure(folder: Path, split: str, count: int) -> dict[str, Any]:
+    """One row: how the folder's checkpoint scores on the first ``count`` scenes of a split."""
     tf = odapi.tensorflow()
-    model = odapi.load_model(PARTS / "pipeline.config", CHECKPOINT / "ckpt-0")
+    checkpoint = folder / "checkpoint"
+    model = odapi.load_model(folder / "pipeline.config", checkpoint / "ckpt-0")
 
     @tf.function(input_signature=[tf.TensorSpec([1, 480, 640, 3], tf.float32)])
     def detect(image: Any) -> Any:
@@ -60,7 +60,7 @@ def measure(split: str, count: int) -> dict[str, Any]:
         "annotations": truth,
     }
     metrics = coco_metrics(instances, found)
-    training = json.loads((PARTS / "training.json").read_text())
+    training = json.loads((folder / "training.json").read_text())
     per_class = {f"ap_{name}": metrics.ap_per_class[i] for i, name in enumerate(PARTS_CLASSES, 1)}
     figures = {key: getattr(metrics, name) for key, name in FIGURES.items()}
     return {
@@ -70,8 +70,8 @@ def measure(split: str, count: int) -> dict[str, Any]:
         "objects": len(truth),
         **{key: round(value, 4) for key, value in {**figures, **per_class}.items()},
         **{key: training[key] for key in ("steps", "seconds", "train_scenes")},
-        "params": parameters(tf),
-        "checkpoint_bytes": sum(path.stat().st_size for path in CHECKPOINT.iterdir()),
+        "params": parameters(tf, checkpoint),
+        "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.iterdir()),
     }
 
 
@@ -93,9 +93,9 @@ def in_coco_form(detections: Any, image: np.ndarray, seed: int) -> list[dict[str
     ]
 
 
-def parameters(tf: Any) -> int:
+def parameters(tf: Any, checkpoint: Path) -> int:
     """The number of weights in the checkpoint."""
-    shapes = dict(tf.train.list_variables(str(CHECKPOINT / "ckpt-0")))
+    shapes = dict(tf.train.list_variables(str(checkpoint / "ckpt-0")))
     return sum(int(np.prod(shape)) for name, shape in shapes.items() if name.startswith("model/"))
 
 
@@ -103,13 +103,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", type=Path, default=PARTS)
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--scenes", type=int, default=SCENES, help="scenes to measure on")
     arguments = parser.parse_args()
-    row = measure(arguments.split, arguments.scenes)
+    row = measure(arguments.model, arguments.split, arguments.scenes)
     print(json.dumps(row, indent=2))
     if (arguments.split, arguments.scenes) == ("test", SCENES):
-        write_results(RESULTS, "parts", "python benchmarks/parts.py", [row])
+        name = arguments.model.resolve().name
+        command = "python benchmarks/parts.py" + ("" if name == PARTS.name else f" --model models/{name}")
+        write_results(ROOT / "results" / f"{name}.json", "parts", command, [row])
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """Plans of the full TensorRT on a GPU: builds, memory, latency, and agreement with ONNX Runtime.
 
     python benchmarks/tensorrt_gpu.py record FOLDER [NAME ...]           on a machine with the corpus, first
-    python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN [NAME[:ARITHMETIC] ...]      on the GPU machine
+    python benchmarks/tensorrt_gpu.py build FOLDER PLUGIN [NAME[:ARITHMETIC] ...]    on the GPU machine
+    python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN [NAME[:ARITHMETIC] ...]      the plans that were built
+    python benchmarks/tensorrt_gpu.py merge FILE ...                                 rows of other runs
 
-writes results/tensorrt<version>.<gpu>.json, each figure as soon as it is measured. What was measured before
+write results/tensorrt<version>.<gpu>.json, each figure as soon as it is measured. What was measured before
 stays until the same row gives a new figure; without an arithmetic NAME means all of them. A row that was
 stopped keeps the figures that it has, and says so in ``error``. PLUGIN: libodtrt_tensorrt.so. Needs numpy,
-tensorrt and odtrt_lib there, on Python 3.8 or newer. Each model and arithmetic is a process of
-its own with an empty timing cache, and gives two rows, ``form`` split and fused:
+tensorrt and odtrt_lib there, on Python 3.8 or newer. ``build`` leaves the plans in out/tensorrt, so that
+builds, which take minutes and may share a GPU, are apart from ``run``, which needs it alone. Each model and
+arithmetic is a process of its own with an empty timing cache, and gives two rows, ``form`` split and fused:
 
 * ``arithmetic``: FP32 is measured with NVIDIA_TF32_OVERRIDE=0, TF32 without; FP16 sets the builder's flag.
 * ``build_cold_seconds``: the first build; ``build_warm_seconds``: the same again with the timing cache of the
-  first. The fused plan is built once, with the timing cache of the split one. ``peak_rss_mb``,
-  ``peak_gpu_mb``: of the first build of that form.
+  first. The fused plan is built once, with the timing cache of the split one. ``builds_at_once``: how many
+  shared the GPU, from the environment's BUILDS_AT_ONCE. ``peak_rss_mb``, ``peak_gpu_mb`` (only if one): of
+  the first build of that form.
 * ``load_seconds``: from the plan's bytes to the end of a first run. ``device_memory_mb``: what the loaded
   plan takes besides CUDA's own context; ``device_memory_left_mb``: what is gone after it was closed.
 * ``boxes_relative_err``, ``logits_relative_err``: the largest difference from ONNX Runtime's single
@@ -38,7 +42,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -60,6 +63,7 @@ from recorded_heads import (
 from odtrt_lib import engine, portability
 from odtrt_lib.detector import Detector, load_anchors
 from odtrt_lib.engine import passport
+from odtrt_lib.errors import OdtrtError, one_line
 from odtrt_lib.latency import Sampling, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import postprocess
@@ -68,9 +72,12 @@ from odtrt_lib.spec import DetectorSpec, load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMS = ("split", "fused")
+WORK = ROOT / "out" / "tensorrt"
+BUILDS_AT_ONCE = "BUILDS_AT_ONCE"
 SAMPLING = Sampling(warmup=30, min_count=20, max_count=300, seconds=4.0)
-ROW_TIMEOUT_SECONDS = 570
-NOT_FINISHED = "not finished"
+TIMEOUT_SECONDS = {"build": 1700, "run": 300}
+NOT_FINISHED = {"build": "built, and not run", "run": "not finished"}
+COMMAND = "python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN"
 
 
 def main(arguments: List[str]) -> int:
@@ -78,11 +85,13 @@ def main(arguments: List[str]) -> int:
     if len(arguments) >= 2 and arguments[0] == "record":
         record(Path(arguments[1]), arguments[2:])
         return 0
-    if len(arguments) == 4 and arguments[0] == "--row":
-        measure(Path(arguments[1]), Path(arguments[2]), arguments[3])
+    if len(arguments) == 5 and arguments[0] == "--row":
+        measure(arguments[1], Path(arguments[2]), Path(arguments[3]), arguments[4])
         return 0
-    if len(arguments) >= 3 and arguments[0] == "run":
-        return run(Path(arguments[1]), Path(arguments[2]), arguments[3:])
+    if len(arguments) >= 3 and arguments[0] in TIMEOUT_SECONDS:
+        return run(arguments[0], Path(arguments[1]), Path(arguments[2]), arguments[3:])
+    if len(arguments) >= 2 and arguments[0] == "merge":
+        return merge([Path(one) for one in arguments[1:]])
     print(__doc__)
     return 2
 
@@ -127,29 +136,58 @@ def record(target: Path, names: Sequence[str]) -> None:
 # ---- On the GPU machine ---------------------------------------------------------------------------------
 
 
-def run(recorded: Path, plugin: Path, names: Sequence[str]) -> int:
-    gpu = this_machine().gpu
-    here = portability.this_environment()
-    if gpu is None or here.runtime_library != "tensorrt":
+def run(task: str, recorded: Path, plugin: Path, names: Sequence[str]) -> int:
+    """``build`` or ``run`` of the models that ``names`` chooses; the exit status."""
+    path = results_path()
+    if path is None:
         print("no GPU, or no tensorrt here: this script measures both")
         return 2
-    release = "".join(str(here.version).split(".")[:2])
-    path = ROOT / "results" / f"tensorrt{release}.{gpu_name(gpu)}.json"
-    rows: List[Dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
+    rows = rows_in(path)
     failed = False
 
     def keep(row: Dict[str, Any]) -> None:
-        earlier = next((one for one in rows if identity(one) == identity(row)), None)
-        if earlier is not None and earlier["passed"] and row.get("error") == NOT_FINISHED:
-            return
-        rows[:] = [one for one in rows if one is not earlier] + [row]
-        write_results(path, "tensorrt", "python benchmarks/tensorrt_gpu.py run FOLDER PLUGIN", rows)
+        merge_row(rows, row)
+        write_results(path, "tensorrt", COMMAND, rows)
 
     for name, arithmetic in wanted(recorded, names):
-        for row in rows_of(recorded / name, plugin, arithmetic, keep):
+        for row in rows_of(task, recorded / name, plugin, arithmetic, keep):
             print(json.dumps(row), flush=True)
-            failed = failed or not row["passed"]
+            failed = failed or row.get("error", NOT_FINISHED["build"]) != NOT_FINISHED["build"]
+            failed = failed or (task == "run" and not row["passed"])
     return int(failed or not rows)
+
+
+def merge(files: Sequence[Path]) -> int:
+    """Adds the rows of other results files, as of runs in other folders at the same time."""
+    path = results_path()
+    if path is None:
+        print("no GPU, or no tensorrt here: the results file is named after both")
+        return 2
+    rows = rows_in(path)
+    for file in files:
+        for row in rows_in(file):
+            merge_row(rows, row)
+    write_results(path, "tensorrt", COMMAND, rows)
+    return 0
+
+
+def results_path() -> Optional[Path]:
+    gpu, here = this_machine().gpu, portability.this_environment()
+    if gpu is None or here.runtime_library != "tensorrt":
+        return None
+    release = "".join(str(here.version).split(".")[:2])
+    return ROOT / "results" / f"tensorrt{release}.{gpu_name(gpu)}.json"
+
+
+def rows_in(path: Path) -> List[Dict[str, Any]]:
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def merge_row(rows: List[Dict[str, Any]], row: Dict[str, Any]) -> None:
+    """Puts ``row`` in the place of an earlier one, unless that one is whole and this one is not."""
+    earlier = next((one for one in rows if identity(one) == identity(row)), None)
+    if earlier is None or not earlier["passed"] or row.get("error") not in NOT_FINISHED.values():
+        rows[:] = [one for one in rows if one is not earlier] + [row]
 
 
 def wanted(recorded: Path, names: Sequence[str]) -> List[Tuple[str, str]]:
@@ -171,75 +209,84 @@ def identity(row: Dict[str, Any]) -> Tuple[str, str, str]:
 
 
 def rows_of(
-    folder: Path, plugin: Path, arithmetic: str, keep: Callable[[Dict[str, Any]], None]
+    task: str, recorded: Path, plugin: Path, arithmetic: str, keep: Callable[[Dict[str, Any]], None]
 ) -> List[Dict[str, Any]]:
     """Both forms, measured by a process of their own; ``error`` says why one is missing.
 
     keep: is given a row whenever it has new figures, and at the end each that lacks some.
     """
     about = {
-        "model": folder.name,
+        "model": recorded.name,
         "arithmetic": arithmetic,
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
+    unfinished = NOT_FINISHED[task]
     rows: Dict[str, Dict[str, Any]] = {
-        form: {"form": form, **about, "passed": False, "error": NOT_FINISHED} for form in FORMS
+        form: {"form": form, **about, "passed": False, "error": unfinished} for form in FORMS
     }
     told = set()
     problem = None
-    with tempfile.TemporaryDirectory() as cache:
-        process = start_row(folder, plugin, arithmetic, cache)
-        late = threading.Timer(ROW_TIMEOUT_SECONDS, process.kill)
-        late.start()
-        try:
-            for line in process.stdout or ():
-                if line.startswith("{"):
-                    part = json.loads(line)
-                    row = rows[part["form"]]
-                    if "passed" in part and row["error"] == NOT_FINISHED:
-                        del row["error"]
-                    row.update(part)
-                    told.add(part["form"])
-                    keep(row)
-            if process.wait() != 0:
-                problem = f"exit status {process.returncode}, or stopped after {ROW_TIMEOUT_SECONDS} s"
-        finally:
-            late.cancel()
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+    process = start_row(task, recorded, plugin, arithmetic)
+    late = threading.Timer(TIMEOUT_SECONDS[task], process.kill)
+    late.start()
+    try:
+        for line in process.stdout or ():
+            if line.startswith("{"):
+                part = json.loads(line)
+                row = rows[part["form"]]
+                if "passed" in part and row["error"] == unfinished:
+                    del row["error"]
+                row.update(part)
+                told.add(part["form"])
+                keep(row)
+        if process.wait() != 0:
+            problem = f"exit status {process.returncode}, or stopped after {TIMEOUT_SECONDS[task]} s"
+    finally:
+        late.cancel()
+        if process.poll() is None:
+            process.kill()
+        process.wait()
     for form, row in rows.items():
-        if row.get("error") == NOT_FINISHED and problem is not None:
+        if row.get("error") == unfinished and problem is not None:
             row["error"] = problem
             if form in told:
                 keep(row)
     return list(rows.values())
 
 
-def start_row(folder: Path, plugin: Path, arithmetic: str, cache: str) -> subprocess.Popen[str]:
-    """The process that measures, with an empty timing cache in ``cache``."""
+def start_row(task: str, recorded: Path, plugin: Path, arithmetic: str) -> subprocess.Popen[str]:
+    """The process that builds or runs, which starts a build with an empty timing cache."""
+    work = WORK / recorded.name / arithmetic
+    if task == "build":
+        shutil.rmtree(work, ignore_errors=True)
     environment = {name: value for name, value in os.environ.items() if name != engine.TF32_OVERRIDE}
     if arithmetic == "FP32":
         environment[engine.TF32_OVERRIDE] = "0"
-    environment["XDG_CACHE_HOME"] = cache
-    command = [sys.executable, __file__, "--row", str(folder), str(plugin), arithmetic]
+    environment["XDG_CACHE_HOME"] = str(work / "cache")
+    command = [sys.executable, __file__, "--row", task, str(recorded), str(plugin), arithmetic]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def measure(recorded: Path, plugin: Path, arithmetic: str) -> None:
+def measure(task: str, recorded: Path, plugin: Path, arithmetic: str) -> None:
     """Prints the figures of both rows as they are measured, each as JSON, and the reason if one fails."""
-    with tempfile.TemporaryDirectory() as work:
-        for form in FORMS:
-            folder = Path(work) / form / recorded.name
-            shutil.copytree(recorded, folder)
-            chosen = plugin if form == "fused" else None
-            try:
+    work = WORK / recorded.name / arithmetic
+    for form in FORMS:
+        folder = work / form / recorded.name
+        figures = work / f"{form}.json"
+        chosen = plugin if form == "fused" else None
+        try:
+            if task == "build":
+                shutil.copytree(recorded, folder)
                 for part in build(folder, ARITHMETIC[arithmetic][0], chosen):
+                    figures.write_text(json.dumps(part))
                     tell(form, part)
-                tell(form, load_and_run(folder, arithmetic, chosen))
-            except Exception as error:
-                traceback.print_exc()
-                tell(form, {"error": str(error).replace(str(work), "") or type(error).__name__})
+            else:
+                if not figures.is_file():
+                    raise OdtrtError(f"{folder}: holds no plan; `build` makes it")
+                tell(form, {**json.loads(figures.read_text()), **load_and_run(folder, arithmetic, chosen)})
+        except Exception as error:
+            traceback.print_exc()
+            tell(form, {"error": one_line(error).replace(str(work), "")})
 
 
 def tell(form: str, part: Dict[str, Any]) -> None:
@@ -251,6 +298,7 @@ def build(folder: Path, precision: str, plugin: Optional[Path]) -> Iterator[Dict
 
     The figures after each build.
     """
+    at_once = int(os.environ.get(BUILDS_AT_ONCE, "1"))
     seconds, attempts = [], []
     for _ in range(2 if plugin is None else 1):
         started = time.perf_counter()
@@ -264,7 +312,8 @@ def build(folder: Path, precision: str, plugin: Optional[Path]) -> Iterator[Dict
             "build_cold_seconds": round(seconds[0], 2) if plugin is None else None,
             "build_warm_seconds": round(seconds[-1], 2) if plugin is not None or len(seconds) > 1 else None,
             "peak_rss_mb": attempts[0]["peak_rss_mb"],
-            "peak_gpu_mb": attempts[0]["peak_gpu_mb"],
+            "peak_gpu_mb": attempts[0]["peak_gpu_mb"] if at_once == 1 else None,
+            "builds_at_once": at_once,
             "plan_mb": round(found.plan_bytes / 1e6, 2),
             "layers_fp32": found.layers.get("fp32", 0),
             "layers_fp16": found.layers.get("fp16", 0),

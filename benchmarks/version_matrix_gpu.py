@@ -52,7 +52,7 @@ from odtrt_lib.variants import form_of
 
 PARTS = "ssd_mobilenet_v2_fpnlite_320_parts"
 # Of each environment that can build: precision and form. The later ones of an environment have its cache.
-PLANS = (("fp16", "split"), ("fp16", "fused"))
+PLANS = (("fp32", "split"), ("fp32", "fused"))
 PLANS_OF_RTX = (("fp32", "split"),)
 CANNOT_BUILD = "lean"  # in an environment's name
 DAMAGE = ("cut in half", "first byte", "byte at 25%", "byte at 50%", "byte at 75%", "last byte")

@@ -202,7 +202,7 @@ def test_models_and_arithmetics_are_measured_in_the_order_of_their_names(tensorr
 def test_a_row_that_died_keeps_its_figures_and_says_so(tensorrt_gpu, monkeypatch, tmp_path):
     split = ({"form": "split", "plan_mb": 1.5}, {"form": "split", "passed": True})
     says(monkeypatch, tensorrt_gpu, *split, {"form": "fused", "plan_mb": 2.5}, ending="raise SystemExit(9)")
-    assert tensorrt_gpu.run(tmp_path, Path("plugin"), ["one:FP16"]) == 1
+    assert tensorrt_gpu.run("run", tmp_path, Path("plugin"), ["one:FP16"]) == 1
     first, second = results(tmp_path, "tensorrt85")
     assert (first["form"], first["plan_mb"], first["passed"]) == ("split", 1.5, True) and "error" not in first
     assert (second["form"], second["plan_mb"], second["passed"]) == ("fused", 2.5, False)
@@ -212,16 +212,16 @@ def test_a_row_that_died_keeps_its_figures_and_says_so(tensorrt_gpu, monkeypatch
 def test_another_visit_replaces_a_row_only_when_it_has_a_whole_one(tensorrt_gpu, monkeypatch, tmp_path):
     whole = {"form": "split", "plan_mb": 1.5, "passed": True}
     says(monkeypatch, tensorrt_gpu, whole, {**whole, "form": "fused"})
-    assert tensorrt_gpu.run(tmp_path, Path("plugin"), ["one:FP16", "two:FP32"]) == 0
+    assert tensorrt_gpu.run("run", tmp_path, Path("plugin"), ["one:FP16", "two:FP32"]) == 0
     before = results(tmp_path, "tensorrt85")
     assert [(row["model"], row["form"]) for row in before] == [
         (model, form) for model in ("one", "two") for form in ("split", "fused")
     ]
     says(monkeypatch, tensorrt_gpu, {"form": "split", "plan_mb": 9.0})
-    assert tensorrt_gpu.run(tmp_path, Path("plugin"), ["one:FP16"]) == 1
+    assert tensorrt_gpu.run("run", tmp_path, Path("plugin"), ["one:FP16"]) == 1
     assert results(tmp_path, "tensorrt85") == before
     says(monkeypatch, tensorrt_gpu, {**whole, "plan_mb": 9.0})
-    tensorrt_gpu.run(tmp_path, Path("plugin"), ["one:FP16"])
+    tensorrt_gpu.run("run", tmp_path, Path("plugin"), ["one:FP16"])
     after = results(tmp_path, "tensorrt85")
     assert after[:-1] == before[1:] and after[-1] == {**before[0], "plan_mb": 9.0}
 
