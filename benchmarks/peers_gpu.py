@@ -49,6 +49,7 @@ from tensorrt_gpu import SAMPLING
 
 from odtrt_lib import cuda, engine
 from odtrt_lib.engine import passport
+from odtrt_lib.engine.bindings import trt_messages
 from odtrt_lib.engine.builder import count_inspected, read_cache_file, write_cache_file
 from odtrt_lib.errors import one_line
 from odtrt_lib.evaluate import agreement, coco_results, iou_matrix
@@ -206,7 +207,8 @@ def build_theirs(case: Case) -> Iterator[Dict[str, Any]]:
     sample, file = sample_of(case.spec), timing_cache()
     is_cold = not file.is_file()
     started = time.perf_counter()
-    logger = trt.Logger(trt.Logger.ERROR)
+    messages = trt_messages(trt)
+    logger = messages.logger
     trt.init_libnvinfer_plugins(logger, "")
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
@@ -218,12 +220,14 @@ def build_theirs(case: Case) -> Iterator[Dict[str, Any]]:
     config.set_timing_cache(cache, False)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise RuntimeError("TensorRT does not build it")
+        raise RuntimeError(f"TensorRT does not build it: {messages.reasons()}")
     case.plan.write_bytes(plan)
     seconds = time.perf_counter() - started
     file.parent.mkdir(parents=True, exist_ok=True)
     write_cache_file(file, bytes(cache.serialize()))
-    inspector = trt.Runtime(logger).deserialize_cuda_engine(plan).create_engine_inspector()
+    runtime = trt.Runtime(logger)
+    engine_of_plan = runtime.deserialize_cuda_engine(plan)
+    inspector = engine_of_plan.create_engine_inspector()
     layers, _ = count_inspected(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
     yield {
         **built(is_cold, seconds, case.plan.stat().st_size, layers),
@@ -311,16 +315,17 @@ def measure_theirs(case: Case) -> Iterator[Dict[str, Any]]:
     before = free_device_mb()
     started = time.perf_counter()
     theirs = Theirs(case)
-    theirs.infer(np.zeros(theirs.shape, np.float32))
+    theirs.enqueue()
+    theirs.stream.synchronize()
     yield loaded(started, before)
+    yield graph_times(theirs.enqueue, theirs.stream, SAMPLING).row("device_graph_")
+    yield time_calls(theirs.enqueue, SAMPLING, theirs.stream.synchronize).row("eager_")
     pictures, references, weights = pictures_of(case)
     found = [one for i, picture in enumerate(pictures) for one in theirs.detect(picture, i)]
     yield {"weights": weights, **compared(references, found, case)}
     yield time_calls(lambda: theirs.detect(pictures[0], 0), SAMPLING).row("detect_")
     network_input = theirs.prepare(pictures[0])[0]
     yield time_calls(lambda: theirs.infer(network_input), SAMPLING).row("infer_")
-    yield time_calls(theirs.enqueue, SAMPLING, theirs.stream.synchronize).row("eager_")
-    yield graph_times(theirs.enqueue, theirs.stream, SAMPLING).row("device_graph_")
 
 
 def loaded(started: float, before: float) -> Dict[str, float]:
@@ -339,9 +344,9 @@ class Theirs:
         if not case.plan.is_file():
             raise RuntimeError("there is no plan of this precision yet: build it first")
         self.keeps_aspect = case.spec.input.resizer.kind == "keep_aspect_ratio"
-        logger = trt.Logger(trt.Logger.ERROR)
-        trt.init_libnvinfer_plugins(logger, "")
-        self.runtime = trt.Runtime(logger)
+        self.messages = trt_messages(trt)
+        trt.init_libnvinfer_plugins(self.messages.logger, "")
+        self.runtime = trt.Runtime(self.messages.logger)
         self.engine = self.runtime.deserialize_cuda_engine(case.plan.read_bytes())
         self.context = self.engine.create_execution_context()
         self.stream, self.buffer = cuda.Stream(), cuda.Buffer("device")
@@ -368,7 +373,7 @@ class Theirs:
 
     def enqueue(self) -> None:
         if not self.context.execute_async_v3(self.stream.handle):
-            raise RuntimeError("TensorRT does not run it")
+            raise RuntimeError(f"TensorRT does not run it: {self.messages.reasons()}")
 
     def prepare(self, picture: np.ndarray) -> Tuple[np.ndarray, Tuple[float, float]]:
         """The network input, and how many of its pixels a pixel of the picture has, in y and in x."""
@@ -393,7 +398,7 @@ class Theirs:
     def infer(self, batch: np.ndarray) -> Dict[str, np.ndarray]:
         self.buffer.write(self.input, batch, self.stream)
         if not self.context.execute_v2(self.addresses):
-            raise RuntimeError("TensorRT does not run it")
+            raise RuntimeError(f"TensorRT does not run it: {self.messages.reasons()}")
         return {name: self.buffer.read(name, self.stream) for name in OUTPUTS}
 
     def detect(self, picture: np.ndarray, image_id: int) -> Detected:

@@ -280,6 +280,8 @@ class Builders:
     """As much of TensorRT 8.5 as a build asks for; remembers what was set."""
 
     __version__ = "8.5.2.2"
+    ILogger = type("ILogger", (), {"Severity": SimpleNamespace(INTERNAL_ERROR=0, ERROR=1)})
+    IErrorRecorder = type("IErrorRecorder", (), {})
     NetworkDefinitionCreationFlag = SimpleNamespace(EXPLICIT_BATCH=0)
     MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
     ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
@@ -288,7 +290,6 @@ class Builders:
 
     def __init__(self, batch, refusal=None):
         self.asked, self.batch, self.refusal = [], batch, refusal
-        self.Logger = type("Logger", (), {"ERROR": 0, "__init__": lambda *_: None})
         layer = {"LayerType": "Convolution", "Inputs": [{"Format/Datatype": "Half NHWC"}]}
         inspector = SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": [layer] * 3}))
         plan = SimpleNamespace(create_engine_inspector=lambda: inspector)
