@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,6 +22,8 @@ from odtrt_lib import engine
 from odtrt_lib.engine import fallback
 from odtrt_lib.engine.passport import Machine
 from odtrt_lib.errors import BuildError
+from odtrt_lib.evaluate import coco_results
+from odtrt_lib.latency import Timing
 from odtrt_lib.spec import NmsSpec, Resizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -418,6 +421,62 @@ def test_agreement_tells_shifted_wrong_and_missing_boxes_apart(peers_gpu, tmp_pa
     assert row["shift_px"] == round(16 / 12, 4)  # x of two corners of one box, of three boxes
     assert row["max_score_difference"] == 0.1
     assert peers_gpu.compared(references, references, case)["agrees"]
+
+
+def test_both_ways_have_the_same_figures(peers_gpu, monkeypatch, tmp_path):
+    from odtrt_lib.detector import Detections, Detector
+    from odtrt_lib.engine import pipeline
+
+    pictures = np.zeros((2, 48, 64, 3), np.uint8)
+    found = Detections(np.array([[0, 0, 20, 30]], np.float32), np.array([0.9], np.float32), np.array([2]), ())
+    references = [one for i in (0, 1) for one in coco_results(i, found)]
+    np.savez(
+        tmp_path / "one" / "pictures.npz",
+        pictures=pictures,
+        detections=json.dumps(references),
+        weights="trained",
+        candidates=7,
+    )
+
+    def once(call, *_):
+        call()
+        return Timing(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1)
+
+    def nothing(*_):
+        return None
+
+    stream = SimpleNamespace(synchronize=nothing)
+    theirs = SimpleNamespace(
+        prepare=lambda picture: (picture, (1.0, 1.0)),
+        detect=lambda picture, i: coco_results(i, found),
+        buffer=SimpleNamespace(write=nothing), input="", stream=stream, enqueue=nothing, infer=nothing,
+    )  # fmt: skip
+    plan = SimpleNamespace(
+        run=nothing, enqueue_network=nothing, run_again=nothing, close=nothing, stream=stream
+    )
+    switches = []
+
+    def opened(*_, **named):
+        switches.append(named["switches"])
+        return contextlib.nullcontext(SimpleNamespace(detect=lambda _: found))
+
+    np.save(tmp_path / "one" / "odtrt" / "anchors.npy", np.full((4, 4), 0.5, np.float32))
+    for name, value in {
+        "graph_times": once, "time_calls": once, "free_device_mb": lambda: 5.0, "Theirs": lambda _: theirs,
+        "passport_of": lambda _: SimpleNamespace(precision="fp16"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(peers_gpu, name, value)
+    monkeypatch.setattr(pipeline, "load", lambda *_, **__: plan)
+    monkeypatch.setattr(Detector, "open", opened)
+    for way in ("nvidia", "odtrt"):
+        assert peers_gpu.main(["measure", str(tmp_path), "plugin.so", "one", way]) == 0
+    sample, ours = results(tmp_path, "peers")
+    for row in (sample, ours):
+        assert row["agrees"] and row["found"] == row["references"] == 2 and row["shift_px"] == 0
+        assert (row["weights"], row["candidates"]) == ("trained", 7)
+        assert {"device_graph_p50_us", "eager_p50_us", "detect_p50_us", "load_seconds"} <= set(row)
+    assert "infer_p50_us" in sample and "detect_best_p50_us" in ours
+    assert switches == [None, pipeline.Switches("pinned", "gpu", "graph")]
 
 
 # ---- version_matrix_gpu ---------------------------------------------------------------------------------
