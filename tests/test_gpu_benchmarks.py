@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import select
@@ -12,12 +14,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gpu_times
+import nms_cases
+import numpy as np
 import pytest
 
 from odtrt_lib import engine
 from odtrt_lib.engine import fallback
 from odtrt_lib.engine.passport import Machine
 from odtrt_lib.errors import BuildError
+from odtrt_lib.evaluate import coco_results
+from odtrt_lib.latency import Timing
+from odtrt_lib.spec import NmsSpec, Resizer
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two calls as ncu printed them on an H200, without the columns that are not read and most stalls. The
@@ -246,6 +253,230 @@ def test_a_peer_that_failed_leaves_the_earlier_figures(on_a_gpu, monkeypatch):
     assert {name for group in peers.GROUPS for name in group} | {peers.FIVE_KERNELS} == set(
         peers.IMPLEMENTATIONS
     )
+
+
+# ---- peers_gpu ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def peers_gpu(on_a_gpu, monkeypatch, tmp_path):
+    """With a model "one" of 320 x 320 that keeps the aspect ratio and "two" that does not."""
+    script = on_a_gpu("peers_gpu")
+    spec = nms_cases.detector_spec(4, 2, NmsSpec(0.05, 0.5, 100, 100, False, True))
+    resizers = {"one": Resizer("keep_aspect_ratio", 320, 320, True), "two": Resizer("fixed_shape")}
+    for name, resizer in resizers.items():
+        backbone = "ssd_efficientnet-b0_bifpn_keras" if name == "one" else "ssd_mobilenet_v2_fpn_keras"
+        own = dataclasses.replace(
+            spec,
+            input=dataclasses.replace(spec.input, height=320, width=320, resizer=resizer),
+            source=dataclasses.replace(spec.source, feature_extractor=backbone),
+        )
+        (tmp_path / name / "odtrt").mkdir(parents=True)
+        (tmp_path / name / "odtrt" / "spec.json").write_text(own.to_json())
+        (tmp_path / name / "nvidia.onnx").write_bytes(b"onnx")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv(engine.TF32_OVERRIDE, "")
+    return script
+
+
+class Builders:
+    """As much of TensorRT 8.5 as a build asks for; remembers what was set."""
+
+    __version__ = "8.5.2.2"
+    ILogger = type("ILogger", (), {"Severity": SimpleNamespace(INTERNAL_ERROR=0, ERROR=1)})
+    IErrorRecorder = type("IErrorRecorder", (), {})
+    NetworkDefinitionCreationFlag = SimpleNamespace(EXPLICIT_BATCH=0)
+    MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
+    ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
+    BuilderFlag = SimpleNamespace(FP16="fp16", STRICT_TYPES="strict types")
+    LayerInformationFormat = SimpleNamespace(JSON="json")
+
+    def __init__(self, batch, refusal=None):
+        self.asked, self.batch, self.refusal = [], batch, refusal
+        layer = {"LayerType": "Convolution", "Inputs": [{"Format/Datatype": "Half NHWC"}]}
+        inspector = SimpleNamespace(get_engine_information=lambda _: json.dumps({"Layers": [layer] * 3}))
+        plan = SimpleNamespace(create_engine_inspector=lambda: inspector)
+        self.Runtime = lambda _: SimpleNamespace(deserialize_cuda_engine=lambda _: plan)
+
+    def init_libnvinfer_plugins(self, *_):
+        self.asked.append("plugins")
+
+    def OnnxParser(self, *_):
+        error = SimpleNamespace(desc=lambda: self.refusal)
+        return SimpleNamespace(parse=lambda data: self.refusal is None, get_error=lambda _: error)
+
+    def Builder(self, _):
+        cache = SimpleNamespace(serialize=lambda: b"timings")
+        config = SimpleNamespace(
+            set_memory_pool_limit=lambda pool, size: self.asked.append((pool, size)),
+            set_flag=self.asked.append,
+            create_timing_cache=lambda blob: self.asked.append(("cache", blob)) or cache,
+            set_timing_cache=lambda *_: True,
+            add_optimization_profile=lambda profile: None,
+        )
+        picture = SimpleNamespace(name="input", shape=(self.batch, 320, 320, 3))
+        return SimpleNamespace(
+            create_network=lambda _: SimpleNamespace(get_input=lambda _: picture),
+            create_builder_config=lambda: config,
+            create_optimization_profile=lambda: SimpleNamespace(
+                set_shape=lambda *shapes: self.asked.append(shapes)
+            ),
+            build_serialized_network=lambda *_: b"plan" * 500000,
+        )
+
+
+def test_the_sample_is_built_with_its_own_settings_first_cold_then_warm(peers_gpu, monkeypatch, tmp_path):
+    shape = (1, 320, 320, 3)
+    wanted = {
+        "one": (-1, [("workspace", 8 << 30), "fp16", ("input", shape, shape, shape)]),
+        "two:FP32": (1, [("workspace", 1 << 30), "strict types"]),
+    }
+    for model, (batch, settings) in wanted.items():
+        builders = Builders(batch)
+        monkeypatch.setitem(sys.modules, "tensorrt", builders)
+        for _ in range(2):
+            assert peers_gpu.main(["build", str(tmp_path), "plugin.so", model, "nvidia"]) == 0
+        cold, warm = ([*settings, ("cache", blob)] for blob in (b"", b"timings"))
+        assert builders.asked == ["plugins", *cold, "plugins", *warm]
+    assert os.environ[engine.TF32_OVERRIDE] == "0"
+    rows = results(tmp_path, "peers")
+    assert [(row["model"], row["precision"], row["sample"]) for row in rows] == [
+        ("one", "FP16", "efficientdet"),
+        ("two", "FP32", "tensorflow_object_detection_api"),
+    ]
+    for row in rows:
+        assert {"build_cold_seconds", "build_warm_seconds"} <= set(row)
+        assert (row["plan_mb"], row["layers"], row["layers_fp16"]) == (2.0, 3, 3)
+
+
+def test_a_refusal_is_kept_until_it_succeeds(peers_gpu, monkeypatch, tmp_path):
+    call = ["build", str(tmp_path), "plugin.so", "one", "nvidia"]
+    monkeypatch.setitem(sys.modules, "tensorrt", Builders(-1, "no importer\nfor it"))
+    assert peers_gpu.main(call) == 1
+    (row,) = results(tmp_path, "peers")
+    assert row["error"] == "the parser refuses it: no importer for it" and "plan_mb" not in row
+    monkeypatch.setitem(sys.modules, "tensorrt", Builders(-1))
+    assert peers_gpu.main(call) == 0
+    (row,) = results(tmp_path, "peers")
+    assert "error" not in row and row["plan_mb"] == 2.0
+
+
+def test_steps_of_the_road_are_rows_beside_the_detectors(peers_gpu, tmp_path):
+    steps = [{"model": "one", "way": "nvidia", "step": step, "cpu_seconds": 9.0} for step in ("a", "b")]
+    (tmp_path / "road.json").write_text(json.dumps(steps))
+    peers_gpu.keep([{"kind": "detector", "model": "one", "way": "nvidia", "precision": "FP16", "layers": 3}])
+    for _ in range(2):
+        assert peers_gpu.main(["road", str(tmp_path)]) == 0
+    assert [row["kind"] for row in results(tmp_path, "peers")] == ["detector", "road", "road"]
+
+
+@pytest.mark.parametrize("words", [("three", "odtrt"), ("one:INT8", "odtrt"), ("one", "ours")])
+def test_what_is_not_there_is_not_measured(peers_gpu, tmp_path, words):
+    with pytest.raises(SystemExit, match=words[0] if words[1] == "odtrt" else words[1]):
+        peers_gpu.main(["build", str(tmp_path), "plugin.so", *words])
+
+
+@pytest.mark.parametrize("model, size, box", [
+    ("one", (480, 640), (0.25, 0.25, 0.5, 1.0)),
+    ("two", (480, 640), (1 / 3, 0.25, 2 / 3, 1.0)),
+    ("one", (640, 320), (0.25, 0.0, 0.5, 0.5)),
+])  # fmt: skip
+def test_the_sample_prepares_a_picture_and_gives_boxes_in_its_pixels(
+    peers_gpu, monkeypatch, tmp_path, model, size, box
+):
+    """A white rectangle is where the box of the plan says, in the network's input and in the picture."""
+    height, width = size
+    picture = np.zeros((height, width, 3), np.uint8)
+    (ymin, ymax), (xmin, xmax) = (160, 320), (160, 640) if width == 640 else (0, 320)
+    picture[ymin:ymax, xmin:xmax] = 255
+    theirs = peers_gpu.Theirs.__new__(peers_gpu.Theirs)
+    theirs.keeps_aspect, theirs.shape = model == "one", (1, 320, 320, 3)
+    batch, _ = theirs.prepare(picture)
+    white = np.argwhere((batch[0] > 200).all(axis=2))
+    found = [*(white.min(axis=0) / 320), *((white.max(axis=0) + 1) / 320)]
+    np.testing.assert_allclose(found, box, atol=1.5 / 320)
+    outputs = {
+        "num_detections": np.array([[1]], np.int32),
+        "detection_boxes": np.array([[box, (0, 0, 1, 1)]], np.float32),
+        "detection_scores": np.array([[0.75, 0.0]], np.float32),
+        "detection_classes": np.array([[4, 0]], np.int32),
+    }
+    monkeypatch.setattr(theirs, "infer", lambda _: outputs)
+    (one,) = theirs.detect(picture, 7)
+    assert (one["image_id"], one["category_id"], one["score"]) == (7, 5, 0.75)
+    np.testing.assert_allclose(one["bbox"], [xmin, ymin, xmax - xmin, ymax - ymin], atol=1e-3)
+
+
+def test_agreement_tells_shifted_wrong_and_missing_boxes_apart(peers_gpu, tmp_path):
+    def one(x, category, score=0.9, image=0):
+        return {"image_id": image, "category_id": category, "bbox": [x, 0.0, 100.0, 100.0], "score": score}
+
+    case = peers_gpu.case_of(str(tmp_path), "plugin.so", "one:FP16", "nvidia")
+    references = [one(0, 1), one(200, 1), one(400, 2), one(600, 3, score=0.04), one(0, 1, image=1)]
+    found = [one(0, 1), one(208, 1), one(400, 1), one(0, 1, image=1, score=0.8)]
+    row = peers_gpu.compared(references, found, case)
+    assert (row["pictures"], row["references"], row["matched"]) == (2, 4, 2)
+    assert (row["missing"], row["extra"], row["agrees"]) == (2, 2, False)
+    assert (row["found"], row["wrong_class"]) == (3, 1)
+    assert row["shift_px"] == round(16 / 12, 4)  # x of two corners of one box, of three boxes
+    assert row["max_score_difference"] == 0.1
+    assert peers_gpu.compared(references, references, case)["agrees"]
+
+
+def test_both_ways_have_the_same_figures(peers_gpu, monkeypatch, tmp_path):
+    from odtrt_lib.detector import Detections, Detector
+    from odtrt_lib.engine import pipeline
+
+    pictures = np.zeros((2, 48, 64, 3), np.uint8)
+    found = Detections(np.array([[0, 0, 20, 30]], np.float32), np.array([0.9], np.float32), np.array([2]), ())
+    references = [one for i in (0, 1) for one in coco_results(i, found)]
+    np.savez(
+        tmp_path / "one" / "pictures.npz",
+        pictures=pictures,
+        detections=json.dumps(references),
+        weights="trained",
+        candidates=7,
+    )
+
+    def once(call, *_):
+        call()
+        return Timing(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1)
+
+    def nothing(*_):
+        return None
+
+    stream = SimpleNamespace(synchronize=nothing)
+    theirs = SimpleNamespace(
+        prepare=lambda picture: (picture, (1.0, 1.0)),
+        detect=lambda picture, i: coco_results(i, found),
+        buffer=SimpleNamespace(write=nothing), input="", stream=stream, enqueue=nothing, infer=nothing,
+    )  # fmt: skip
+    plan = SimpleNamespace(
+        run=nothing, enqueue_network=nothing, run_again=nothing, close=nothing, stream=stream
+    )
+    switches = []
+
+    def opened(*_, **named):
+        switches.append(named["switches"])
+        return contextlib.nullcontext(SimpleNamespace(detect=lambda _: found))
+
+    np.save(tmp_path / "one" / "odtrt" / "anchors.npy", np.full((4, 4), 0.5, np.float32))
+    for name, value in {
+        "graph_times": once, "time_calls": once, "free_device_mb": lambda: 5.0, "Theirs": lambda _: theirs,
+        "passport_of": lambda _: SimpleNamespace(precision="fp16"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(peers_gpu, name, value)
+    monkeypatch.setattr(pipeline, "load", lambda *_, **__: plan)
+    monkeypatch.setattr(Detector, "open", opened)
+    for way in ("nvidia", "odtrt"):
+        assert peers_gpu.main(["measure", str(tmp_path), "plugin.so", "one", way]) == 0
+    sample, ours = results(tmp_path, "peers")
+    for row in (sample, ours):
+        assert row["agrees"] and row["found"] == row["references"] == 2 and row["shift_px"] == 0
+        assert (row["weights"], row["candidates"]) == ("trained", 7)
+        assert {"device_graph_p50_us", "eager_p50_us", "detect_p50_us", "load_seconds"} <= set(row)
+    assert "infer_p50_us" in sample and "detect_best_p50_us" in ours
+    assert switches == [None, pipeline.Switches("pinned", "gpu", "graph")]
 
 
 # ---- version_matrix_gpu ---------------------------------------------------------------------------------
