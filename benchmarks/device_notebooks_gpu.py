@@ -1,13 +1,14 @@
 """Executes the notebooks of an unpacked bundle on a machine with a GPU; writes results/notebooks.h200.json.
 
-    odtrt pack out/parts --notebooks -o parts.odtrt.zip                                       (on the workstation)
+    odtrt pack out/parts --notebooks -o parts.odtrt.zip         (on the workstation)
     python3 benchmarks/device_notebooks_gpu.py parts.odtrt.zip --into DIR [NAME ...] [--out DIR]
 
-Needs nbclient and ipykernel, and what notebooks/requirements.txt names; neither TensorFlow nor OpenCV. It unpacks
-the bundle into DIR, unless that was done before, runs build_here.py there, and then each notebook, cell by cell,
-on this machine's TensorRT. A cell that fails does not stop it. After each cell it writes what there is by then: the
-executed notebooks beside the results, and one row for each code cell: notebook, cell, seconds, error, and the text
-that the cell printed. Rows of notebooks that are not named stay as an earlier call wrote them.
+Needs nbclient, ipykernel and what else notebooks/requirements.txt names; neither TensorFlow nor OpenCV. It
+unpacks the bundle into DIR, unless that was done before, runs build_here.py there, and then each notebook,
+cell by cell, on this machine's TensorRT. A cell that fails does not stop it. After each cell it writes what
+there is by then: the executed notebooks, beside the results, and one row for each code cell: notebook, cell,
+seconds, error, and the text that the cell printed. Rows of notebooks that are not named stay as an earlier
+call wrote them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 NAMES = ("03_engine", "04_nms", "05_portability")
 CELL_SECONDS = 400
 
@@ -34,8 +33,12 @@ def unpacked(archive: Path, folder: Path) -> Dict[str, Any]:
         for command in ([archive.resolve(), folder.name], [folder / "build_here.py"]):
             done = subprocess.run(
                 [sys.executable, *map(str, command)],
-                cwd=str(folder.parent), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-            )  # fmt: skip
+                cwd=str(folder.parent),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
             print(done.stdout, end="", flush=True)
             said += done.stdout
             if done.returncode:
@@ -96,19 +99,24 @@ def run(folder: Path, name: str, out: Path) -> Iterator[Dict[str, Any]]:
             nbformat.write(notebook, str(out / f"{name}.ipynb"))
             print(f"{name} {cell.id} {seconds:.1f} s {error or ''}", flush=True)
             text = text_of(cell.outputs)
-            yield {"notebook": name, "cell": cell.id, "seconds": round(seconds, 2), "error": error, "text": text}
+            yield {
+                "notebook": name,
+                "cell": cell.id,
+                "seconds": round(seconds, 2),
+                "error": error,
+                "text": text,
+            }
             if error is not None and error.startswith(("CellTimeoutError", "DeadKernelError")):
                 return
 
 
 def main() -> int:
-    from odtrt_lib.engine import available_runtimes
-    from odtrt_lib.results import write_results
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("names", nargs="*", default=NAMES)
-    parser.add_argument("--into", type=Path, required=True, help="where to unpack; an absent folder, or an earlier one")
+    parser.add_argument(
+        "--into", type=Path, required=True, help="where to unpack; an absent folder, or an earlier one"
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="for the results and the notebooks")
     options = parser.parse_args()
     folder = options.into.resolve()
@@ -119,7 +127,11 @@ def main() -> int:
     rows = [row for row in earlier if row["notebook"] not in options.names]
     if not rows or rows[0]["notebook"] != "build_here.py":
         rows.insert(0, unpacked(options.bundle, folder))
-        rows[0]["runtime_library"], rows[0]["runtime_version"] = available_runtimes()[0]
+    sys.path.insert(0, str(folder))  # the bundle's odtrt_lib: there may be no other
+    from odtrt_lib.engine import available_runtimes
+    from odtrt_lib.results import write_results
+
+    rows[0]["runtime_library"], rows[0]["runtime_version"] = available_runtimes()[0]
     command = "python3 benchmarks/device_notebooks_gpu.py parts.odtrt.zip --into DIR"
     for name in options.names:
         for row in run(folder, name, options.out):

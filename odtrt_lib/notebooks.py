@@ -21,6 +21,7 @@ from odtrt_lib import IMPORT_PATH
 from odtrt_lib.errors import InputError
 from odtrt_lib.folder import require, seal, sha256
 from odtrt_lib.machine import this_machine
+from odtrt_lib.variants import RUNTIME_LIBRARIES
 
 if TYPE_CHECKING:
     from odtrt_lib.engine.passport import Machine, Passport
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 SCENES = 40
 PICTURES, TRUTH = "pictures", "pictures/truth.json"
-_BROUGHT = "model"
+_BROUGHT, _PLUGIN = "model", "plugins/build/libodtrt_tensorrt.so"
 _SPLIT_FILES = ("spec.json", "anchors.npy", "heads.onnx")
 
 
@@ -132,3 +133,47 @@ def place_of(passport: Passport, instead: Machine) -> Environment:
     machine = instead if passport.machine.gpu is None else passport.machine
     override = os.environ.get(TF32_OVERRIDE)
     return Environment(machine, passport.runtime_library, passport.version, tf32_override=override)
+
+
+def compare_fused(folder: Union[str, Path], image: np.ndarray) -> None:
+    """Prints what the plan with the post-processing inside finds, beside the one with it behind.
+
+    image: RGB, uint8 [height, width, 3]. Both single-precision plans are built if they are not there. Without
+    a GPU or the compiled plugin one line says that nothing was run.
+    """
+    from odtrt_lib.detector import Detector
+    from odtrt_lib.engine import build
+
+    plugin = Path(IMPORT_PATH) / _PLUGIN
+    if this_machine().gpu is None or not plugin.is_file():
+        print("no GPU with a compiled plugin here: this plan was neither built nor run")
+        return
+    build(folder)
+    build(folder, plugin=plugin)
+    found = []
+    for library in (None, plugin):
+        with Detector.open(folder, plugin=library, precision="fp32") as detector:
+            found.append(detector.detect(image))
+            print(f"{len(found[-1].scores)} detections: {detector.status.description}")
+    behind, inside = found
+    is_same = np.array_equal(behind.class_ids, inside.class_ids)
+    print("same classes in the same order:", is_same)
+    if is_same:
+        scores, boxes = np.abs(behind.scores - inside.scores), np.abs(behind.boxes - inside.boxes)
+        print(f"largest difference of a score {scores.max():.0e}, of a box {boxes.max():.0e} pixels")
+
+
+def print_recorded(path: Union[str, Path], notebook: str, *cells: str) -> None:
+    """Prints what ``cells`` of ``notebook`` printed on another machine, and which machine that was.
+
+    path: what ``benchmarks/device_notebooks_gpu.py`` wrote there. Raises KeyError for a cell that did not run
+    there.
+    """
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    rows = {row["cell"]: row for row in record["rows"] if row["notebook"] in (notebook, "build_here.py")}
+    library = RUNTIME_LIBRARIES[rows[""]["runtime_library"]]
+    python = record["versions"]["python"]
+    print(f"{record['device']['gpu']}, {library} {rows['']['runtime_version']}, Python {python}", end="")
+    print(f", {record['date'][:10]}")
+    for cell in cells:
+        print(f"\n[{cell}]", rows[cell]["text"], sep="\n", end="")

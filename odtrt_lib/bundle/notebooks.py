@@ -16,7 +16,7 @@ from odtrt_lib.errors import InputError
 from odtrt_lib.notebooks import SCENES, TRUTH, picture_of, unseen_scene
 from odtrt_lib.spec import DetectorSpec
 
-ON_A_DEVICE = ("00_tour", "03_engine", "04_nms", "05_portability")
+ON_A_DEVICE = ("03_engine", "04_nms", "05_portability")
 
 
 def files_to_bring(spec: DetectorSpec) -> Dict[str, Union[Path, bytes]]:
