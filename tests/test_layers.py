@@ -46,6 +46,7 @@ LAYERS = [
     "plots",
     "live",
     "evaluate",
+    "notebooks",
     "bundle",
     "app",
     "__main__",
@@ -144,8 +145,8 @@ def test_no_circles():
 
 
 def test_the_device_side_needs_nothing_of_the_workstation():
-    """Only the command line offers the workstation's commands; on a device they say where to run them."""
-    allowed = {"app.cli", "app.demonstration"}
+    """Only the command line and the notebooks do what a workstation can; on a device they say so."""
+    allowed = {"app.cli", "app.demonstration", "notebooks"}
     away = {name.partition(".")[0] for name in WORKSTATION}
     found = {
         (importer, imported)

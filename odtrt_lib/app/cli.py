@@ -218,6 +218,9 @@ BundleOption = typer.Option(
 )
 TritonOption = typer.Option(False, "--triton", help="Add a model repository for Triton.")
 DeepStreamOption = typer.Option(False, "--deepstream", help="Add a configuration for DeepStream's nvinfer.")
+NotebooksOption = typer.Option(
+    False, "--notebooks", help="Add the book's notebooks that run on the device; for models/parts."
+)
 BundleArgument = typer.Argument(
     ..., metavar="BUNDLE", help="A file that `odtrt pack` wrote.", show_default=False
 )
@@ -570,6 +573,7 @@ def pack(
     output: Optional[Path] = BundleOption,
     triton: bool = TritonOption,
     deepstream: bool = DeepStreamOption,
+    notebooks: bool = NotebooksOption,
     force: bool = ForceOption,
 ) -> None:
     """Chapter 5: one file to carry to the device.
@@ -584,7 +588,9 @@ def pack(
 
     target = output or Path(f"{folder.resolve().name}{bundle.SUFFIX}")
     with _progress("pack"):
-        packed = bundle.pack(folder, target, triton=triton, deepstream=deepstream, force=force)
+        packed = bundle.pack(
+            folder, target, triton=triton, deepstream=deepstream, notebooks=notebooks, force=force
+        )
     how = "up to date, " if packed.is_up_to_date else ""
     _say(f"{target}: {how}{len(packed.manifest.members)} files, {_size(target)}, SHA-256 {packed.sha256}")
     if not packed.has_postprocessing:

@@ -12,6 +12,7 @@ odtrt: the archive contains the device side's source (all but :data:`WORKSTATION
     odtrt_lib/     the device side        plugins/    kernels and TensorRT plugin, to compile there
     triton/        on request: a Triton model repository
     deepstream/    on request: nvinfer's configuration, labels and output parser
+    notebooks/     on request: the book's notebooks that run on a device, with results/ and pictures/
 
 A bundle contains no plans. A plan belongs to one TensorRT version and, unless it was built to be compatible,
 to one GPU, and only the device knows its memory. So the device builds its own plans from the same ONNX.
@@ -75,6 +76,7 @@ from odtrt_lib.folder import (
     commit,
     made,
     recorded,
+    require,
     sealed,
     sha256,
     sync,
@@ -148,13 +150,15 @@ def pack(
     *,
     triton: bool = False,
     deepstream: bool = False,
+    notebooks: bool = False,
     force: bool = False,
 ) -> Packed:
     """Writes a model folder, and what a device needs to use it, into one file. Equal inputs give equal bytes.
 
     triton: add a Triton model repository: ``heads.onnx`` for ONNX Runtime, and a model with the same inputs
     and outputs for the plan that ``build_here.py`` copies there. deepstream: add a configuration for
-    DeepStream's nvinfer. force: write over a file that is not a bundle.
+    DeepStream's nvinfer. notebooks: add the book's notebooks that run on a device, with what they need; see
+    :mod:`odtrt_lib.bundle.notebooks`. force: write over a file that is not a bundle.
 
     Raises InputError if a file is missing, damaged, not the one that its stage recorded or not made from
     the others, and if ``archive`` is another kind of file or cannot be written; UnsupportedError if nvinfer
@@ -174,6 +178,8 @@ def pack(
         sources.update(triton_repository(folder, spec))
     if deepstream:
         sources.update(deepstream_files(folder, spec))
+    if notebooks:
+        sources.update(_notebooks(folder, spec))
     sources["README.txt"] = _readme(spec, sources).encode()
     for path in sources:
         if not _is_plain(path):
@@ -294,7 +300,7 @@ To see what it finds:
     python3 detect.py --camera 0      a window or, without a screen, a page in the browser; ends with Ctrl-C
     python3 detect.py video.mp4       the same; also rtsp://..., and --camera csi:0 on a Jetson
 
-From then on, in this folder, or with it in PYTHONPATH:
+{lessons}From then on, in this folder, or with it in PYTHONPATH:
 
     from odtrt_lib.detector import Detector
     detector = {opening}
@@ -324,6 +330,12 @@ this folder can change build_here.py too.
 
 When you carry the bundle on, compare its SHA-256 (`sha256sum FILE`) with the one that `odtrt pack` printed. A
 file that was cut off on the way cannot explain itself: python3 on it ends in a SyntaxError.
+"""
+_LESSONS = """\
+To learn how it works, by notebooks that run on this machine:
+
+    sh notebooks/lab.sh               installs JupyterLab into .venv here, then opens them
+
 """
 PLUGIN = "plugins/build/libodtrt_tensorrt.so"
 _FUSED_FORM = """\
@@ -475,6 +487,7 @@ def _readme(spec: DetectorSpec, members: Iterable[str]) -> str:
         form=_FUSED_FORM if is_fused else _SPLIT_FORM,
         compilers=compilers + (" and TensorRT's headers" if is_fused else ""),
         serving="".join(f"\n{text}." for text in serving),
+        lessons=_LESSONS if "notebooks/lab.sh" in names else "",
     )
 
 
@@ -493,6 +506,13 @@ def _device_side() -> Iterator[Tuple[str, Union[Path, bytes]]]:
     yield "__main__.py", _MAIN.encode()
     for script, text in _SCRIPTS.items():
         yield script, text.encode()
+
+
+def _notebooks(folder: Path, spec: DetectorSpec) -> Dict[str, Union[Path, bytes]]:
+    from odtrt_lib.bundle.notebooks import files_to_bring
+
+    require(folder, "detector.onnx", "fuse")
+    return files_to_bring(spec)
 
 
 def _described(path: str, source: Union[Path, bytes]) -> Member:
