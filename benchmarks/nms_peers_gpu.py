@@ -102,6 +102,8 @@ class Peer:
         self.outputs = add(network, tensors)
         config = builder().create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, 4 << 30)
+        # A network whose output has as many rows as it finds needs a profile, though all inputs are fixed.
+        config.add_optimization_profile(builder().create_optimization_profile())
         plan = builder().build_serialized_network(network, config)
         if plan is None:
             raise RuntimeError(f"TensorRT does not build it: {messages.reasons()}")
