@@ -8,7 +8,6 @@ functions here give a notebook the same in both places, so the same notebook run
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -49,7 +48,7 @@ class UnseenScene:
 
 def is_workstation() -> bool:
     """Whether this is a checkout, which can export and convert, and no unpacked bundle."""
-    return importlib.util.find_spec("odtrt_lib.export") is not None
+    return (Path(IMPORT_PATH) / "odtrt_lib" / "export").is_dir()
 
 
 def prepare(
