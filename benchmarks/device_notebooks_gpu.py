@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
-NAMES = ("03_engine", "04_nms", "05_portability")
+NAMES = ("00_tour", "03_engine", "04_nms", "05_portability")
 CELL_SECONDS = 400
 
 

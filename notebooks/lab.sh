@@ -14,4 +14,4 @@ mkdir -p lab
 cp -n notebooks/*.ipynb lab/
 [ "$(id -u)" != 0 ] || set -- --allow-root "$@"
 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} exec .venv/bin/python -m jupyterlab --ServerApp.root_dir="$PWD" \
-  --LabApp.default_url=/lab/tree/lab/03_engine.ipynb "$@"
+  --LabApp.default_url=/lab/tree/lab/00_tour.ipynb "$@"

@@ -8,18 +8,17 @@ functions here give a notebook the same in both places, so the same notebook run
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Sequence, Tuple, Union
 
 import numpy as np
 
 from odtrt_lib import IMPORT_PATH
 from odtrt_lib.errors import InputError
-from odtrt_lib.folder import require, seal, sha256
+from odtrt_lib.folder import last_record, require, seal, sha256
 from odtrt_lib.machine import this_machine
 from odtrt_lib.variants import RUNTIME_LIBRARIES
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from odtrt_lib.portability import Environment
 
 SCENES = 40
-PICTURES, TRUTH = "pictures", "pictures/truth.json"
+PICTURES, TRUTH, RECORDS = "pictures", "pictures/truth.json", "notebooks/records.json"
 _BROUGHT, _PLUGIN = "model", "plugins/build/libodtrt_tensorrt.so"
 _SPLIT_FILES = ("spec.json", "anchors.npy", "heads.onnx")
 
@@ -49,7 +48,7 @@ class UnseenScene:
 
 def is_workstation() -> bool:
     """Whether this is a checkout, which can export and convert, and no unpacked bundle."""
-    return importlib.util.find_spec("odtrt_lib.export") is not None
+    return (Path(IMPORT_PATH) / "odtrt_lib" / "export").is_dir()
 
 
 def prepare(
@@ -82,6 +81,37 @@ def prepare(
 
         build(folder)
     return folder
+
+
+def run_stage(name: str, model: Union[str, Path], folder: Union[str, Path]) -> Dict[str, Any]:
+    """The record of the stage ``export`` or ``convert``, as :class:`odtrt_lib.folder.StageResult` has it.
+
+    On a workstation the stage runs, unless it is up to date. On a device a printed line says where it ran,
+    the record is the one that the bundle brought, and ``folder`` becomes what :func:`prepare` makes. Raises
+    what the stage or :func:`prepare` raises.
+    """
+    if not is_workstation():
+        print(f"{name} ran on the workstation; this is its record:")
+        _copy_brought(Path(folder), _SPLIT_FILES)
+        return json.loads((Path(IMPORT_PATH) / RECORDS).read_text(encoding="utf-8"))[name]
+    from odtrt_lib.convert import convert
+    from odtrt_lib.export import export
+
+    return (export(model, folder) if name == "export" else convert(folder)).record
+
+
+def stage_records(folder: Path) -> Dict[str, Any]:
+    """Stage -> its record in a model folder, for :func:`run_stage` on a device.
+
+    Raises InputError if one of the two stages did not make this folder.
+    """
+    if not is_workstation():
+        return json.loads((Path(IMPORT_PATH) / RECORDS).read_text(encoding="utf-8"))
+    found = {name: last_record(folder, name) for name in ("export", "convert")}
+    for name, record in found.items():
+        if record is None:
+            raise InputError(f"{folder}: has no record of {name}; run `odtrt {name}` again")
+    return found
 
 
 def _copy_brought(folder: Path, names: Sequence[str]) -> None:

@@ -512,7 +512,7 @@ def _notebooks(folder: Path, spec: DetectorSpec) -> Dict[str, Union[Path, bytes]
     from odtrt_lib.bundle.notebooks import files_to_bring
 
     require(folder, "detector.onnx", "fuse")
-    return files_to_bring(spec)
+    return files_to_bring(folder, spec)
 
 
 def _described(path: str, source: Union[Path, bytes]) -> Member:

@@ -6,30 +6,39 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Dict, List, Union
+from typing import Any, Dict, List, Mapping, Sequence, Union
 
 import numpy as np
 
 from odtrt_lib import IMPORT_PATH
 from odtrt_lib.bundle.serving import require_source
 from odtrt_lib.errors import InputError
-from odtrt_lib.notebooks import SCENES, TRUTH, picture_of, unseen_scene
+from odtrt_lib.notebooks import RECORDS, SCENES, TRUTH, picture_of, stage_records, unseen_scene
 from odtrt_lib.spec import DetectorSpec
 
-ON_A_DEVICE = ("03_engine", "04_nms", "05_portability")
+ON_A_DEVICE = ("00_tour", "03_engine", "04_nms", "05_portability")
+WORKSTATION_CELL = "workstation"
 
 
-def files_to_bring(spec: DetectorSpec) -> Dict[str, Union[Path, bytes]]:
+def files_to_bring(folder: Path, spec: DetectorSpec) -> Dict[str, Union[Path, bytes]]:
     """Path in the bundle -> file or content: what the notebooks of :data:`ON_A_DEVICE` need on a device.
 
-    Those are the notebooks, the measurements that they show, the first :data:`SCENES` test scenes and the
-    truth about them, and what opens JupyterLab. Raises InputError if a file is missing, or if ``spec`` is of
-    a detector that knows nothing of the objects in the scenes.
+    Those are the notebooks without the cells that are tagged :data:`WORKSTATION_CELL`, the measurements that
+    they show, the records of the stages that made ``folder``, the first test scenes with the truth about
+    them, and what opens JupyterLab. Raises InputError if a file or a record is missing, or if ``spec`` is
+    of a detector that knows nothing of the objects in the scenes.
     """
     checkout = Path(IMPORT_PATH)
-    names = [*map(_notebook, ON_A_DEVICE), "notebooks/requirements.txt", "notebooks/lab.sh"]
-    names += sorted({result for name in ON_A_DEVICE for result in _results_of(checkout, name)})
-    files: Dict[str, Union[Path, bytes]] = {name: require_source(checkout / name) for name in names}
+    names = {"notebooks/requirements.txt", "notebooks/lab.sh"}
+    files: Dict[str, Union[Path, bytes]] = {
+        RECORDS: (json.dumps(stage_records(folder), indent=1) + "\n").encode()
+    }
+    for path in (f"notebooks/{name}.ipynb" for name in ON_A_DEVICE):
+        notebook = json.loads(require_source(checkout / path).read_text(encoding="utf-8"))
+        notebook["cells"] = [cell for cell in notebook["cells"] if _runs_on_a_device(cell)]
+        names.update(_results_of(notebook["cells"]))
+        files[path] = (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode()
+    files.update((name, require_source(checkout / name)) for name in names)
     truth = []
     for number in range(SCENES):
         scene = unseen_scene(number)
@@ -43,15 +52,14 @@ def files_to_bring(spec: DetectorSpec) -> Dict[str, Union[Path, bytes]]:
     return files
 
 
-def _results_of(checkout: Path, name: str) -> List[str]:
-    """The measurements that a notebook's code cells name."""
-    notebook = json.loads(require_source(checkout / _notebook(name)).read_text(encoding="utf-8"))
-    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+def _runs_on_a_device(cell: Mapping[str, Any]) -> bool:
+    return WORKSTATION_CELL not in cell["metadata"].get("tags", [])
+
+
+def _results_of(cells: Sequence[Mapping[str, Any]]) -> List[str]:
+    """The measurements that code cells name."""
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return re.findall(r"results/[\w.-]+\.json", "\n".join(code))
-
-
-def _notebook(name: str) -> str:
-    return f"notebooks/{name}.ipynb"
 
 
 def _as_png(image: np.ndarray) -> bytes:
