@@ -218,6 +218,12 @@ BundleOption = typer.Option(
 )
 TritonOption = typer.Option(False, "--triton", help="Add a model repository for Triton.")
 DeepStreamOption = typer.Option(False, "--deepstream", help="Add a configuration for DeepStream's nvinfer.")
+TargetOption = typer.Option(
+    None,
+    "--target",
+    metavar="BOARD",
+    help="Add what `make plugin TARGET=BOARD` compiled: jetson-xavier, jetson-orin or jetson-thor.",
+)
 BundleArgument = typer.Argument(
     ..., metavar="BUNDLE", help="A file that `odtrt pack` wrote.", show_default=False
 )
@@ -570,6 +576,7 @@ def pack(
     output: Optional[Path] = BundleOption,
     triton: bool = TritonOption,
     deepstream: bool = DeepStreamOption,
+    target: Optional[str] = TargetOption,
     force: bool = ForceOption,
 ) -> None:
     """Chapter 5: one file to carry to the device.
@@ -582,11 +589,13 @@ def pack(
     """
     from odtrt_lib import bundle
 
-    target = output or Path(f"{folder.resolve().name}{bundle.SUFFIX}")
+    archive = output or Path(f"{folder.resolve().name}{bundle.SUFFIX}")
     with _progress("pack"):
-        packed = bundle.pack(folder, target, triton=triton, deepstream=deepstream, force=force)
+        packed = bundle.pack(
+            folder, archive, triton=triton, deepstream=deepstream, target=target, force=force
+        )
     how = "up to date, " if packed.is_up_to_date else ""
-    _say(f"{target}: {how}{len(packed.manifest.members)} files, {_size(target)}, SHA-256 {packed.sha256}")
+    _say(f"{archive}: {how}{len(packed.manifest.members)} files, {_size(archive)}, SHA-256 {packed.sha256}")
     if not packed.has_postprocessing:
         _out().print(
             f"[yellow]–[/] no detector.onnx in it: run `odtrt fuse {escape(shell_word(folder))}` first for "
@@ -594,7 +603,7 @@ def pack(
             soft_wrap=True,
             highlight=False,
         )
-    _say_next(f"on the device, without odtrt or TensorFlow: python3 {shell_word(target.name)}")
+    _say_next(f"on the device, without odtrt or TensorFlow: python3 {shell_word(archive.name)}")
 
 
 @app.command()
