@@ -1,12 +1,14 @@
-"""`make plugin TARGET=jetson-orin`: compiles plugins/ for a board on a workstation -> plugins/build-jetson-orin.
+"""`make plugin TARGET=jetson-orin`: compiles plugins/ for a board, on a workstation.
+
+The libraries are written to plugins/build-jetson-orin, with target.json, which says what they are for.
 
 It needs nvcc (in PATH, in /usr/local/cuda/bin, or named by CUDACXX), aarch64-linux-gnu-g++, and the arm64
 CUDA runtime's static library. This one is nvcc's own, from NVIDIA's packages cuda-cross-aarch64 or
 cuda-cross-sbsa, or else the wheel of requirements/cross.lock, which is installed in .cache/. The environment
 variable TENSORRT_INCLUDE_DIR names the headers of the board's TensorRT; without it there is no plugin.
 
-The CUDA runtime is linked statically. So the board needs no CUDA toolkit, but a driver of nvcc's major version
-or newer; and a C library as new as the one that the runtime asks for.
+The CUDA runtime is linked statically. So the board needs no CUDA toolkit, but a driver of nvcc's major
+version or newer; and a C library as new as the one that the runtime asks for.
 """
 
 from __future__ import annotations
@@ -68,8 +70,8 @@ def missing_architecture(target: str, version: str, known: str) -> str | None:
         return None
     fitting = ", ".join(f"{cuda} (JetPack {', '.join(names)})" for cuda, names in boards_cuda(target).items())
     return (
-        f"nvcc of CUDA {version} does not know {gpu}, the GPU of {target}: name an nvcc of that board's CUDA, "
-        f"{fitting}, with CUDACXX=/path/to/nvcc"
+        f"nvcc of CUDA {version} does not know {gpu}, the GPU of {target}: name an nvcc of that board's "
+        f"CUDA, {fitting}, with CUDACXX=/path/to/nvcc"
     )
 
 
@@ -100,7 +102,7 @@ def runtime_folders(nvcc: str, version: str) -> tuple[Path, Path]:
     library = WHEELS / "nvidia" / "cu13" / "lib"
     if not (library / "libcudart_static.a").is_file():
         install_wheels("cross", WHEELS)
-    own = [path for path in (toolkit / "include", toolkit / "targets" / "x86_64-linux" / "include")]
+    own = [toolkit / "include", toolkit / "targets" / "x86_64-linux" / "include"]
     return next(path for path in own if (path / "cuda_runtime.h").is_file()), library
 
 

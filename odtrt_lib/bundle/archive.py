@@ -335,8 +335,8 @@ When you carry the bundle on, compare its SHA-256 (`sha256sum FILE`) with the on
 file that was cut off on the way cannot explain itself: python3 on it ends in a SyntaxError.
 """
 _PREBUILT_TEXT = """\
-prebuilt/ holds libraries that were compiled on a workstation for one kind of board. build_here.py uses them if
-that board's GPU, CUDA and TensorRT are those of target.json; else it says why not, and compiles as above.
+prebuilt/ has libraries that a workstation compiled for one kind of board. build_here.py uses them if GPU,
+CUDA and TensorRT here are those of target.json; else it says why not, and compiles.
 
 """
 PLUGIN = "plugins/build/libodtrt_tensorrt.so"

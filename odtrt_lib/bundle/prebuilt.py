@@ -31,7 +31,7 @@ DESCRIPTION = "target.json"
 LIBRARIES = ("libodtrt.so", "libodtrt_tensorrt.so")
 COMPILED_SOURCES = ("CMakeLists.txt", "kernels/*", "tensorrt/*.cpp", "tensorrt/*.map")
 
-# The plugin's interface since this version serves all newer ones; the one before serves a single minor version.
+# The plugin's interface since this version serves all newer ones; that before serves one minor version.
 _FIRST_WITH_LASTING_INTERFACE = 10
 _SCHEMA = 1
 
