@@ -3,10 +3,10 @@
 python benchmarks/aarch64.py [--model out/parts] [--target jetson-orin] [--output FILE]
 
 `make check-aarch64` runs it. The environment variable TENSORRT_INCLUDE_DIR names the headers of TensorRT 10
-or 11, for the plugin. A root file system is made, once, in .cache/aarch64, from Debian's arm64 packages (Python,
-g++, cmake) and the wheels of requirements/aarch64.lock. Programs in it run under qemu-user. There, the
-bundle's own commands unpack it, compile the library, build a plan with TensorRT-RTX, detect, and draw; and
-tensorrt-lean's plugin registry loads the plugin that `make plugin TARGET=...` compiled on this machine.
+or 11, for the plugin. A root file system is made, once, in .cache/aarch64, from Debian's arm64 packages
+(Python, g++, cmake) and the wheels of requirements/aarch64.lock. Programs in it run under qemu-user. There,
+the bundle's own commands unpack it, compile the library, build a plan with TensorRT-RTX, detect, and draw;
+and tensorrt-lean's plugin registry loads the plugin that `make plugin TARGET=...` compiled on this machine.
 
 What is compared with this machine: pixels, the network's input, post-processing of the same heads: bit for
 bit. ONNX Runtime rounds in another order on arm64, so heads have a largest difference, and detections are
@@ -69,7 +69,7 @@ def make_root(folder: Path) -> Path:
     for link, program in (("sh", "dash"), ("c++", "g++")):
         if not (root / "usr" / "bin" / link).exists():
             (root / "usr" / "bin" / link).symlink_to(program)
-    for place in ("proc", "dev", "sys", "work"):
+    for place in ("proc", "dev", "work", "formats"):
         (root / place).mkdir(exist_ok=True)
     site = root / "opt" / "new"
     _run(
@@ -109,8 +109,8 @@ class Emulated:
         if answer.returncode != 0:
             raise SystemExit(f"{answer.stdout}{answer.stderr}error: arm64: {' '.join(command)} failed")
         shown = " ".join(command)
-        print(f"arm64: {shown}: {seconds} s")
         if log:
+            print(f"arm64: {shown}: {seconds} s", flush=True)
             self.rows.append({"check": "command", "command": shown, "seconds": seconds})
             self.rows += [
                 {"check": "log", "command": shown, "line": line} for line in answer.stdout.splitlines()
@@ -140,16 +140,13 @@ def system_row(emulated: Emulated) -> dict[str, Any]:
     compilers = emulated.run("g++", "--version", log=False), emulated.run("cmake", "--version", log=False)
     names = ("gxx", "cmake")
     row |= {name: _first_version(text) for name, text in zip(names, compilers, strict=True)}
-    release = (emulated.root / "etc" / "os-release").read_text()
     qemu = _first_version(_run("qemu-aarch64-static", "--version"))
-    system = re.search('PRETTY_NAME="(.*)"', release)
     return {
         "check": "system",
-        "system": system[1] if system else "",
+        "system": f"Debian {SUITE}",
         **row,
         "emulator": f"qemu-user {qemu}",
-        "host_kernel": platform.release(),
-        "cpu_of_the_host": True,
+        "kernel_of_the_host": platform.release(),
     }
 
 

@@ -8,13 +8,12 @@
 set -e
 root=$1 folder=$2
 shift 2
-formats=$(mktemp -d)
-if mount -t binfmt_misc none "$formats" 2>/dev/null; then
-  printf '%s' ':arm64:M::\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00:\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff:/usr/bin/qemu-aarch64-static:FPOC' >"$formats/register"
-  umount "$formats"
+# It must stay mounted. Unmounted, it forgets.
+if mount -t binfmt_misc none "$root/formats" 2>/dev/null; then
+  printf '%s' ':arm64:M::\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00:\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff:/usr/bin/qemu-aarch64-static:FPOC' >"$root/formats/register"
 fi
-rmdir "$formats"
-for place in proc dev sys; do
+# Without /sys, because ONNX Runtime ends in a segmentation fault where it finds the processors of x86 there.
+for place in proc dev; do
   mount --rbind "/$place" "$root/$place"
 done
 mount --bind "$folder" "$root/work"
