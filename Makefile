@@ -54,7 +54,9 @@ endif
 
 # The root file system and the wheels are kept in .cache/aarch64. The recorded run also needs TENSORRT_INCLUDE_DIR, the
 # headers of TensorRT 10 or 11.
-check-aarch64: install-dev
+check-aarch64: install-dev plugin
+	@test -f out/parts/heads.onnx || $(MAKE) run
+	$(BIN)/odtrt fuse out/parts
 	$(BIN)/python benchmarks/aarch64.py
 
 test: install-dev plugin

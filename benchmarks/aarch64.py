@@ -157,6 +157,10 @@ def plugin_files(target: str) -> prebuilt.Prebuilt:
     except InputError as reason:
         print(f"compiling: {reason}")
         _run(sys.executable, str(ROOT / "scripts" / "cross_compile.py"), target)
+        try:
+            prebuilt.prebuilt_files(ROOT / "plugins", target, needs_plugin=True)
+        except InputError as problem:
+            raise SystemExit(f"error: {problem}") from problem
     return prebuilt.read_description(ROOT / "plugins" / f"build-{target}" / prebuilt.DESCRIPTION)
 
 
@@ -377,8 +381,8 @@ def main() -> None:
         raise SystemExit(f"error: {arguments.model}: no converted model; run `make run` first")
     if not (ROOT / "plugins" / "build" / "libodtrt.so").is_file():
         raise SystemExit("error: plugins/build/libodtrt.so is absent; run `make plugin` first")
-    root = make_root(ROOT / ".cache" / "aarch64")
     described = plugin_files(arguments.target)
+    root = make_root(ROOT / ".cache" / "aarch64")
     with tempfile.TemporaryDirectory() as temporary:
         emulated = Emulated(root, Path(temporary))
         rows = [system_row(emulated)]
