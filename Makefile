@@ -9,11 +9,13 @@ export PYTHONUNBUFFERED := 1
 # Containers often set it. Then each process compiles what it imports anew: with TensorFlow 11 seconds of 18.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help run plugin test test-gpu lint format book notebooks lab install install-dev locks clean
+.PHONY: help run plugin check-aarch64 test test-gpu lint format book notebooks lab install install-dev locks clean
 
 help:
 	@echo "make run      the shipped detector through every stage, to a picture and report.html"
 	@echo "make plugin   compile the C++ library, with CUDA and the TensorRT plugin where there is a GPU; ARCH=all: for every GPU"
+	@echo "make plugin TARGET=jetson-orin  the same, compiled here for that board (also jetson-xavier, jetson-thor)"
+	@echo "make check-aarch64  slow: the bundle and that plugin in an emulated arm64 system -> results/aarch64.cpu.json"
 	@echo "make test     all tests but the notebooks, which `make book` runs (those of the corpus are skipped if it is absent)"
 	@echo "make test-gpu the CUDA kernels against the reference, by GPU_PYTHON (python3), which needs PyTorch"
 	@echo "make lint     ruff, mypy, codespell"
@@ -27,8 +29,14 @@ run: install
 	$(BIN)/odtrt run models/parts --output out/parts
 
 # CUDA is compiled for the GPUs that are here, and not at all where there is none: nine architectures take minutes.
-# ARCH=all takes all of them, ARCH="87 90" these two.
+# ARCH=all takes all of them, ARCH="87 90" these two. With TARGET they are compiled for a board, on this machine.
 ARCH := here
+TARGET :=
+ifneq ($(TARGET),)
+plugin: $(UV)
+	@command -v cmake >/dev/null || ./scripts/install_compiler.sh
+	@TENSORRT_INCLUDE_DIR="$(TENSORRT_INCLUDE_DIR)" $(BIN)/python scripts/cross_compile.py "$(TARGET)"
+else
 plugin:
 	@{ command -v cmake && command -v c++; } >/dev/null || ./scripts/install_compiler.sh
 	@architectures="$(ARCH)"; \
@@ -42,6 +50,14 @@ plugin:
 	cmake -S plugins -B plugins/build --log-level=NOTICE "$$@" >/dev/null
 	@cmake --build plugins/build --parallel $$(nproc) >plugins/build/log 2>&1 || { cat plugins/build/log; exit 1; }
 	@ls plugins/build/libodtrt*.so
+endif
+
+# The root file system and the wheels are kept in .cache/aarch64. The recorded run also needs TENSORRT_INCLUDE_DIR, the
+# headers of TensorRT 10 or 11.
+check-aarch64: install-dev plugin
+	@test -f out/parts/heads.onnx || $(MAKE) run
+	$(BIN)/odtrt fuse out/parts
+	$(BIN)/python benchmarks/aarch64.py
 
 test: install-dev plugin
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not notebook"
@@ -113,6 +129,8 @@ locks: $(UV)
 	cd requirements && $(COMPILE) -c dev.lock run.in -o run.lock
 	cd requirements && $(COMPILE) --no-deps odapi.in -o odapi.lock
 	cd requirements && $(COMPILE) uv.in -o uv.lock
+	cd requirements && for name in cross aarch64; do $(subst --universal --python-version 3.10,--python-version 3.11 \
+	  --python-platform aarch64-manylinux_2_36,$(COMPILE)) --no-deps -c dev.lock $$name.in -o $$name.lock || exit 1; done
 
 clean:
-	rm -rf .venv _build out plugins/build
+	rm -rf .venv _build out plugins/build plugins/build-jetson-*

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,25 @@ class TensorRTLine:
     has_progress: bool
     is_supported: bool
 
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kind of board that a workstation can compile for.
+
+    board: its name in :attr:`JetPack.boards`. gpu: its compute capability without the point.
+    """
+
+    board: str
+    gpu: str
+    architecture: str = "aarch64"
+
+
+TARGETS: Dict[str, Target] = {
+    "jetson-xavier": Target("Xavier", "72"),
+    "jetson-orin": Target("Orin", "87"),
+    "jetson-thor": Target("Thor", "110"),
+}
+"""What `make plugin TARGET=` and `odtrt pack --target` know."""
 
 JETPACKS: Tuple[JetPack, ...] = (
     JetPack("4.6", ("R32.6.1",), "Nano, TX1, TX2, Xavier", "8.0.1", "10.2", "3.6", True, "JetPack archive"),

@@ -481,6 +481,32 @@ def test_heads_without_a_record_are_compared_with_the_specification(tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
+def test_what_was_compiled_for_a_board_travels_with_a_hash(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def compiled(plugins, target, needs_plugin):
+        asked.append((plugins, target, needs_plugin))
+        (tmp_path / "libodtrt.so").write_bytes(b"arm64")
+        return {"prebuilt/libodtrt.so": tmp_path / "libodtrt.so"}
+
+    monkeypatch.setattr(archives, "prebuilt_files", compiled)
+    plain = bundle.pack(folder, tmp_path / "plain.zip")
+    packed = bundle.pack(folder, tmp_path / "a.zip", target="jetson-orin")
+    assert asked == [(ROOT / "plugins", "jetson-orin", True)]
+    assert set(packed.manifest.members) - set(plain.manifest.members) >= {
+        archives.Member("prebuilt/libodtrt.so", 5, hashlib.sha256(b"arm64").hexdigest())
+    }
+    out = tmp_path / "out"
+    bundle.unpack(tmp_path / "a.zip", out)
+    readme = (out / "README.txt").read_text()
+    assert "prebuilt/ has libraries" in readme and max(map(len, readme.splitlines())) <= 110
+    assert archives.strangers(out, bundle.verify(out)) == []
+    (out / "prebuilt" / "libodtrt.so").write_bytes(b"x86-6")
+    assert "libodtrt.so: not the file that was packed" in one_line_error(lambda: bundle.verify(out))
+    bundle.unpack(tmp_path / "plain.zip", out, force=True)
+    assert "prebuilt" not in (out / "README.txt").read_text()
+
+
 def test_the_readme_is_about_what_is_in_the_bundle(unpacked, tmp_path):
     fused = (unpacked / "README.txt").read_text()
     model_folder(tmp_path / "tiny", fused=False)

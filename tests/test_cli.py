@@ -420,13 +420,14 @@ class TestPlansAndBundles:
         monkeypatch.setattr(bundle, "pack", stand_in_pack)
         monkeypatch.setattr(bundle, "unpack", stand_in_unpack)
         monkeypatch.chdir(tmp_path)
-        status, out, _ = odtrt(capsys, "pack", "out/parts", "--triton")
+        status, out, _ = odtrt(capsys, "pack", "out/parts", "--triton", "--target", "jetson-orin")
         assert status == 0
         assert asked["pack"] == {
             "folder": Path("out/parts"),
             "archive": Path("parts.odtrt.zip"),
             "triton": True,
             "deepstream": False,
+            "target": "jetson-orin",
             "force": False,
         }
         assert "parts.odtrt.zip: 3 files, 300 bytes" in out

@@ -17,7 +17,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
-LOCKS = ("run", "dev", "odapi", "uv")
+LOCKS = ("run", "dev", "odapi", "uv", "cross", "aarch64")
 
 # What the project's card names, by the names of the packages.
 CARD = (

@@ -221,6 +221,12 @@ DeepStreamOption = typer.Option(False, "--deepstream", help="Add a configuration
 NotebooksOption = typer.Option(
     False, "--notebooks", help="Add the book's notebooks that run on the device; for models/parts."
 )
+TargetOption = typer.Option(
+    None,
+    "--target",
+    metavar="BOARD",
+    help="Add what `make plugin TARGET=BOARD` compiled: jetson-xavier, jetson-orin or jetson-thor.",
+)
 BundleArgument = typer.Argument(
     ..., metavar="BUNDLE", help="A file that `odtrt pack` wrote.", show_default=False
 )
@@ -574,6 +580,7 @@ def pack(
     triton: bool = TritonOption,
     deepstream: bool = DeepStreamOption,
     notebooks: bool = NotebooksOption,
+    target: Optional[str] = TargetOption,
     force: bool = ForceOption,
 ) -> None:
     """Chapter 5: one file to carry to the device.
@@ -586,13 +593,19 @@ def pack(
     """
     from odtrt_lib import bundle
 
-    target = output or Path(f"{folder.resolve().name}{bundle.SUFFIX}")
+    archive = output or Path(f"{folder.resolve().name}{bundle.SUFFIX}")
     with _progress("pack"):
         packed = bundle.pack(
-            folder, target, triton=triton, deepstream=deepstream, notebooks=notebooks, force=force
+            folder,
+            archive,
+            triton=triton,
+            deepstream=deepstream,
+            notebooks=notebooks,
+            target=target,
+            force=force,
         )
     how = "up to date, " if packed.is_up_to_date else ""
-    _say(f"{target}: {how}{len(packed.manifest.members)} files, {_size(target)}, SHA-256 {packed.sha256}")
+    _say(f"{archive}: {how}{len(packed.manifest.members)} files, {_size(archive)}, SHA-256 {packed.sha256}")
     if not packed.has_postprocessing:
         _out().print(
             f"[yellow]–[/] no detector.onnx in it: run `odtrt fuse {escape(shell_word(folder))}` first for "
@@ -600,7 +613,7 @@ def pack(
             soft_wrap=True,
             highlight=False,
         )
-    _say_next(f"on the device, without odtrt or TensorFlow: python3 {shell_word(target.name)}")
+    _say_next(f"on the device, without odtrt or TensorFlow: python3 {shell_word(archive.name)}")
 
 
 @app.command()

@@ -10,6 +10,7 @@ odtrt: the archive contains the device side's source (all but :data:`WORKSTATION
     manifest.json  LICENSE  README.txt  __main__.py  build_here.py  detect.py
     model/         spec.json, anchors.npy, heads.onnx; detector.onnx and int8/ if the folder has them
     odtrt_lib/     the device side        plugins/    kernels and TensorRT plugin, to compile there
+    prebuilt/      on request: what `make plugin TARGET=...` compiled for a board, so that it need not compile
     triton/        on request: a Triton model repository
     deepstream/    on request: nvinfer's configuration, labels and output parser
     notebooks/     on request: the book's notebooks that run on a device, with results/ and pictures/
@@ -58,6 +59,7 @@ from typing import (
 )
 
 from odtrt_lib import IMPORT_PATH, __version__
+from odtrt_lib.bundle.prebuilt import COMPILED_SOURCES, PREBUILT, prebuilt_files
 from odtrt_lib.bundle.serving import comment, deepstream_files, require_source, triton_repository
 from odtrt_lib.errors import (
     CheckError,
@@ -99,7 +101,7 @@ _MAX_MANIFEST_BYTES = 1 << 22
 _BLOCK = 1 << 20
 _UNPRINTABLE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LOCAL_HEADER_BYTES = 30
-_PLUGIN_SOURCES = ("CMakeLists.txt", "kernels/*", "tensorrt/*.cpp", "tensorrt/*.map", "deepstream/*.cpp")
+_PLUGIN_SOURCES = (*COMPILED_SOURCES, "deepstream/*.cpp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +153,7 @@ def pack(
     triton: bool = False,
     deepstream: bool = False,
     notebooks: bool = False,
+    target: Optional[str] = None,
     force: bool = False,
 ) -> Packed:
     """Writes a model folder, and what a device needs to use it, into one file. Equal inputs give equal bytes.
@@ -158,11 +161,13 @@ def pack(
     triton: add a Triton model repository: ``heads.onnx`` for ONNX Runtime, and a model with the same inputs
     and outputs for the plan that ``build_here.py`` copies there. deepstream: add a configuration for
     DeepStream's nvinfer. notebooks: add the book's notebooks that run on a device, with what they need; see
-    :mod:`odtrt_lib.bundle.notebooks`. force: write over a file that is not a bundle.
+    :mod:`odtrt_lib.bundle.notebooks`. target: add the libraries that `make plugin TARGET=...` compiled for
+    that board, such as ``jetson-orin``. force: write over a file that is not a bundle.
 
     Raises InputError if a file is missing, damaged, not the one that its stage recorded or not made from
-    the others, and if ``archive`` is another kind of file or cannot be written; UnsupportedError if nvinfer
-    cannot express what ``spec.json`` asks for.
+    the others, if ``archive`` is another kind of file or cannot be written, and if the libraries for
+    ``target`` are absent or made from other sources; UnsupportedError if nvinfer cannot express what
+    ``spec.json`` asks for.
     """
     folder, archive = Path(folder), Path(archive)
     if archive.is_dir():
@@ -180,6 +185,10 @@ def pack(
         sources.update(deepstream_files(folder, spec))
     if notebooks:
         sources.update(_notebooks(folder, spec))
+    if target is not None:
+        sources.update(
+            prebuilt_files(Path(IMPORT_PATH) / "plugins", target, f"{MODEL}/detector.onnx" in files)
+        )
     sources["README.txt"] = _readme(spec, sources).encode()
     for path in sources:
         if not _is_plain(path):
@@ -318,7 +327,7 @@ What this machine needs:
     for pictures             Pillow 10.1 or newer
     for videos and cameras   OpenCV's Python module as well; JetPack has it
 
-Without the compilers numpy does what the kernels do, slower.
+{prebuilt}Without the compilers numpy does what the kernels do, slower.
 
 built.json, which build_here.py writes at its end, says what it made: the plans and the compiled libraries,
 what made the check's detections, these detections, and the line that opens the detector.
@@ -335,6 +344,11 @@ _LESSONS = """\
 To learn how it works, by notebooks that run on this machine:
 
     sh notebooks/lab.sh               installs JupyterLab into .venv here, then opens them
+
+"""
+_PREBUILT_TEXT = """\
+prebuilt/ has libraries that a workstation compiled for one kind of board. build_here.py uses them if GPU,
+CUDA and TensorRT here are those of target.json; else it says why not, and compiles.
 
 """
 PLUGIN = "plugins/build/libodtrt_tensorrt.so"
@@ -488,6 +502,7 @@ def _readme(spec: DetectorSpec, members: Iterable[str]) -> str:
         compilers=compilers + (" and TensorRT's headers" if is_fused else ""),
         serving="".join(f"\n{text}." for text in serving),
         lessons=_LESSONS if "notebooks/lab.sh" in names else "",
+        prebuilt=_PREBUILT_TEXT if any(path.startswith(f"{PREBUILT}/") for path in names) else "",
     )
 
 

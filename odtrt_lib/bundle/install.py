@@ -41,6 +41,7 @@ from odtrt_lib.bundle.archive import (
     verify,
 )
 from odtrt_lib.bundle.detecting import BUILT, DRAWN, detection_table
+from odtrt_lib.bundle.prebuilt import LIBRARIES, PREBUILT, use_prebuilt
 from odtrt_lib.errors import (
     BuildError,
     CheckError,
@@ -83,7 +84,8 @@ def build_here(
     """Builds what belongs to this machine from an unpacked bundle, and detects once as a check.
 
     It compiles the kernels. If there is a GPU, it also compiles the CUDA kernels, and the TensorRT plugin
-    with this machine's own headers. It builds a plan of ``detector.onnx`` if there is a plugin, and of
+    with this machine's own headers. It compiles nothing if the bundle has libraries that were compiled for
+    this board. It builds a plan of ``detector.onnx`` if there is a plugin, and of
     ``heads.onnx`` if there is none or Triton is to serve it. It runs the detector on ``image``; without one,
     on a pattern. It says what was found in the image, and draws it into a copy in the folder ``output``, by
     default ``detections`` in the bundle. It replaces no file that it did not draw before. precision, memory,
@@ -116,7 +118,7 @@ def build_here(
     if image is not None:
         require_letters()
     try:
-        library, plugin = _compile(folder, say)
+        library, plugin = _libraries(folder, say)
     except OSError as error:
         raise cannot_write(folder / "plugins" / "build", error) from error
     options = {
@@ -526,6 +528,35 @@ def _missing_programs() -> Dict[str, str]:
             "runs on the CPU and the plan has none inside"
         )
     return missing
+
+
+def _libraries(folder: Path, say: Callable[[str], None]) -> Tuple[Optional[Path], Optional[Path]]:
+    """libodtrt.so and libodtrt_tensorrt.so: those of the bundle if they fit this device, else compiled here;
+    None for one that cannot be made here."""
+    if not (folder / PREBUILT).is_dir():
+        return _compile(folder, say)
+    taken, misfit = use_prebuilt(folder, this_machine(), _tensorrt_version())
+    if taken is None:
+        if misfit is not None:
+            say(f"{PREBUILT}/ is not used: {misfit}")
+        return _compile(folder, say)
+    say(f"{PREBUILT}/: {' and '.join(taken)} fit this device; nothing is compiled")
+    return taken.get(LIBRARIES[0]), taken.get(LIBRARIES[1])
+
+
+def _tensorrt_version() -> Optional[Tuple[str, str]]:
+    """Module and version of the TensorRT that a build here takes. Asks in another process, because the
+    building process should be the first to load TensorRT."""
+    question = (
+        f"import sys; sys.path.insert(0, {IMPORT_PATH!r}); "
+        "from odtrt_lib.engine.bindings import available_runtimes; print(*available_runtimes()[0])"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", question], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    words = answer.stdout.decode(errors="replace").splitlines()[-1:]
+    module, _, version = words[0].partition(" ") if words else ("", "", "")
+    return (module, version) if answer.returncode == 0 and version else None
 
 
 def _compile(folder: Path, say: Callable[[str], None]) -> Tuple[Optional[Path], Optional[Path]]:
