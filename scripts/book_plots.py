@@ -13,6 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from book_grid import model_name
+
 Row = dict[str, Any]
 
 WIDTH, LEFT, RIGHT, TOP, LINE = 720, 130, 24, 66, 34
@@ -160,7 +162,7 @@ def engine_gpu(results: Path) -> str:
     load = Scale(loads, middle + gap // 2, WIDTH - RIGHT)
     bottom = top + block * len(models) - 24
     text = (
-        f"{', '.join(models)} on {measured['device'].get('gpu', 'a GPU')}, each in "
+        f"{', '.join(map(model_name, models))} on {measured['device'].get('gpu', 'a GPU')}, each in "
         f"{', '.join(ARITHMETIC)} as far as measured: milliseconds of the network for one image, and seconds "
         "to load the plan the first time and again. The tables have the figures."
     )
@@ -176,7 +178,7 @@ def engine_gpu(results: Path) -> str:
     ]
     for number, model in enumerate(models):
         y = top + block * number
-        parts.append(f'<text class="ink halo" x="24" y="{y - 14}">{escape(model)}</text>')
+        parts.append(f'<text class="ink halo" x="24" y="{y - 14}">{escape(model_name(model))}</text>')
         for place, (name, mark) in enumerate(ARITHMETIC.items()):
             found = rows.get((model, name))
             parts += plan_line(found, name, mark, y + step * place, latency, load)
@@ -193,7 +195,7 @@ def plan_line(row: Row | None, name: str, mark: str, y: float, latency: Scale, l
         latency.at(milliseconds),
         *(load.at(row[f"load_{name}_seconds"]) for name in ("warm", "cold")),
     )
-    what = f"{escape(row['model'])}, {name}"
+    what = f"{escape(model_name(row['model']))}, {name}"
     return [
         *parts,
         f'<circle class="dot {mark}" cx="{x}" cy="{y}" r="6">'
