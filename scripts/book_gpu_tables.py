@@ -6,11 +6,24 @@ library whose versions the rows have under ``library``. It returns Markdown.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from book_grid import NO_BREAK_HYPHEN, NONE, Column, Row, cell, grid, model_name, source_of, written
+from book_grid import (
+    NO_BREAK_HYPHEN,
+    NONE,
+    Column,
+    Row,
+    cell,
+    grid,
+    model_name,
+    not_measured,
+    source_of,
+    written,
+)
 from book_plots import ARITHMETIC
 
 Measured = dict[str, Any]
@@ -205,15 +218,13 @@ def times_as(measured: Measured, key: str, other: str, one: str) -> str:
 def trt_summary(measured: Measured) -> str:
     """How many plans were measured, how many pass, and what they find."""
     rows = [row for row in measured["rows"] if "error" not in row]
-    exact = [row for row in rows if row.get("postprocessing_is_exact") is not None]
     trained = [row for row in rows if row["weights"] == "trained"]
     found = sum(row["missing"] == row["extra"] == 0 for row in trained)
     words = (
         f"{len(rows)} plans of {len({row['model'] for row in rows})} detectors were built and run, "
         f"{sum(row['form'] == 'fused' for row in rows)} with the plugin inside; "
         f"{sum(row['passed'] for row in rows)} pass. {found} of {len(trained)} with trained weights find "
-        f"what ONNX Runtime finds. Behind {sum(row['postprocessing_is_exact'] for row in exact)} of "
-        f"{len(exact)} split plans the kernels give the CPU's bits."
+        "what ONNX Runtime finds."
     )
     return said(measured, words)
 
@@ -256,6 +267,9 @@ def trt_builds(measured: Measured) -> str:
         "Seconds, without / with the timing cache of the first build. With it a build is "
         f"{speedup(measured)} times as fast. "
     )
+    loads = [row["load_seconds"] for row in measured["rows"] if row.get("load_seconds") is not None]
+    if loads:
+        note += f"Loading a plan, first run included, takes {min(loads)} to {max(loads)}. "
     return by_arithmetic(split, columns, note)
 
 
@@ -440,6 +454,41 @@ def peers_summary(measured: Measured) -> str:
 
 def case_of(row: Row) -> tuple[Any, ...]:
     return row["heads"], row["anchors"], row["score_threshold"]
+
+
+def boxes_2000(results: Path) -> str:
+    """The article's case by each program that was timed: from three files, as far as they are there."""
+
+    def rows_of(name: str, **wanted: Any) -> list[Row]:
+        path = results / name
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+        return [row for row in rows if wanted.items() <= row.items()]
+
+    on_gpu = rows_of("nms.h200.json", what="nms", boxes=2000)
+    in_engine = rows_of("nms_peers.h200.json", heads="boxes of one class")
+    on_cpu = rows_of("nms.cpu.json", work="nms")
+    own = {
+        "odtrt": "odtrt, one call in a CUDA graph",
+        "native": "odtrt",
+        "numpy": "odtrt's reference in NumPy",
+    }
+    cpu = {**own, "tensorflow": "TensorFlow", "onnxruntime": "ONNX Runtime"}
+    lines = [
+        [own.get(row["implementation"], row["implementation"]), "H200", f"{row['kept']:,}", time]
+        for row in on_gpu
+        for time in [f"{row.get('graph_p50_us', row['p50_us']):,.0f}"]
+    ]
+    lines += [
+        [f"{row['implementation']} in an engine", "H200", f"{row['found']:,}", f"{row['p50_us']:,.0f}"]
+        for row in in_engine
+        if "error" not in row
+    ]
+    lines += [[cpu[row["implementation"]], "2 cores", NONE, f"{row['p50_us']:,.0f}"] for row in on_cpu]
+    if not lines:
+        return not_measured(results / "nms_peers.h200.json")
+    table = grid(["program", "on", "boxes kept", "median, µs"], lines)
+    files = "`results/nms.h200.json`, `results/nms_peers.h200.json` and `results/nms.cpu.json`"
+    return f"{table}\n\n*Boxes of one class, IoU 0.5; the three files drew different boxes. {files}.*\n"
 
 
 # ---- The pipeline, whole detectors ----

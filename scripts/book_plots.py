@@ -39,7 +39,7 @@ def nms_gpu(results: Path) -> str:
     text = (
         f"Microseconds for one image of 90 classes on {measured['device'].get('gpu', 'a GPU')}, "
         f"for {', '.join(f'{size:,}' for size in sizes)} anchors: the time to read the logits, odtrt's "
-        "kernels at three score thresholds, and PyTorch. The table below has the figures."
+        "kernels at three score thresholds, and PyTorch. The evidence page has the figures."
     )
     parts = [
         *figure("nms-gpu", height, "Post-processing of one image on the GPU", text),
