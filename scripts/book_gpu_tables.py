@@ -377,6 +377,7 @@ def cpu_half(measured: Measured) -> str:
 
 OURS, EFFICIENT, BATCHED = "OdtrtDetect", "EfficientNMS_TRT", "BatchedNMSDynamic_TRT"
 FIVE = "OdtrtDetect, five kernels"
+ALL_PEERS = {OURS: "odtrt", EFFICIENT: "EfficientNMS", BATCHED: "BatchedNMS"}
 
 
 def peers(measured: Measured, sources: Sequence[str], names: dict[str, str]) -> str:
@@ -399,7 +400,7 @@ def peers(measured: Measured, sources: Sequence[str], names: dict[str, str]) -> 
 
     lines = []
     for (heads, anchors, classes, threshold), found in cases.items():
-        what = heads
+        what = model_name(heads)
         if classes == 1:
             what = f"{anchors:,} {heads}"
         elif heads == "8 objects":
@@ -408,6 +409,8 @@ def peers(measured: Measured, sources: Sequence[str], names: dict[str, str]) -> 
         lines.append([what, above, *(shown(found.get(name)) for name in names)])
     heading = "anchors" if is_drawn else "heads"
     note = "Microseconds, median, in an engine in a CUDA graph. "
+    if BATCHED in names:
+        note += f"The peers are TensorRT's {EFFICIENT} and {BATCHED}. "
     if any(row.get("missing") for row in rows if row["implementation"] in names):
         note += "In brackets: how many of the Object Detection API's detections are missing. "
     if any("*" in text for line in lines for text in line):
@@ -419,11 +422,11 @@ def peers(measured: Measured, sources: Sequence[str], names: dict[str, str]) -> 
 
 
 def peers_drawn(measured: Measured) -> str:
-    return peers(measured, ("drawn",), {OURS: "odtrt", EFFICIENT: EFFICIENT, BATCHED: BATCHED})
+    return peers(measured, ("drawn",), ALL_PEERS)
 
 
 def peers_recorded(measured: Measured) -> str:
-    return peers(measured, ("recorded",), {OURS: "odtrt", EFFICIENT: EFFICIENT, BATCHED: BATCHED})
+    return peers(measured, ("recorded",), ALL_PEERS)
 
 
 def peers_five(measured: Measured) -> str:

@@ -20,9 +20,14 @@ MODEL_NAMES = {
     "ssd_mobilenet_v2_fpnlite_320": "SSD FPNLite 320",
     "ssd_mobilenet_v2_fpnlite_640": "SSD FPNLite 640",
     "ssd_resnet50_fpn_640": "SSD ResNet50 640",
-    "efficientdet_d0_512": "D0 512",
-    "efficientdet_d1_640": "D1 640",
-    "efficientdet_d1_1024": "D1 1024",
+    "efficientdet_d0_512": "EfficientDet-D0 512",
+    "efficientdet_d1_640": "EfficientDet-D1 640",
+    "efficientdet_d1_1024": "EfficientDet-D1 1024",
+    "efficientdet_d4_random": "EfficientDet-D4",
+    "ft_effd1_carparts18": "carparts D1",
+    "ft_fpnlite320_tfjs1": "tfjs FPNLite 320",
+    "zoo_efficientdet_d0": "zoo D0",
+    "zoo_ssd_mobilenet_v2_fpnlite_320": "zoo FPNLite 320",
 }
 # Kernels' names today, for measurements that were made under older names.
 RENAMED_KERNELS = {

@@ -78,13 +78,10 @@ TABLES = {
             Column("model", "model"),
             Column("weights", "weights"),
             Column("anchors", "anchors", ","),
-            Column("export, s", "export_seconds", ".0f"),
-            Column("convert, s", "convert_seconds", ".0f"),
-            Column("peak memory, MiB", "peak_rss_mb", ",.0f"),
-            Column("ONNX nodes", "onnx_nodes", ","),
-            Column("Resize nodes", "resizes"),
-            Column("largest box difference, std", "onnx_boxes_max_err_in_std", ".1e"),
-            Column("largest class difference, std", "onnx_logits_max_err_in_std", ".1e"),
+            Column("export / convert, s", "export_seconds", ".0f", beside="convert_seconds"),
+            Column("peak, MiB", "peak_rss_mb", ",.0f"),
+            Column("boxes, std", "onnx_boxes_max_err_in_std", ".1e"),
+            Column("classes, std", "onnx_logits_max_err_in_std", ".1e"),
         ),
     ),
     "noise": Table(
@@ -93,8 +90,8 @@ TABLES = {
             Column("model", "model"),
             Column("gate", "gate"),
             Column("defect", "defect"),
-            Column("times the noise, at most 5", "times_noise", ",.1f", is_optional=True),
-            Column("smallest change of a kernel that is seen", "sees_kernel_change", ".0e", is_optional=True),
+            Column("times the noise", "times_noise", ",.1f", is_optional=True),
+            Column("smallest change seen", "sees_kernel_change", ".0e", is_optional=True),
             Column("verdict", "verdict"),
         ),
     ),
@@ -104,27 +101,22 @@ TABLES = {
             Column("model", "model"),
             Column("detections of", "reference"),
             Column("looked for in those of", "compared"),
-            Column("images", "images"),
-            Column("how many", "references", ","),
-            Column("found again", "matched", ","),
-            Column("found again, IoU above 0.5", "matched_at_iou_half", ","),
-            Column("extra", "extra"),
-            Column("at the threshold or the list's end", "at_threshold_or_end_of_list", ","),
-            Column("largest score difference", "max_score_difference", ".0e"),
+            Column("found again", "matched", ",", beside="references"),
+            Column("IoU above 0.5", "matched_at_iou_half", ","),
+            Column("extra / cut off", "extra", ",", beside="at_threshold_or_end_of_list"),
+            Column("scores differ by", "max_score_difference", ".0e"),
         ),
     ),
     "preprocess": Table(
         "preprocess.cpu.json",
         (
-            Column("image", "source"),
-            Column("network input", "input"),
-            Column("resizer", "resizer"),
+            Column("image / input", "source", beside="input"),
             Column("normalisation", "normalisation"),
-            Column("odtrt, compiled, ms", "native_p50_us", ".2f", 1000),
-            Column("odtrt, NumPy and OpenCV, ms", "preprocess_p50_us", ".2f", 1000),
-            Column("OpenCV and NumPy, ms", "cv2_p50_us", ".2f", 1000),
-            Column("largest error, of the value range", "max_abs_err_vs_tf", ".0e"),
-            Column("OpenCV's, on noise", "cv2_max_abs_err_vs_tf", ".2f"),
+            Column("compiled, ms", "native_p50_us", ".2f", 1000),
+            Column("NumPy, ms", "preprocess_p50_us", ".2f", 1000),
+            Column("OpenCV, ms", "cv2_p50_us", ".2f", 1000),
+            Column("error", "max_abs_err_vs_tf", ".0e"),
+            Column("OpenCV's", "cv2_max_abs_err_vs_tf", ".2f"),
         ),
     ),
     "resize_rule": Table(
@@ -183,6 +175,20 @@ _DEVICE_TIMES = (
     Column("from a stream, µs", "p50_us", ".1f"),
     Column("99th percentile, µs", "p99_us", ".1f"),
 )
+
+_NCU = (
+    Column("anchors", "anchors", ","),
+    Column("above", "score_threshold", "g"),
+    Column("objects", "objects"),
+    Column("µs", "us", ".1f"),
+    Column("DRAM, %", "dram_percent", ".1f"),
+    Column("issue, %", "issue_percent", ".0f"),
+    Column("cycles", "cycles_per_instruction", ".1f"),
+    Column("sync", "stall_barrier", ".1f"),
+    Column("load", "stall_long_scoreboard", ".1f"),
+    Column("result", "stall_wait", ".1f"),
+)
+
 
 TABLES |= {
     "nms_rule": Table(
@@ -252,22 +258,11 @@ TABLES |= {
             "score_threshold": (0.05,),
         },
     ),
-    "nms_ncu": Table(
-        "nms_ncu.h200.json",
-        (
-            Column("kernel", "kernel"),
-            Column("anchors", "anchors", ","),
-            Column("above", "score_threshold", "g"),
-            Column("objects", "objects"),
-            Column("µs", "us", ".1f"),
-            Column("DRAM, %", "dram_percent", ".1f"),
-            Column("issue, %", "issue_percent", ".0f"),
-            Column("cycles", "cycles_per_instruction", ".1f"),
-            Column("sync", "stall_barrier", ".1f"),
-            Column("load", "stall_long_scoreboard", ".1f"),
-            Column("result", "stall_wait", ".1f"),
-        ),
-        names_packages=False,
+    "nms_ncu_select": Table(
+        "nms_ncu.h200.json", _NCU, only={"kernel": ("select_candidates", "find")}, names_packages=False
+    ),
+    "nms_ncu_suppress": Table(
+        "nms_ncu.h200.json", _NCU, only={"kernel": ("suppress_in_cluster", "settle")}, names_packages=False
     ),
     "preprocess_gpu": Table(
         "nms.h200.json",
@@ -373,9 +368,9 @@ TABLES |= {
             Column("fault", "kind"),
             Column("trials", "trials", ","),
             Column("crashes", "crashes"),
-            Column("wrong plans let through", "wrong_loads"),
-            Column("valid plans lost", "lost_valid_plans"),
-            Column("half-written files", "half_written"),
+            Column("wrong plans", "wrong_loads"),
+            Column("plans lost", "lost_valid_plans"),
+            Column("half-written", "half_written"),
             Column("records lost", "lost_records"),
         ),
         made="Run",
@@ -601,14 +596,13 @@ def tensorrt_lines() -> str:
             line.int8,
             words(line.has_version_compatible),
             words(line.has_hardware_compatible),
-            words(line.has_progress),
         ]
         for line in boards.TENSORRT
         if line.is_supported
     ]
     headings = [
         *("TensorRT", "plugin interface", "half precision", "INT8"),
-        *("version-compatible plans", "hardware-compatible plans", "progress"),
+        *("version-compatible", "hardware-compatible"),
     ]
     source = "*`odtrt_lib/boards.py`; `tests/test_boards.py` compares it with NVIDIA's own Python bindings.*"
     return f"{grid(headings, rows)}\n\n{source}\n"

@@ -115,7 +115,7 @@ def test_a_message_that_the_library_does_not_have_is_caught():
     assert unknown_messages(page, library_text()) == ["the checkpoint is unhappy"]
 
 
-DECISION_PAGES = ("ch01_export", "ch03_engine", "ch04_nms", "ch05_portability")
+DECISION_PAGES = ("ch01_export", "ch02_convert", "ch03_engine", "ch04_nms", "ch05_portability")
 MOST_WORDS = 1200
 
 
@@ -154,9 +154,7 @@ def test_words_of_prose_and_tables_count_and_those_of_code_do_not(tmp_path: Path
     assert words(page) > MOST_WORDS
 
 
-@pytest.mark.parametrize(
-    "name", ["ch01_export", "ch02_convert", "ch03_engine", "ch04_nms", "ch05_portability"]
-)
+@pytest.mark.parametrize("name", DECISION_PAGES)
 def test_every_decision_states_choice_cost_change_and_evidence(name: str):
     text = (ROOT / "book" / f"{name}.md").read_text()
     decisions = re.split(r"^## Decision \d+: ", text, flags=re.MULTILINE)[1:]
