@@ -15,6 +15,7 @@ from typing import Any
 from book_grid import (
     NO_BREAK_HYPHEN,
     NONE,
+    SLASH,
     Column,
     Row,
     cell,
@@ -280,7 +281,7 @@ def trt_latency(measured: Measured) -> str:
         [
             model_name(model),
             *(
-                " / ".join(cell(own.get(model, {}).get(name, {}), column) for own in forms)
+                SLASH.join(cell(own.get(model, {}).get(name, {}), column) for own in forms)
                 for name in ARITHMETIC
             ),
         ]
@@ -362,7 +363,7 @@ def cpu_half(measured: Measured) -> str:
         [
             model_name(row["model"]),
             *(
-                " / ".join(written(row, f"{who}{key}", Column("", "", ".1e")) for who in ("half_", ""))
+                SLASH.join(written(row, f"{who}{key}", Column("", "", ".1e")) for who in ("half_", ""))
                 for key in ("boxes_relative_err", "logits_relative_err")
             ),
         ]
@@ -402,7 +403,7 @@ def peers(measured: Measured, sources: Sequence[str], names: dict[str, str]) -> 
     for (heads, anchors, classes, threshold), found in cases.items():
         what = model_name(heads)
         if classes == 1:
-            what = f"{anchors:,} {heads}"
+            what = f"{anchors:,} boxes"
         elif heads == "8 objects":
             what = f"{anchors:,}" if is_drawn else f"{anchors:,} anchors"
         above = NONE if classes == 1 else f"{threshold:g}".replace("e-", f"e{NO_BREAK_HYPHEN}")

@@ -12,6 +12,7 @@ Row = dict[str, Any]
 
 NO_BREAK_HYPHEN = "\u2011"
 NONE = "–"
+SLASH = "\u00a0/\u00a0"  # between two figures of a cell, which a line does not break
 # Short enough for a narrow table; what is not here keeps its name.
 MODEL_NAMES = {
     "ssd_mobilenet_v1_300": "coco_ssd_mnv1",
@@ -23,6 +24,9 @@ MODEL_NAMES = {
     "efficientdet_d0_512": "EfficientDet-D0 512",
     "efficientdet_d1_640": "EfficientDet-D1 640",
     "efficientdet_d1_1024": "EfficientDet-D1 1024",
+    "Kudos12th_mnv2_300_c2_apache": "Kudos12th MobileNet 300",
+    "riceCV__ssd_resnet50_v1_fpn_640x640_coco17_tpu-8": "riceCV ResNet50 640",
+    "whoisltd_passport_ssd_resnet50_320_c9": "whoisltd ResNet50 320",
     "efficientdet_d4_random": "EfficientDet-D4",
     "ft_effd1_carparts18": "carparts D1",
     "ft_fpnlite320_tfjs1": "tfjs FPNLite 320",
@@ -65,7 +69,7 @@ def cell(row: Row, column: Column) -> str:
     if column.is_optional and row.get(column.key) is None:
         return NONE
     first = written(row, column.key, column)
-    return f"{first} / {written(row, column.beside, column)}" if column.beside else first
+    return f"{first}{SLASH}{written(row, column.beside, column)}" if column.beside else first
 
 
 def written(row: Row, key: str, column: Column) -> str:

@@ -110,7 +110,8 @@ TABLES = {
     "preprocess": Table(
         "preprocess.cpu.json",
         (
-            Column("image / input", "source", beside="input"),
+            Column("image", "source"),
+            Column("input", "input"),
             Column("normalisation", "normalisation"),
             Column("compiled, ms", "native_p50_us", ".2f", 1000),
             Column("NumPy, ms", "preprocess_p50_us", ".2f", 1000),

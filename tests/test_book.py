@@ -356,7 +356,7 @@ def test_what_was_not_measured_on_the_gpu_is_named(engine_results: Path):
 
 def engine_table(name: str, results: Path) -> str:
     file, library, part = book_tables.GPU_TABLES[name]
-    return book_grid.part_of(results / file, part, library)
+    return book_grid.part_of(results / file, part, library).replace(book_grid.SLASH, " / ")
 
 
 def test_a_plan_that_failed_has_dashes_in_the_tables(engine_results: Path):
