@@ -227,7 +227,8 @@ def trt_summary(measured: Measured) -> str:
         f"{sum(row['passed'] for row in rows)} pass. {found} of {len(trained)} with trained weights find "
         "what ONNX Runtime finds."
     )
-    return said(measured, words)
+    failed = len(measured["rows"]) - len(rows)
+    return said(measured, words + (f" {failed} could not be measured." if failed else ""))
 
 
 def trt_speed(measured: Measured) -> str:
