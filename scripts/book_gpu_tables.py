@@ -83,14 +83,15 @@ def gpu_times(measured: dict[str, Any]) -> str:
     for row in measured["rows"]:
         if row["what"] == "postprocess" and (row["batch"], row["dtype"]) == (1, "float32"):
             found = heads.setdefault((row["model"], row["anchors"], row["classes"]), {})
-            found[row["implementation"].partition(",")[0], row["score_threshold"]] = row
+            name = row["implementation"]
+            found["PyTorch" if name.startswith("PyTorch") else name, row["score_threshold"]] = row
     lines = []
     for (model, anchors, _), found in heads.items():
         own = [found["odtrt", threshold] for threshold in thresholds]
         peers = [found.get(("PyTorch", threshold)) for threshold in thresholds[1:]]
         lines.append(
             [
-                model,
+                model_name(model),
                 f"{anchors:,}",
                 *(f"{row['warm_graph_p50_us']:.1f} / {row['graph_p50_us']:.1f}" for row in own),
                 f"{own[0]['floor_us']:.1f}",
@@ -493,7 +494,7 @@ def boxes_2000(results: Path) -> str:
         return not_measured(results / "nms_peers.h200.json")
     table = grid(["program", "on", "boxes kept", "median, µs"], lines)
     files = "`results/nms.h200.json`, `results/nms_peers.h200.json` and `results/nms.cpu.json`"
-    return f"{table}\n\n*Boxes of one class, IoU 0.5; the three files drew different boxes. {files}.*\n"
+    return f"{table}\n\n*Boxes of one class, IoU 0.5; not every file has the same boxes. {files}.*\n"
 
 
 # ---- The pipeline, whole detectors ----
