@@ -127,7 +127,7 @@ def checks(measured: dict[str, Any]) -> str:
     return f"{table}\n\n*{source_of(measured)}*\n"
 
 
-# ---- Plans: a row a model, the arithmetics beside one another ----
+# ---- Plans: a row a model, one arithmetic beside the other ----
 
 
 def models_of(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
