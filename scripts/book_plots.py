@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from book_grid import model_name
 
 Row = dict[str, Any]
 
@@ -26,7 +29,12 @@ def nms_gpu(results: Path) -> str:
     if not path.is_file():
         return f"<p><em>Not measured yet: <code>results/{path.name}</code> does not exist.</em></p>\n"
     measured = json.loads(path.read_text(encoding="utf-8"))
-    rows = [row for row in measured["rows"] if all(row.get(key) == value for key, value in PLAIN.items())]
+    rows = [
+        row
+        for row in measured["rows"]
+        if all(row.get(key) == value for key, value in PLAIN.items())
+        and (row["implementation"] == "odtrt" or row["implementation"].startswith("PyTorch"))
+    ]
     if not rows:
         raise ValueError(f"{path}: no row with {PLAIN}")
     sizes = sorted({row["anchors"] for row in rows})
@@ -37,7 +45,7 @@ def nms_gpu(results: Path) -> str:
     text = (
         f"Microseconds for one image of 90 classes on {measured['device'].get('gpu', 'a GPU')}, "
         f"for {', '.join(f'{size:,}' for size in sizes)} anchors: the time to read the logits, odtrt's "
-        "kernels at three score thresholds, and PyTorch. The table below has the figures."
+        "kernels at three score thresholds, and PyTorch. The evidence page has the figures."
     )
     parts = [
         *figure("nms-gpu", height, "Post-processing of one image on the GPU", text),
@@ -160,7 +168,7 @@ def engine_gpu(results: Path) -> str:
     load = Scale(loads, middle + gap // 2, WIDTH - RIGHT)
     bottom = top + block * len(models) - 24
     text = (
-        f"{', '.join(models)} on {measured['device'].get('gpu', 'a GPU')}, each in "
+        f"{', '.join(map(model_name, models))} on {measured['device'].get('gpu', 'a GPU')}, each in "
         f"{', '.join(ARITHMETIC)} as far as measured: milliseconds of the network for one image, and seconds "
         "to load the plan the first time and again. The tables have the figures."
     )
@@ -176,7 +184,7 @@ def engine_gpu(results: Path) -> str:
     ]
     for number, model in enumerate(models):
         y = top + block * number
-        parts.append(f'<text class="ink halo" x="24" y="{y - 14}">{escape(model)}</text>')
+        parts.append(f'<text class="ink halo" x="24" y="{y - 14}">{escape(model_name(model))}</text>')
         for place, (name, mark) in enumerate(ARITHMETIC.items()):
             found = rows.get((model, name))
             parts += plan_line(found, name, mark, y + step * place, latency, load)
@@ -193,7 +201,7 @@ def plan_line(row: Row | None, name: str, mark: str, y: float, latency: Scale, l
         latency.at(milliseconds),
         *(load.at(row[f"load_{name}_seconds"]) for name in ("warm", "cold")),
     )
-    what = f"{escape(row['model'])}, {name}"
+    what = f"{escape(model_name(row['model']))}, {name}"
     return [
         *parts,
         f'<circle class="dot {mark}" cx="{x}" cy="{y}" r="6">'
@@ -256,39 +264,37 @@ QUESTIONS = (
 
 def passport_tree(verdicts: dict[str, str]) -> str:
     """The decisions about a plan from top to bottom. verdicts: rule -> ``refuse``, ``rebuild`` or ``ok``."""
-    step, box_width, box_height, top = 74, 470, 50, 16
-    height = top + step * len(QUESTIONS) + 48
-    parts = [
-        *figure(
-            "passport-tree",
-            height,
-            "What is asked about a plan before it is loaded",
-            " ".join(f"{question} If not: {answer(rules, verdicts)}." for (question, _), rules in QUESTIONS)
-            + " Otherwise: ok, load it.",
-        )
-    ]
-    left, middle = 20, 20 + box_width / 2
-    for number, ((question, detail), rules) in enumerate(QUESTIONS):
-        y = top + step * number
-        word = answer(rules, verdicts)
-        out = left + box_width
+    width, left, box_width, line_height, gap = 460, 4, 318, 18, 24
+    middle, out = left + box_width / 2, left + box_width
+    parts, y = [], 8
+    for (question, detail), rules in QUESTIONS:
+        asked, details = textwrap.wrap(question, 42), textwrap.wrap(detail, 44)
+        height = 14 + line_height * len(asked + details)
+        word, centre = answer(rules, verdicts), y + height / 2
+        parts.append(f'<rect class="frame" x="{left}" y="{y}" width="{box_width}" height="{height}" rx="6"/>')
+        for number, text in enumerate(asked + details):
+            kind = "ink" if number < len(asked) else "soft"
+            parts.append(
+                f'<text class="{kind}" x="{middle}" y="{y + 20 + line_height * number}" '
+                f'text-anchor="middle">{escape(text)}</text>'
+            )
         parts += [
-            f'<rect class="frame" x="{left}" y="{y}" width="{box_width}" height="{box_height}" rx="6"/>',
-            f'<text class="ink" x="{middle}" y="{y + 21}" text-anchor="middle">{escape(question)}</text>',
-            f'<text class="soft" x="{middle}" y="{y + 39}" text-anchor="middle">{escape(detail)}</text>',
-            f'<path class="arrow" d="M{out} {y + 25} h58 m-7 -5 l7 5 l-7 5"/>',
-            f'<text class="soft" x="{out + 24}" y="{y + 18}" text-anchor="middle">no</text>',
-            f'<rect class="{word}" x="{out + 62}" y="{y + 5}" width="120" height="40" rx="20"/>',
-            f'<text class="verdict" x="{out + 122}" y="{y + 30}" text-anchor="middle">{word}</text>',
-            f'<path class="arrow" d="M{middle} {y + box_height} v{step - box_height} m-5 -7 l5 7 l5 -7"/>',
-            f'<text class="soft" x="{middle + 10}" y="{y + box_height + 16}">yes</text>',
+            f'<path class="arrow" d="M{out} {centre} h30 m-7 -5 l7 5 l-7 5"/>',
+            f'<text class="soft" x="{out + 13}" y="{centre - 7}" text-anchor="middle">no</text>',
+            f'<rect class="{word}" x="{out + 34}" y="{centre - 17}" width="98" height="34" rx="17"/>',
+            f'<text class="verdict" x="{out + 83}" y="{centre + 5}" text-anchor="middle">{word}</text>',
+            f'<path class="arrow" d="M{middle} {y + height} v{gap} m-5 -7 l5 7 l5 -7"/>',
+            f'<text class="soft" x="{middle + 10}" y="{y + height + 15}">yes</text>',
         ]
-    y = top + step * len(QUESTIONS)
+        y += height + gap
     parts += [
-        f'<rect class="ok" x="{middle - 60}" y="{y}" width="120" height="36" rx="18"/>',
-        f'<text class="verdict" x="{middle}" y="{y + 23}" text-anchor="middle">ok</text>',
+        f'<rect class="ok" x="{middle - 49}" y="{y}" width="98" height="34" rx="17"/>',
+        f'<text class="verdict" x="{middle}" y="{y + 22}" text-anchor="middle">ok</text>',
     ]
-    return "\n".join([*parts, "</svg></div>"]) + "\n"
+    words = " ".join(f"{question} If not: {answer(rules, verdicts)}." for (question, _), rules in QUESTIONS)
+    title = "What is asked about a plan before it is loaded"
+    head = figure("passport-tree", y + 42, title, f"{words} Otherwise: ok, load it.", width, " narrow")
+    return "\n".join([*head, *parts, "</svg></div>"]) + "\n"
 
 
 def answer(rules: Sequence[str], verdicts: dict[str, str]) -> str:
@@ -297,11 +303,11 @@ def answer(rules: Sequence[str], verdicts: dict[str, str]) -> str:
     return word
 
 
-def figure(name: str, height: int, title: str, text: str) -> list[str]:
+def figure(name: str, height: int, title: str, text: str, width: int = WIDTH, kind: str = "") -> list[str]:
     """The opening of an SVG that screen readers can name and describe."""
     return [
         '<div class="odtrt-plot-frame"><svg xmlns="http://www.w3.org/2000/svg" '
-        f'viewBox="0 0 {WIDTH} {height}" class="odtrt-plot" role="img" '
+        f'viewBox="0 0 {width} {height}" class="odtrt-plot{kind}" role="img" '
         f'aria-labelledby="{name}-title {name}-text">',
         f'<title id="{name}-title">{escape(title)}</title>',
         f'<desc id="{name}-text">{escape(text)}</desc>',

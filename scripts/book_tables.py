@@ -11,54 +11,27 @@ that was written by hand and is not checked here. A table whose measurement is a
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import statistics
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import book_gpu_tables as gpu
 import book_plots
 import nbformat
+from book_grid import Column, Row, cell, grid, model_name, not_measured, part_of
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from odtrt_lib import boards, portability  # noqa: E402
 
-Row = dict[str, Any]
-
 README_MARKS = ("<!-- scripts/book_tables.py writes from here -->", "<!-- to here -->")
-NO_BREAK_HYPHEN = "\u2011"
-# Kernels' names today, for measurements that were made under older names.
-RENAMED_KERNELS = {
-    "postprocess.cu": {
-        "find": "select_candidates",
-        "settle": "suppress_in_cluster",
-        "grade": "anchor_best_score",
-        "gather": "compact_above",
-        "mark": "build_iou_mask",
-        "keep": "suppress",
-    },
-    "nms.cu": {"mark": "build_segment_mask", "mark_dead": "suppress_by_earlier", "keep": "suppress_segment"},
-}
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column: its heading, the row's key, and how a figure is written (a format such as ``.3f``).
-
-    is_optional: rows that lack the key show a dash; where all lack it, there is no such column. until: text
-    ends before these characters.
-    """
-
-    heading: str
-    key: str
-    form: str = ""
-    divisor: float = 1
-    is_optional: bool = False
-    until: str = ""
+RTX, TRT = "TensorRT-RTX", "TensorRT"
 
 
 @dataclass(frozen=True)
@@ -105,13 +78,10 @@ TABLES = {
             Column("model", "model"),
             Column("weights", "weights"),
             Column("anchors", "anchors", ","),
-            Column("export, s", "export_seconds", ".0f"),
-            Column("convert, s", "convert_seconds", ".0f"),
-            Column("peak memory, MiB", "peak_rss_mb", ",.0f"),
-            Column("ONNX nodes", "onnx_nodes", ","),
-            Column("Resize nodes", "resizes"),
-            Column("largest box difference, std", "onnx_boxes_max_err_in_std", ".1e"),
-            Column("largest class difference, std", "onnx_logits_max_err_in_std", ".1e"),
+            Column("export / convert, s", "export_seconds", ".0f", beside="convert_seconds"),
+            Column("peak, MiB", "peak_rss_mb", ",.0f"),
+            Column("boxes, std", "onnx_boxes_max_err_in_std", ".1e"),
+            Column("classes, std", "onnx_logits_max_err_in_std", ".1e"),
         ),
     ),
     "noise": Table(
@@ -120,8 +90,8 @@ TABLES = {
             Column("model", "model"),
             Column("gate", "gate"),
             Column("defect", "defect"),
-            Column("times the noise, at most 5", "times_noise", ",.1f", is_optional=True),
-            Column("smallest change of a kernel that is seen", "sees_kernel_change", ".0e", is_optional=True),
+            Column("times the noise", "times_noise", ",.1f", is_optional=True),
+            Column("smallest change seen", "sees_kernel_change", ".0e", is_optional=True),
             Column("verdict", "verdict"),
         ),
     ),
@@ -131,27 +101,23 @@ TABLES = {
             Column("model", "model"),
             Column("detections of", "reference"),
             Column("looked for in those of", "compared"),
-            Column("images", "images"),
-            Column("how many", "references", ","),
-            Column("found again", "matched", ","),
-            Column("found again, IoU above 0.5", "matched_at_iou_half", ","),
-            Column("extra", "extra"),
-            Column("at the threshold or the list's end", "at_threshold_or_end_of_list", ","),
-            Column("largest score difference", "max_score_difference", ".0e"),
+            Column("found again", "matched", ",", beside="references"),
+            Column("IoU above 0.5", "matched_at_iou_half", ","),
+            Column("extra / cut off", "extra", ",", beside="at_threshold_or_end_of_list"),
+            Column("scores differ by", "max_score_difference", ".0e"),
         ),
     ),
     "preprocess": Table(
         "preprocess.cpu.json",
         (
             Column("image", "source"),
-            Column("network input", "input"),
-            Column("resizer", "resizer"),
+            Column("input", "input"),
             Column("normalisation", "normalisation"),
-            Column("odtrt, compiled, ms", "native_p50_us", ".2f", 1000),
-            Column("odtrt, NumPy and OpenCV, ms", "preprocess_p50_us", ".2f", 1000),
-            Column("OpenCV and NumPy, ms", "cv2_p50_us", ".2f", 1000),
-            Column("largest error, of the value range", "max_abs_err_vs_tf", ".0e"),
-            Column("OpenCV's, on noise", "cv2_max_abs_err_vs_tf", ".2f"),
+            Column("compiled", "native_p50_us", ".2f", 1000),
+            Column("NumPy", "preprocess_p50_us", ".2f", 1000),
+            Column("OpenCV", "cv2_p50_us", ".2f", 1000),
+            Column("error", "max_abs_err_vs_tf", ".0e"),
+            Column("OpenCV's", "cv2_max_abs_err_vs_tf", ".2f"),
         ),
     ),
     "resize_rule": Table(
@@ -210,12 +176,20 @@ _DEVICE_TIMES = (
     Column("from a stream, µs", "p50_us", ".1f"),
     Column("99th percentile, µs", "p99_us", ".1f"),
 )
-_MODEL_AND_ARITHMETIC = (Column("model", "model"), Column("multiplies in", "arithmetic"))
-_PLAN = (
-    Column("form", "form", is_optional=True),
-    Column("precision", "precision", is_optional=True),
-    Column("multiplies in", "arithmetic", is_optional=True),
+
+_NCU = (
+    Column("anchors", "anchors", ","),
+    Column("above", "score_threshold", "g"),
+    Column("objects", "objects"),
+    Column("µs", "us", ".1f"),
+    Column("DRAM, %", "dram_percent", ".1f"),
+    Column("issue, %", "issue_percent", ".0f"),
+    Column("cycles", "cycles_per_instruction", ".1f"),
+    Column("sync", "stall_barrier", ".1f"),
+    Column("load", "stall_long_scoreboard", ".1f"),
+    Column("result", "stall_wait", ".1f"),
 )
+
 
 TABLES |= {
     "nms_rule": Table(
@@ -228,8 +202,7 @@ TABLES |= {
             Column("kept, greedy", "kept", ","),
             Column("lost", "lost", ","),
             Column("lost, %", "lost_percent", ".1f"),
-            Column("images", "images"),
-            Column("changed", "images_changed"),
+            Column("images changed", "images_changed", beside="images"),
         ),
         only={"score_threshold": (0.3, 0.05)},
     ),
@@ -241,23 +214,11 @@ TABLES |= {
             Column("IoU", "iou_threshold"),
             Column("score above", "score_threshold", "g"),
             Column("objects", "objects", ","),
-            Column("found, greedy", "found_greedy", ","),
-            Column("found, other", "found_rule", ","),
-            Column("mAP, greedy", "map_greedy", ".4f"),
-            Column("mAP, other", "map_rule", ".4f"),
-            Column("AR, greedy", "ar100_greedy", ".4f"),
-            Column("AR, other", "ar100_rule", ".4f"),
+            Column("found", "found_greedy", ",", beside="found_rule"),
+            Column("mAP", "map_greedy", ".3f", beside="map_rule"),
+            Column("AR", "ar100_greedy", ".3f", beside="ar100_rule"),
         ),
         only={"score_threshold": (0.3, 1e-8)},
-    ),
-    "nms_cpu_boxes": Table(
-        "nms.cpu.json",
-        (
-            Column("implementation", "implementation"),
-            Column("median, ms", "p50_us", ".2f", 1000),
-            Column("99th percentile, ms", "p99_us", ".2f", 1000),
-        ),
-        only={"work": ("nms",)},
     ),
     "nms_cpu": Table(
         "nms.cpu.json",
@@ -298,22 +259,11 @@ TABLES |= {
             "score_threshold": (0.05,),
         },
     ),
-    "nms_ncu": Table(
-        "nms_ncu.h200.json",
-        (
-            Column("kernel", "kernel"),
-            Column("anchors", "anchors", ","),
-            Column("above", "score_threshold", "g"),
-            Column("objects", "objects"),
-            Column("µs", "us", ".1f"),
-            Column("DRAM, %", "dram_percent", ".1f"),
-            Column("issue, %", "issue_percent", ".0f"),
-            Column("cycles", "cycles_per_instruction", ".1f"),
-            Column("sync", "stall_barrier", ".1f"),
-            Column("load", "stall_long_scoreboard", ".1f"),
-            Column("result", "stall_wait", ".1f"),
-        ),
-        names_packages=False,
+    "nms_ncu_select": Table(
+        "nms_ncu.h200.json", _NCU, only={"kernel": ("select_candidates", "find")}, names_packages=False
+    ),
+    "nms_ncu_suppress": Table(
+        "nms_ncu.h200.json", _NCU, only={"kernel": ("suppress_in_cluster", "settle")}, names_packages=False
     ),
     "preprocess_gpu": Table(
         "nms.h200.json",
@@ -357,44 +307,22 @@ TABLES |= {
             Column("network", "network"),
             Column("precision", "precision"),
             Column("batch", "batch"),
-            Column("TensorRT-RTX", "version"),
             Column("plan built", "builds"),
             Column("plugin in it", "plugin_in_plan"),
-            Column("plan, bytes", "plan_bytes", ","),
         ),
         only={"check": ("build",), "built_with": ("10.0",)},
         made="Built",
-    ),
-    "nms_kernels": Table(
-        "nms_resources.json",
-        (
-            Column("source", "source"),
-            Column("kernel", "kernel"),
-            Column("for", "variant"),
-            Column("compiled for", "architecture"),
-            Column("registers", "registers"),
-            Column("static shared memory, bytes", "shared_bytes", ","),
-            Column("stack, bytes", "stack_bytes"),
-            Column("spilled, bytes", "spill_store_bytes"),
-            Column("compiler", "compiler"),
-        ),
-        only={"what": ("kernel",)},
-        made="Compiled",
-        names_packages=False,
     ),
     "engine_cpu": Table(
         "engine.cpu.json",
         (
             Column("model", "model"),
-            Column("weights", "weights"),
-            Column("precision", "precision"),
+            Column("in", "precision"),
             Column("build, s", "seconds", ".1f"),
-            Column("peak memory of the build, MiB", "peak_rss_mb", ",.0f"),
-            Column("of making half precision, MiB", "conversion_peak_rss_mb", ",.0f", is_optional=True),
-            Column("ONNX, MB", "onnx_mb", ".1f"),
-            Column("plan, MB", "plan_mb", ".1f"),
-            Column("layers", "layers"),
-            Column("of them FP16", "layers_fp16"),
+            Column("peak, MiB", "peak_rss_mb", ",.0f"),
+            Column("making FP16, MiB", "conversion_peak_rss_mb", ",.0f", is_optional=True),
+            Column("ONNX / plan, MB", "onnx_mb", ".1f", beside="plan_mb"),
+            Column("layers in FP16 / all", "layers_fp16", beside="layers"),
         ),
         only={"kind": ("build",)},
         made="Built",
@@ -417,126 +345,20 @@ TABLES |= {
             Column("limit, MiB", "limit_mb", ","),
             Column("step", "step"),
             Column("outcome", "outcome"),
-            Column("noticed by", "how"),
-            Column("peak memory, MiB", "peak_rss_mb", ",.0f"),
+            Column("peak, MiB", "peak_rss_mb", ",.0f"),
         ),
         only={"kind": ("fallback",)},
         made="Built",
-    ),
-    "engine_gpu_latency": Table(
-        "engine.h200.json",
-        (
-            *_MODEL_AND_ARITHMETIC,
-            Column("median, ms", "p50_us", ".2f", 1000, is_optional=True),
-            Column("95th percentile, ms", "p95_us", ".2f", 1000, is_optional=True),
-            Column("99th percentile, ms", "p99_us", ".2f", 1000, is_optional=True),
-        ),
-        names_packages=False,
-        library="TensorRT-RTX",
-    ),
-    "engine_gpu": Table(
-        "engine.h200.json",
-        (
-            Column("model", "model"),
-            Column("in", "arithmetic"),
-            Column("weights", "weights", is_optional=True),
-            Column("boxes", "boxes_relative_err", ".1e", is_optional=True),
-            Column("classes", "logits_relative_err", ".1e", is_optional=True),
-            Column("CPU, FP16: boxes", "half_boxes_relative_err", ".1e", is_optional=True),
-            Column("classes", "half_logits_relative_err", ".1e", is_optional=True),
-            Column("passes", "passed"),
-        ),
-        names_packages=False,
-        library="TensorRT-RTX",
-    ),
-    "engine_gpu_memory": Table(
-        "engine.h200.json",
-        (
-            *_MODEL_AND_ARITHMETIC,
-            Column("host memory of the build", "peak_rss_mb", ",.0f", is_optional=True),
-            Column("GPU memory of the build", "peak_gpu_mb", ",.0f", is_optional=True),
-            Column("host memory of loading", "load_peak_rss_mb", ",.0f", is_optional=True),
-            Column("GPU memory of the loaded plan", "device_memory_mb", ",.0f", is_optional=True),
-            Column("not given back by closing it", "device_memory_left_mb", ",.0f", is_optional=True),
-        ),
-        names_packages=False,
-        library="TensorRT-RTX",
-    ),
-    "engine_gpu_times": Table(
-        "engine.h200.json",
-        (
-            *_MODEL_AND_ARITHMETIC,
-            Column("build, s", "build_cold_seconds", ".1f", is_optional=True),
-            Column("built again, s", "build_warm_seconds", ".1f", is_optional=True),
-            Column("first load, s", "load_cold_seconds", ".1f", is_optional=True),
-            Column("loaded again, s", "load_warm_seconds", ".1f", is_optional=True),
-            Column("kept kernels, MB", "kernels_mb", ".1f", is_optional=True),
-        ),
-        names_packages=False,
-        library="TensorRT-RTX",
-    ),
-    "engine_gpu_detections": Table(
-        "engine.h200.json",
-        (
-            *_MODEL_AND_ARITHMETIC,
-            Column("weights", "weights", is_optional=True),
-            Column("post-processing", "postprocessing", is_optional=True, until=","),
-            Column("same bits as the CPU's", "postprocessing_is_exact", is_optional=True),
-            Column("ONNX Runtime's detections", "detections", ",", is_optional=True),
-            Column("found again", "matched", ",", is_optional=True),
-            Column("cut off", "at_threshold", ",", is_optional=True),
-            Column("missing", "missing", is_optional=True),
-            Column("extra", "extra", is_optional=True),
-            Column("largest score difference", "max_score_difference", ".0e", is_optional=True),
-        ),
-        names_packages=False,
-        library="TensorRT-RTX",
-    ),
-    "backends_gpu": Table(
-        "backends.h200.json",
-        (
-            Column("model", "model"),
-            Column("batch", "batch", is_optional=True),
-            Column("backend", "description", is_optional=True, until=", plan"),
-            *_PLAN,
-            Column("median, ms", "detect_p50_us", ".2f", 1000, is_optional=True),
-            Column("99th percentile, ms", "detect_p99_us", ".2f", 1000, is_optional=True),
-            Column("of eight together, ms", "detect8_p50_us", ".2f", 1000, is_optional=True),
-            Column("network alone, ms", "network_p50_us", ".2f", 1000, is_optional=True),
-        ),
-        names_packages=False,
     ),
     "backends_gpu_start": Table(
         "backends.h200.json",
         (
             Column("model", "model"),
-            *_PLAN,
-            Column("plan, MB", "plan_mb", ".1f", is_optional=True),
+            Column("in", "arithmetic"),
             Column("opened first, s", "first_start_open_seconds", ".2f", is_optional=True),
             Column("opened again, s", "second_start_open_seconds", ".2f", is_optional=True),
-            Column("first detections then, ms", "second_start_first_detect_seconds", ".1f", 1e-3, True),
+            Column("first detections, ms", "second_start_first_detect_seconds", ".1f", 1e-3, True),
             Column("GPU memory, MiB", "device_memory_mb", ",.0f", is_optional=True),
-        ),
-        only={"backend": ("tensorrt", "tensorrt_rtx")},
-        names_packages=False,
-    ),
-    "backends_gpu_agreement": Table(
-        "backends.h200.json",
-        (
-            Column("model", "model"),
-            *_PLAN,
-            Column("images", "images", is_optional=True),
-            Column("boxes", "references", ",", is_optional=True),
-            Column("found again", "matched", ",", is_optional=True),
-            Column("missing", "missing", is_optional=True),
-            Column("extra", "extra", is_optional=True),
-            Column("score 0.3 and more", "sure_references", ",", is_optional=True),
-            Column("of these missing", "sure_missing", is_optional=True),
-            Column("extra of that score", "sure_extra", is_optional=True),
-            Column("scores differ by", "max_score_difference", ".3f", is_optional=True),
-            Column("limit", "score_tolerance", "g", is_optional=True),
-            Column("IoU", "min_iou", ".2f", is_optional=True),
-            Column("limit", "iou", "g", is_optional=True),
         ),
         only={"backend": ("tensorrt", "tensorrt_rtx")},
         names_packages=False,
@@ -547,9 +369,9 @@ TABLES |= {
             Column("fault", "kind"),
             Column("trials", "trials", ","),
             Column("crashes", "crashes"),
-            Column("wrong plans let through", "wrong_loads"),
-            Column("valid plans lost", "lost_valid_plans"),
-            Column("half-written files", "half_written"),
+            Column("wrong plans", "wrong_loads"),
+            Column("plans lost", "lost_valid_plans"),
+            Column("half-written", "half_written"),
             Column("records lost", "lost_records"),
         ),
         made="Run",
@@ -572,14 +394,67 @@ TABLES |= {
 }
 
 
-GOALS = (
-    ("EfficientDet-D0, 49,104 anchors", 49104, 0.05, 20),
-    ("EfficientDet-D0, 49,104 anchors", 49104, 1e-8, 30),
-    ("1024 pixels, 196,416 anchors", 196416, 0.3, 45),
-    ("1024 pixels, 196,416 anchors", 196416, 0.05, 45),
-    ("1024 pixels, 196,416 anchors", 196416, 1e-8, 45),
+# Name -> the results file, the library whose version its rows have, and what makes the table of them.
+GPU_TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "nms_gpu": ("nms.h200.json", "", gpu.gpu_times),
+    "nms_goals": ("nms.h200.json", "", gpu.goals),
+    "nms_checks": ("nms_checks.h200.json", "", gpu.checks),
+    "nms_peers": ("nms_peers.h200.json", TRT, gpu.peers_drawn),
+    "nms_peers_recorded": ("nms_peers.h200.json", TRT, gpu.peers_recorded),
+    "nms_peers_five": ("nms_peers.h200.json", TRT, gpu.peers_five),
+    "nms_peers_summary": ("nms_peers.h200.json", TRT, gpu.peers_summary),
+    "pipeline": ("pipeline.h200.json", TRT, gpu.pipelines),
+    "engine_gpu": ("engine.h200.json", RTX, gpu.plan_agreement),
+    "engine_gpu_half": ("engine.h200.json", RTX, gpu.cpu_half),
+    "engine_gpu_latency": ("engine.h200.json", RTX, gpu.rtx_latency),
+    "engine_gpu_memory": ("engine.h200.json", RTX, gpu.rtx_memory),
+    "engine_gpu_times": ("engine.h200.json", RTX, gpu.rtx_times),
+    "tensorrt85_summary": ("tensorrt85.h200.json", TRT, gpu.trt_summary),
+    "tensorrt85_speed": ("tensorrt85.h200.json", TRT, gpu.trt_speed),
+    "tensorrt85_cache": ("tensorrt85.h200.json", TRT, gpu.trt_cache),
+    "tensorrt85_plugin_memory": ("tensorrt85.h200.json", TRT, gpu.trt_plugin_memory),
+    "tensorrt85": ("tensorrt85.h200.json", TRT, gpu.plan_agreement),
+    "tensorrt85_builds": ("tensorrt85.h200.json", TRT, gpu.trt_builds),
+    "tensorrt85_latency": ("tensorrt85.h200.json", TRT, gpu.trt_latency),
+    "tensorrt85_half": ("tensorrt85.h200.json", TRT, gpu.trt_half),
+    "tensorrt85_memory": ("tensorrt85.h200.json", TRT, gpu.trt_memory),
+    "backends_gpu": ("backends.h200.json", RTX, gpu.backends),
+    "backends_gpu_agreement": ("backends.h200.json", RTX, gpu.backends_agreement),
+    "version_summary": ("version_matrix.h200.json", TRT, gpu.version_summary),
+    "version_matrix": ("version_matrix.h200.json", TRT, gpu.version_matrix),
+    "version_messages": ("version_matrix.h200.json", TRT, gpu.version_messages),
+    "version_damage": ("version_matrix.h200.json", TRT, gpu.version_damage),
+    "version_caches": ("version_matrix.h200.json", TRT, gpu.version_caches),
+    "fallback_summary": ("fallback.h200.json", TRT, gpu.fallback_summary),
+    "fallback_settings": ("fallback.h200.json", TRT, gpu.fallback_settings),
+    "fallback_limits": ("fallback.h200.json", TRT, gpu.fallback_limits),
+}
+KERNEL_RESULTS = "nms_resources.json"
+KERNELS = (
+    Column("source", "source"),
+    Column("kernel", "kernel"),
+    Column("for", "variant"),
+    Column("compiled for", "architecture"),
+    Column("registers", "registers"),
+    Column("static shared memory, bytes", "shared_bytes", ","),
+    Column("stack, bytes", "stack_bytes"),
+    Column("spilled, bytes", "spill_store_bytes"),
+    Column("compiler", "compiler"),
 )
-GOAL_OF_2000_BOXES = 15
+
+
+def kernels(results: Path) -> str:
+    """What the compiler said about each kernel, as CSV: a page links to it."""
+    path = results / KERNEL_RESULTS
+    if not path.is_file():
+        return not_measured(path)
+    file = io.StringIO()
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow([column.heading for column in KERNELS])
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        if row["what"] == "kernel":
+            lines.writerow([cell(row, column) for column in KERNELS])
+    return file.getvalue()
 
 
 def generated(root: Path) -> dict[str, str]:
@@ -591,9 +466,12 @@ def generated(root: Path) -> dict[str, str]:
     parts["tensorrt_names.md"] = part_of(root / "results" / "tensorrt_names.json", tensorrt_names)
     parts["portability_policy.md"] = policy()
     parts["faults_total.md"] = part_of(root / "results" / "faults.json", faults)
-    parts["nms_gpu.md"] = part_of(root / "results" / "nms.h200.json", gpu_times)
-    parts["nms_goals.md"] = part_of(root / "results" / "nms.h200.json", goals)
-    parts["nms_checks.md"] = part_of(root / "results" / "nms_checks.h200.json", checks)
+    parts |= {
+        f"{name}.md": part_of(root / "results" / results, part, library)
+        for name, (results, library, part) in GPU_TABLES.items()
+    }
+    parts["nms_boxes.md"] = gpu.boxes_2000(root / "results")
+    parts["nms_kernels.csv"] = kernels(root / "results")
     parts["engine_gpu_gaps.md"] = engine_gaps(root / "results")
     parts["engine_gpu.svg"] = book_plots.engine_gpu(root / "results")
     parts["engine_memory.svg"] = book_plots.engine_memory(root / "results")
@@ -680,142 +558,28 @@ def markdown(table: Table, results: Path) -> str:
     return f"{grid(headings, cells)}\n\n{source}\n"
 
 
-def goals(measured: dict[str, Any]) -> str:
-    """What the kernels were meant to take on this GPU, and take: one image, FP32, in a CUDA graph."""
-    rows = [row for row in measured["rows"] if row.get("implementation") == "odtrt"]
-    singles = [row for row in rows if row.get("batch") == 1 and row.get("dtype") == "float32"]
-
-    def within(limit: float, *times: float) -> str:
-        return " / ".join(f"**{time:.1f}**" if time <= limit else f"{time:.1f}" for time in times)
-
-    lines = []
-    for name, anchors, threshold, goal in GOALS:
-        wanted = {"anchors": anchors, "score_threshold": threshold}
-        cases = {row["model"]: row for row in singles if wanted.items() <= row.items()}
-        times = [
-            within(goal, cases[model]["warm_graph_p50_us"], cases[model]["graph_p50_us"])
-            if model in cases
-            else "–"
-            for model in ("8 objects", "30 objects", "zoo_efficientdet_d0")
-        ]
-        floor = cases["8 objects"]["floor_us"]
-        lines.append([name, f"{threshold:g}", str(goal), *times, f"{floor:.1f}", f"{3 * floor + 10:.1f}"])
-    (boxes,) = (row["graph_p50_us"] for row in rows if row.get("boxes") == 2000)
-    goal = GOAL_OF_2000_BOXES
-    lines.append(["suppression of 2,000 boxes", "–", str(goal), within(goal, boxes), *4 * "–"])
-    headings = ["work", "score above", "goal, µs", "8 objects, µs", "a crowd of 30, µs", "recorded, µs"]
-    all_rows = [row for row in singles if row["what"] == "postprocess"]
-    met = [
-        sum(row[key] <= 3 * row["floor_us"] + 10 for row in all_rows)
-        for key in ("warm_graph_p50_us", "graph_p50_us")
-    ]
-    source = (
-        f"*Logits in the cache / from memory; bold is within the goal. Of all {len(all_rows)} heads timed in "
-        f"single precision, one image, {met[0]} / {met[1]} take no more than three floors and 10 µs. "
-        f"{source_of(measured)}*"
-    )
-    return f"{grid([*headings, 'floor, µs', '3 floors and 10 µs'], lines)}\n\n{source}\n"
-
-
-def gpu_times(measured: dict[str, Any]) -> str:
-    """What a call takes by heads and threshold, one image, FP32, in a CUDA graph, and PyTorch beside it."""
-    thresholds = (0.3, 0.05, 1e-8)
-    heads: dict[tuple[str, int, int], dict[tuple[str, float], Row]] = {}
-    for row in measured["rows"]:
-        if row["what"] == "postprocess" and (row["batch"], row["dtype"]) == (1, "float32"):
-            found = heads.setdefault((row["model"], row["anchors"], row["classes"]), {})
-            found[row["implementation"].partition(",")[0], row["score_threshold"]] = row
-    lines = []
-    for (model, anchors, _), found in heads.items():
-        own = [found["odtrt", threshold] for threshold in thresholds]
-        peers = [found.get(("PyTorch", threshold)) for threshold in thresholds[1:]]
-        lines.append(
-            [
-                model,
-                f"{anchors:,}",
-                *(f"{row['warm_graph_p50_us']:.1f} / {row['graph_p50_us']:.1f}" for row in own),
-                f"{own[0]['floor_us']:.1f}",
-                " / ".join(f"{peer['p50_us']:,.0f}" for peer in peers if peer) or "–",
-            ]
-        )
-    headings = ["heads", "anchors", *(f"above {threshold:g}" for threshold in thresholds)]
-    usual = statistics.mode(classes for _, _, classes in heads)
-    others = "".join(f", {model} {classes}" for model, _, classes in heads if classes != usual)
-    source = (
-        "*Microseconds, medians in a CUDA graph, logits in the cache / from memory. PyTorch: a call with "
-        "torchvision as a program sees it, above 0.05 / above 1e-08, of the best 4,096 pairs. "
-        f"{usual} classes{others}. PyTorch {measured['versions']['torch']}. {source_of(measured)}*"
-    )
-    return f"{grid([*headings, 'floor', 'PyTorch'], lines)}\n\n{source}\n"
-
-
-def checks(measured: dict[str, Any]) -> str:
-    """What was checked on the GPU, the cases of each check together."""
-    groups: dict[str, list[Row]] = {}
-    for row in measured["rows"]:
-        groups.setdefault(row["check"], []).append(row)
-    lines = [
-        [
-            name,
-            str(len(rows)),
-            str(sum(row["agrees"] is True and row.get("problems", 0) == 0 for row in rows)),
-            str(sum(row["problems"] or 0 for row in rows)) if "problems" in rows[0] else "–",
-        ]
-        for name, rows in groups.items()
-    ]
-    table = grid(["check", "cases", "that pass", "errors and hazards"], lines)
-    return f"{table}\n\n*{source_of(measured)}*\n"
-
-
-def source_of(measured: dict[str, Any]) -> str:
-    """Where and when the figures of a GPU were measured, and what wrote them down."""
-    device = measured["device"]
-    return (
-        f"Measured on {measured['date'][:10]} on one {device['gpu']}, driver {device['driver']}; "
-        f"`results/{measured['file']}`, written by `{measured['command']}`."
-    )
-
-
-def part_of(path: Path, part: Callable[[dict[str, Any]], str]) -> str:
-    """What ``part`` makes of a results file, whose name it finds under ``file``; or that there is none."""
-    if not path.is_file():
-        return not_measured(path)
-    return part({**json.loads(path.read_text(encoding="utf-8")), "file": path.name})
-
-
-def not_measured(path: Path) -> str:
-    return f"*Not measured yet: `results/{path.name}` does not exist.*\n"
-
-
 def jetpacks() -> str:
     """Which JetPack has which TensorRT, and whether that has what odtrt needs."""
     rows = []
     for one in boards.JETPACKS:
         line = boards.tensorrt_line(one.tensorrt)
+        stated = "" if one.is_vendor_stated else " ¹"
         rows.append(
             [
-                one.release,
-                ", ".join(one.l4t),
+                f"**{one.release}**: {', '.join(one.l4t)}",
                 one.boards,
-                one.tensorrt,
+                f"{one.tensorrt}{stated}",
                 one.cuda,
                 one.python,
-                "has it" if line.is_supported else "lacks it",
-                f"{'NVIDIA' if one.is_vendor_stated else 'third parties'}: {one.source}",
+                "yes" if line.is_supported else "no",
             ]
         )
-    headings = [
-        "JetPack",
-        "Jetson Linux",
-        "boards",
-        "TensorRT",
-        "CUDA",
-        "Python",
-        "what odtrt needs",
-        "TensorRT stated by",
-    ]
-    needs = "What odtrt needs is TensorRT 8.5 and Python 3.8"
-    source = f"*{needs}. `odtrt_lib/boards.py`; we have run none of it on a board.*"
+    headings = ["**JetPack**: Jetson Linux", "boards", "TensorRT", "CUDA", "Python", "enough for odtrt"]
+    needs = "odtrt needs TensorRT 8.5 and Python 3.8"
+    others = "; ".join(f"{one.release}: {one.source}" for one in boards.JETPACKS if not one.is_vendor_stated)
+    source = (
+        f"*{needs}. ¹ Not stated by NVIDIA ({others}). `odtrt_lib/boards.py`; none of it was run on a board.*"
+    )
     return f"{grid(headings, rows)}\n\n{source}\n"
 
 
@@ -833,14 +597,13 @@ def tensorrt_lines() -> str:
             line.int8,
             words(line.has_version_compatible),
             words(line.has_hardware_compatible),
-            words(line.has_progress),
         ]
         for line in boards.TENSORRT
         if line.is_supported
     ]
     headings = [
         *("TensorRT", "plugin interface", "half precision", "INT8"),
-        *("version-compatible plans", "hardware-compatible plans", "progress"),
+        *("version-compatible", "hardware-compatible"),
     ]
     source = "*`odtrt_lib/boards.py`; `tests/test_boards.py` compares it with NVIDIA's own Python bindings.*"
     return f"{grid(headings, rows)}\n\n{source}\n"
@@ -887,10 +650,10 @@ def engine_gaps(results: Path) -> str:
     for model in dict.fromkeys(row["model"] for row in built if row["kind"] == "build"):
         lacks = [name for name in book_plots.ARITHMETIC if (model, name) not in done]
         where = "" if len(lacks) == len(book_plots.ARITHMETIC) else f" in {' and '.join(lacks)}"
-        gaps += [f"{model}{where}"] if lacks else []
+        gaps += [f"{model_name(model)}{where}"] if lacks else []
     if not gaps:
-        return "*Every model of the table in decision 2 was measured.*\n"
-    return f"*Of the models in decision 2, not measured in this way: {', '.join(gaps)}.*\n"
+        return "*Every model that was built without a GPU was measured.*\n"
+    return f"*Of the models that were built without a GPU, not measured in this way: {', '.join(gaps)}.*\n"
 
 
 FAULTS = {
@@ -920,22 +683,6 @@ def faults(measured: dict[str, Any]) -> str:
     return f"{grid([*headings, 'half-written files', 'records lost'], lines)}\n"
 
 
-def cell(row: Row, column: Column) -> str:
-    """One figure as the table shows it. A key that the row lacks is an error, unless it is optional."""
-    if column.is_optional and row.get(column.key) is None:
-        return "–"
-    value = row[column.key]
-    if column.key == "kernel":
-        value = RENAMED_KERNELS.get(row.get("source", "postprocess.cu"), {}).get(value, value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if column.form:
-        text = format(value / column.divisor if column.divisor != 1 else value, column.form)
-        return text.replace("e-", f"e{NO_BREAK_HYPHEN}")
-    text = str(value).partition(column.until)[0] if column.until else str(value)
-    return text.replace("|", "\\|")
-
-
 def stamps(root: Path) -> str:
     """The table of the notebooks' recordings, and with what they were made, from the stamps in them."""
     rows = []
@@ -953,12 +700,6 @@ def stamps(root: Path) -> str:
         versions.setdefault(packages, []).append(path.stem[:2])
     made_with = [f"Recorded with {packages} ({', '.join(names)})." for packages, names in versions.items()]
     return "\n\n".join([grid(["notebook", "recorded", "seconds", "on"], rows), *made_with]) + "\n"
-
-
-def grid(headings: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(root: Path) -> None:

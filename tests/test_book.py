@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "_build" / "html"
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import book_grid  # noqa: E402
 import book_plots  # noqa: E402
 import book_tables  # noqa: E402
 
@@ -114,9 +115,46 @@ def test_a_message_that_the_library_does_not_have_is_caught():
     assert unknown_messages(page, library_text()) == ["the checkpoint is unhappy"]
 
 
-@pytest.mark.parametrize(
-    "name", ["ch01_export", "ch02_convert", "ch03_engine", "ch04_nms", "ch05_portability"]
-)
+DECISION_PAGES = ("ch01_export", "ch02_convert", "ch03_engine", "ch04_nms", "ch05_portability")
+MOST_WORDS = 1200
+
+
+def words(page: Path) -> int:
+    """How many words a reader of the page meets: prose and tables, those that are included too.
+
+    A word begins with a letter or a digit and ends at white space or at a table's line. Front matter, code
+    blocks and directives such as figures do not count; the text of a role and of a link does, its target does
+    not.
+    """
+    include = re.compile(r"^```\{include\} (\S+\.md)\n```$", re.MULTILINE)
+    text = include.sub(lambda found: (page.parent / found.group(1)).read_text(), page.read_text())
+    text = re.sub(r"\A---\n.*?^---\n", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^(`{3,}|:{3,}).*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^\([\w-]+\)=$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\{[\w:]+\}(?=`)|\s<[^<>\n]+>(?=`)", "", text)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    return len(re.findall(r"\w[^\s|]*", text))
+
+
+@pytest.mark.parametrize("name", DECISION_PAGES)
+def test_a_decision_page_is_read_in_five_minutes(name: str):
+    assert words(ROOT / "book" / f"{name}.md") <= MOST_WORDS
+
+
+def test_words_of_prose_and_tables_count_and_those_of_code_do_not(tmp_path: Path):
+    (tmp_path / "table.md").write_text("| one | two |\n| --- | --- |\n| 3.5 | – |\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "---\ntitle: no\n---\n(a-label)=\n# Four\n\nA five-word sentence: {doc}`chapter 4 <ch04_nms>`.\n\n"
+        "```bash\nnot these words\n```\n\n```{raw} html\n:file: none.svg\n```\n\n"
+        "[linked](https://example.org/not-this)\n\n```{include} table.md\n```\n"
+    )
+    assert words(page) == 1 + 5 + 1 + 3
+    page.write_text(page.read_text() + "\nmore\n" * MOST_WORDS)
+    assert words(page) > MOST_WORDS
+
+
+@pytest.mark.parametrize("name", DECISION_PAGES)
 def test_every_decision_states_choice_cost_change_and_evidence(name: str):
     text = (ROOT / "book" / f"{name}.md").read_text()
     decisions = re.split(r"^## Decision \d+: ", text, flags=re.MULTILINE)[1:]
@@ -214,6 +252,7 @@ def gpu_results(tmp_path: Path) -> Path:
             {**kernels, "anchors": 12804, "graph_p50_us": 20.0},
             {**GPU_ROW, "anchors": 1917, "implementation": "PyTorch", "p50_us": 2000.0},
             {**kernels, "anchors": 12804, "graph_p50_us": 999.0, "batch": 8},
+            {**kernels, "anchors": 12804, "graph_p50_us": 40.0, "implementation": "odtrt, five kernels"},
         ],
     }
     (tmp_path / "nms.h200.json").write_text(json.dumps(results))
@@ -237,7 +276,7 @@ def test_the_gpu_figure_draws_every_time_of_one_image_in_order(gpu_results: Path
 
 
 def test_a_table_of_gpu_times_names_the_gpu_and_only_its_own_rows(gpu_results: Path):
-    columns = (book_tables.Column("anchors", "anchors"), book_tables.Column("graph", "graph_p50_us", ".1f"))
+    columns = (book_grid.Column("anchors", "anchors"), book_grid.Column("graph", "graph_p50_us", ".1f"))
     table = book_tables.Table("nms.h200.json", columns, only={"implementation": ("odtrt",), "batch": (1,)})
     text = book_tables.markdown(table, gpu_results)
     assert "| 12804 | 20.0 |" in text and "999" not in text
@@ -316,18 +355,21 @@ def test_what_was_not_measured_on_the_gpu_is_named(engine_results: Path):
     assert "not measured in this way: d0 in FP16, d1." in book_tables.engine_gaps(engine_results)
 
 
+def engine_table(name: str, results: Path) -> str:
+    file, library, part = book_tables.GPU_TABLES[name]
+    return book_grid.part_of(results / file, part, library).replace(book_grid.SLASH, " / ")
+
+
 def test_a_plan_that_failed_has_dashes_in_the_tables(engine_results: Path):
     path = engine_results / "engine.h200.json"
     measured = json.loads(path.read_text())
     measured |= {"date": "2026-01-02T03:04:05", "command": "python measure.py", "versions": {}}
     measured["device"] |= {"driver": "1.2", "cores": 2}
     for row in measured["rows"]:
-        row |= {"weights": "random", "passed": False}
+        row |= {"p99_us": 2 * row.get("p50_us", 0), "passed": False}
     path.write_text(json.dumps(measured))
-    text = book_tables.markdown(book_tables.TABLES["engine_gpu"], engine_results)
-    assert "| d0 | FP16 | random | no |" in text
-    text = book_tables.markdown(book_tables.TABLES["engine_gpu_latency"], engine_results)
-    assert "| d0 | TF32 | 2.00 |" in text and "| d0 | FP16 | – |" in text
+    assert "| d0 | FP16 | – | – | – | no |" in engine_table("engine_gpu", engine_results)
+    assert "| d0 | 20.00 / 40.00 | 2.00 / 4.00 | – |" in engine_table("engine_gpu_latency", engine_results)
 
 
 def test_a_table_names_every_day_on_which_its_rows_were_measured(engine_results: Path):
@@ -335,37 +377,115 @@ def test_a_table_names_every_day_on_which_its_rows_were_measured(engine_results:
     measured = json.loads(path.read_text())
     measured |= {"date": "2026-01-09T03:04:05", "command": "python measure.py", "versions": {}}
     measured["device"] |= {"driver": "1.2", "cores": 2}
-    table = book_tables.TABLES["engine_gpu_latency"]
+    for row in measured["rows"]:
+        row["p99_us"] = 1.0
     path.write_text(json.dumps(measured))
-    assert "Measured on 2026-01-09 on" in book_tables.markdown(table, engine_results)
+    assert "Measured on 2026-01-09 on" in engine_table("engine_gpu_latency", engine_results)
     for row, day in zip(measured["rows"], ("2026-01-09", "2026-01-02", "2026-01-09"), strict=True):
         row["date"] = day
     path.write_text(json.dumps(measured))
-    assert "Measured on 2026-01-02, 2026-01-09 on" in book_tables.markdown(table, engine_results)
+    assert "Measured on 2026-01-02, 2026-01-09 on" in engine_table("engine_gpu_latency", engine_results)
+
+
+MATRIX_NAMES = ("version_summary", "version_matrix", "version_messages", "version_damage", "version_caches")
+FALLBACK_NAMES = ("fallback_summary", "fallback_settings", "fallback_limits")
+
+
+def test_a_gpu_table_without_its_file_says_so(tmp_path: Path):
+    for name in (*MATRIX_NAMES, *FALLBACK_NAMES):
+        assert engine_table(name, tmp_path).startswith("*Not measured yet: `results/"), name
+
+
+def gpu_file(path: Path, rows: list[dict]) -> None:
+    device = {"gpu": "NVIDIA Example", "driver": "1.2", "cores": 2}
+    about = {"date": "2026-01-09T03:04:05", "command": "python measure.py", "device": device}
+    path.write_text(json.dumps({**about, "rows": rows}))
+
+
+def test_the_version_matrix_counts_what_loads_and_what_agrees(tmp_path: Path):
+    plan = {"kind": "plan", "built_by": "8.5.2", "case": "", "precision": "fp16", "safe": True}
+    same = {**plan, "loaded_in": "8.5.2", "verdict": "ok", "loads": True, "message": "", "agree": True}
+    other = {**plan, "loaded_in": "8.5.3", "verdict": "rebuild", "loads": False, "agree": True}
+    other["message"] = "Version tag | does not match"
+    damaged = {**other, "kind": "damage", "loaded_in": "8.5.2", "case": "last byte", "verdict": "refuse"}
+    unseen = {**damaged, "loads": True, "message": "", "agree": False}
+    cache = {**same, "kind": "timing cache", "loaded_in": "8.5.3", "verdict": "apart", "agree": False}
+    failed = {**plan, "loaded_in": "lean", "error": "no verdict", "safe": False}
+    rows = [{**same, "form": "split"}, {**same, "form": "fused"}, other, damaged, unseen, cache, failed]
+    gpu_file(tmp_path / "version_matrix.h200.json", rows)
+    matrix, messages, damage, caches = (engine_table(name, tmp_path) for name in MATRIX_NAMES[1:])
+    assert "| 8.5.2 | 8.5.2 | 2 | ok | yes | yes |" in matrix
+    assert "| 8.5.2 | 8.5.3 | 1 | rebuild | no | yes |" in matrix and "lean" not in matrix
+    assert "| Version tag \\| does not match | 8.5.3, 8.5.2 | 2 |" in messages
+    assert "| last byte | 2 | refuse | 1 of 2 |" in damage
+    assert "| 8.5.2 | 8.5.3 | apart | yes |" in caches
+    summary = engine_table("version_summary", tmp_path)
+    assert (
+        "3 times a plan was given to a TensorRT; 2 times it loaded, and 3 times odtrt had said so." in summary
+    )
+    assert "refuses in 0 of 6 cases" in summary and "on one Example" in summary
+
+
+def test_the_tables_of_the_fallback_have_each_step_and_count_the_plans(tmp_path: Path):
+    peaks = {"seconds": 12.4, "peak_rss_mb": 2300.2, "peak_gpu_mb": 1500.0}
+    setting = {"model": "d0", "kind": "setting", "case": "as asked", "limit_mb": None, "step": "as asked"}
+    rows = [{**setting, **peaks, "outcome": "built", "built": True}]
+    host = {"model": "d0", "kind": "host", "case": "60%", "limit_mb": 1380, "built": False}
+    rows += [{**host, **peaks, "step": "as asked", "outcome": "out of memory", "peak_rss_mb": 1400}]
+    rows += [{**host, "kind": "device", "case": "800 MiB", "limit_mb": 800, "step": "", "outcome": "a | b"}]
+    rows += [
+        {**host, **peaks, "case": "90%", "limit_mb": 2070, "built": True, "step": "x", "outcome": "built"}
+    ]
+    gpu_file(tmp_path / "fallback.h200.json", rows)
+    summary, settings, limits = (engine_table(name, tmp_path) for name in FALLBACK_NAMES)
+    assert "1 of 3 builds under a limit" in summary
+    assert "| d0 | as asked | 12 | 2,300 | 1,500 |" in settings and "1,400" not in settings
+    assert "| d0 | 1,380 MiB, host | as asked | out of memory | 1,400 / 1,500 |" in limits
+    assert "| d0 | 800 MiB, device | – | a \\| b | – |" in limits
+
+
+PEER = {
+    "source": "drawn",
+    "heads": "8 objects",
+    "classes": 90,
+    "score_threshold": 1e-8,
+    "threshold_used": 1e-8,
+}
+
+
+def test_other_programs_nms_stands_beside_ours_with_what_it_loses(tmp_path: Path):
+    ours = {**PEER, "implementation": "OdtrtDetect", "anchors": 1917, "p50_us": 20.0, "missing": 0}
+    theirs = {**ours, "implementation": "EfficientNMS_TRT", "p50_us": 1078.0, "missing": 47}
+    refused = {**ours, "implementation": "BatchedNMSDynamic_TRT", "error": "not built"}
+    gpu_file(tmp_path / "nms_peers.h200.json", [ours, {**theirs, "threshold_used": 0.01}, refused])
+    table = engine_table("nms_peers", tmp_path)
+    assert f"| 1,917 | 1e{book_grid.NO_BREAK_HYPHEN}08 | 20.0 | 1,078\\* (47) | – |" in table
+    summary = engine_table("nms_peers_summary", tmp_path)
+    assert "takes 53.9 to 54 times" in summary and "EfficientNMS_TRT in 1 of 1" in summary
 
 
 def test_an_optional_column_appears_with_its_first_figure(gpu_results: Path):
-    columns = (book_tables.Column("anchors", "anchors"), book_tables.Column("at", "at", is_optional=True))
+    columns = (book_grid.Column("anchors", "anchors"), book_grid.Column("at", "at", is_optional=True))
     table = book_tables.Table("nms.h200.json", columns)
     assert "| at |" not in book_tables.markdown(table, gpu_results)
     path = gpu_results / "nms.h200.json"
     path.write_text(path.read_text().replace('"p50_us": 2000.0', '"p50_us": 2000.0, "at": "noon, sharp"'))
     text = book_tables.markdown(table, gpu_results)
     assert "| at |" in text and "| 1917 | noon, sharp |" in text and "| 12804 | – |" in text
-    assert book_tables.cell({"at": "noon, sharp"}, book_tables.Column("at", "at", until=",")) == "noon"
+    assert book_grid.cell({"at": "noon, sharp"}, book_grid.Column("at", "at", until=",")) == "noon"
 
 
 def test_a_figure_that_a_row_lacks_is_an_error_unless_it_is_optional(gpu_results: Path):
-    column = book_tables.Column("graph", "graph_p50_us", ".1f")
+    column = book_grid.Column("graph", "graph_p50_us", ".1f")
     row = {"implementation": "PyTorch"}
     with pytest.raises(KeyError):
-        book_tables.cell(row, column)
-    assert book_tables.cell(row, book_tables.Column("graph", "graph_p50_us", is_optional=True)) == "–"
+        book_grid.cell(row, column)
+    assert book_grid.cell(row, book_grid.Column("graph", "graph_p50_us", is_optional=True)) == "–"
 
 
 def test_a_line_does_not_break_within_a_figure():
-    text = book_tables.cell({"x": 1.2e-6}, book_tables.Column("x", "x", ".1e"))
-    assert text == f"1.2e{book_tables.NO_BREAK_HYPHEN}06" and "-" not in text
+    text = book_grid.cell({"x": 1.2e-6}, book_grid.Column("x", "x", ".1e"))
+    assert text == f"1.2e{book_grid.NO_BREAK_HYPHEN}06" and "-" not in text
 
 
 @pytest.mark.parametrize(
