@@ -67,7 +67,8 @@ if "@LEVELS@":
     HardwareCompatibilityLevel = names("HardwareCompatibilityLevel", "@LEVELS@")
 
 
-class ILogger: pass
+class ILogger:
+    Severity = names("Severity", "INTERNAL_ERROR ERROR WARNING")
 class Logger(ILogger):
     ERROR = "ERROR"
     def __init__(self, severity): pass
@@ -202,7 +203,12 @@ class Config:
 
 
 class Builder:
-    def __init__(self, logger): self.error_recorder = None
+    def __init__(self, logger):
+        self.error_recorder = None
+        if "cuda" in KNOBS:  # as TensorRT 8.5.2.2 does on a GPU whose memory another process holds
+            failure = f"CUDA initialization failure with error: {KNOBS['cuda']}. Please check it"
+            logger.log(ILogger.Severity.WARNING, failure)
+            raise TypeError("pybind11::init(): factory function returned nullptr")
     def create_builder_config(self): return Config()
     def create_network(self, flags):
         log("create_network", flags)
@@ -606,6 +612,19 @@ def test_a_crash_is_not_taken_for_a_lack_of_memory(install, tmp_path):
     with pytest.raises(BuildError, match=r"signal 11 \(SIGSEGV\)"):
         engine.build(folder)
     assert len(tensorrt.calls("create_network")) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(2, "CUDA error 2: out of memory"), (100, "CUDA error 100: no GPU")]
+)
+def test_a_gpu_that_cannot_be_used_is_said(install, tmp_path, number, reason):
+    install("8.5.2.2").knobs(cuda=number)
+    folder = model_folder(tmp_path / "tiny")
+    with pytest.raises(BuildError, match=reason) as caught:
+        engine.build(folder)
+    assert "\n" not in str(caught.value) and "TypeError" not in str(caught.value)
+    assert str(caught.value).count(reason) == 1
+    assert files_in(folder) == ["heads.onnx", "log.jsonl", "spec.json"]
 
 
 def test_a_build_that_hangs_at_its_limit_is_ended(install, tmp_path, monkeypatch):

@@ -225,24 +225,9 @@ def train(options: argparse.Namespace) -> None:
     parameters = int(sum(np.prod(variable.shape) for variable in everything))
     print(f"{len(trainable)} trainable of {len(everything)} variables, {parameters:,} parameters", flush=True)
 
-    @tf.function
-    def step(images, boxes, one_hot, weights):
-        model.provide_groundtruth(
-            groundtruth_boxes_list=tf.unstack(boxes, options.batch),
-            groundtruth_classes_list=tf.unstack(one_hot, options.batch),
-            groundtruth_weights_list=tf.unstack(weights, options.batch),
-        )
-        with tf.GradientTape() as tape:
-            inputs, shapes = model.preprocess(images)
-            losses = model.loss(model.predict(inputs, shapes), shapes)
-            box, label = losses["Loss/localization_loss"], losses["Loss/classification_loss"]
-            total = box + label + tf.add_n(model.regularization_losses())
-        gradients, _ = tf.clip_by_global_norm(tape.gradient(total, trainable), 10.0)
-        optimizer.apply_gradients(zip(gradients, trainable, strict=True))
-        for average, variable in zip(averages, everything, strict=True):
-            average.assign_sub((1.0 - decay) * (average - variable))
-        return box, label
-
+    step = _training_step(
+        tf, model, options.batch, optimizer, list(zip(averages, everything, strict=True)), decay
+    )
     ready = batches(data, options.batch, seed=2)
     step(*(tf.constant(array) for array in ready.get()))
     started = time.monotonic()
@@ -267,6 +252,31 @@ def train(options: argparse.Namespace) -> None:
             _save_averages(tf, model, everything, averages, steps, now - started, options)
             saved = now
     _save_averages(tf, model, everything, averages, steps, time.monotonic() - started, options)
+
+
+def _training_step(tf, model, batch: int, optimizer, averages, decay):
+    """One step, as a TensorFlow function. averages: pairs of a moving average and its variable."""
+    trainable = model.trainable_variables
+
+    @tf.function
+    def step(images, boxes, one_hot, weights):
+        model.provide_groundtruth(
+            groundtruth_boxes_list=tf.unstack(boxes, batch),
+            groundtruth_classes_list=tf.unstack(one_hot, batch),
+            groundtruth_weights_list=tf.unstack(weights, batch),
+        )
+        with tf.GradientTape() as tape:
+            inputs, shapes = model.preprocess(images)
+            losses = model.loss(model.predict(inputs, shapes), shapes)
+            box, label = losses["Loss/localization_loss"], losses["Loss/classification_loss"]
+            total = box + label + tf.add_n(model.regularization_losses())
+        gradients, _ = tf.clip_by_global_norm(tape.gradient(total, trainable), 10.0)
+        optimizer.apply_gradients(zip(gradients, trainable, strict=True))
+        for average, variable in averages:
+            average.assign_sub((1.0 - decay) * (average - variable))
+        return box, label
+
+    return step
 
 
 def _tracked_variables(model) -> list:

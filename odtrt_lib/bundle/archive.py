@@ -177,8 +177,7 @@ def pack(
     content = sealed(folder, "spec.json")["spec.json"]
     spec = load_spec(folder / "spec.json", content)
     hashes, files = _model_files(folder, spec)
-    sources: Dict[str, Union[Path, bytes]] = dict(files)
-    sources.update(_device_side())
+    sources: Dict[str, Union[Path, bytes]] = {**files, **_device_side()}
     if triton:
         sources.update(triton_repository(folder, spec))
     if deepstream:
@@ -186,9 +185,8 @@ def pack(
     if notebooks:
         sources.update(_notebooks(folder, spec))
     if target is not None:
-        sources.update(
-            prebuilt_files(Path(IMPORT_PATH) / "plugins", target, f"{MODEL}/detector.onnx" in files)
-        )
+        is_fused = f"{MODEL}/detector.onnx" in files
+        sources.update(prebuilt_files(Path(IMPORT_PATH) / "plugins", target, is_fused))
     sources["README.txt"] = _readme(spec, sources).encode()
     for path in sources:
         if not _is_plain(path):

@@ -13,12 +13,14 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import re
 import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Deque, List, MutableSequence, Tuple
 
+from odtrt_lib.cuda import CudaError
 from odtrt_lib.errors import MissingDependencyError, one_line
 from odtrt_lib.tensors import DOMAIN, PLUGIN, PLUGIN_VERSION
 from odtrt_lib.variants import RUNTIME_LIBRARIES
@@ -27,6 +29,13 @@ from odtrt_lib.variants import RUNTIME_LIBRARIES
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 _MAX_MESSAGES = 20
+_CUDA_FAILURE = re.compile(r"CUDA initialization failure with error: (\d+)")
+# cudaError_t -> what it means for TensorRT's first object.
+_OF_CUDA = {
+    2: "out of memory: another process holds the GPU's",
+    35: "the driver is older than this CUDA",
+    100: "no GPU is there",
+}
 # Objects that must live as long as the process.
 _KEPT: List[Any] = []
 _RTX_FOLDERS: List[Any] = []
@@ -115,6 +124,21 @@ class TrtMessages:
     def reasons(self) -> str:
         return one_line("; ".join(dict.fromkeys(self.messages)) or "it gives no reason")
 
+    def make(self, kind: Any) -> Any:
+        """A ``Builder`` or a ``Runtime`` of the module, with the logger.
+
+        Raises CudaError if CUDA finds no GPU, or no memory for its context. TensorRT answers with a TypeError
+        then ("factory function returned nullptr"), and has the number of CUDA's error in a warning.
+        """
+        try:
+            return kind(self.logger)
+        except TypeError as error:
+            found = _CUDA_FAILURE.search(" ".join(reversed(self.messages)))
+            if found is None:
+                raise
+            number = int(found.group(1))
+            raise CudaError(kind.__name__, number, _OF_CUDA.get(number, "CUDA cannot be used")) from error
+
 
 @functools.lru_cache(maxsize=None)
 def trt_messages(trt: Any) -> TrtMessages:
@@ -129,7 +153,7 @@ def trt_messages(trt: Any) -> TrtMessages:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in serious:
+            if severity in serious or _CUDA_FAILURE.search(message):
                 messages.append(message)
 
     return TrtMessages(Logger(), error_recorder(trt, messages), messages)

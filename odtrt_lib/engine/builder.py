@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from odtrt_lib import errors
-from odtrt_lib.engine.bindings import error_recorder, let_rtx_find_itself, load_plugin
+from odtrt_lib.cuda import CudaError
+from odtrt_lib.engine.bindings import error_recorder, let_rtx_find_itself, load_plugin, trt_messages
 from odtrt_lib.errors import (
     BuildError,
     CheckError,
@@ -155,7 +156,10 @@ def _build(request: Request) -> Dict[str, Any]:
     refusals: List[str] = []
     recorder = error_recorder(trt, refusals)
     logger = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(logger)
+    try:
+        builder = trt_messages(trt).make(trt.Builder)
+    except CudaError as error:  # also where the GPU's memory is full: no step needs less for CUDA's context
+        raise BuildError(f"{request.name}: {request.who} cannot begin: {error}") from error
     builder.error_recorder = recorder
     config = builder.create_builder_config()
     _KEPT.extend((recorder, logger, builder, config))

@@ -89,7 +89,7 @@ class Network:
     def deserialize(self, data: bytes, folder: Path, plugin: Union[str, Path, None]) -> None:
         """Deserialises the plan, and checks its tensors."""
         trt, passport = self._trt, self.passport
-        self._runtime = trt.Runtime(self._messages.logger)
+        self._runtime = self._messages.make(trt.Runtime)
         self._runtime.error_recorder = self._messages.recorder
         if self.is_fused:
             if plugin is None:
