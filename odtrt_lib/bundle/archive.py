@@ -177,7 +177,7 @@ def pack(
     content = sealed(folder, "spec.json")["spec.json"]
     spec = load_spec(folder / "spec.json", content)
     hashes, files = _model_files(folder, spec)
-    sources: Dict[str, Union[Path, bytes]] = {**files, **_device_side()}
+    sources: Dict[str, Union[Path, bytes]] = {**files, **dict(_device_side())}
     if triton:
         sources.update(triton_repository(folder, spec))
     if deepstream:
