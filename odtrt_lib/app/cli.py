@@ -45,7 +45,14 @@ from odtrt_lib.errors import (
     shell_word,
 )
 from odtrt_lib.folder import require_folder
-from odtrt_lib.variants import ALLOWABLE, FORMS, HARDWARE_COMPATIBILITIES, PRECISIONS, RUNTIME_LIBRARIES
+from odtrt_lib.variants import (
+    ALLOWABLE,
+    CALIBRATORS,
+    FORMS,
+    HARDWARE_COMPATIBILITIES,
+    PRECISIONS,
+    RUNTIME_LIBRARIES,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,12 +95,14 @@ if TYPE_CHECKING:
     HardwareCompatibility = Enum
     BackendName = Enum
     Form = Enum
+    Calibrator = Enum
 else:
     Precision = _choice("Precision", PRECISIONS)
     Allowance = _choice("Allowance", ALLOWABLE)
     HardwareCompatibility = _choice("HardwareCompatibility", HARDWARE_COMPATIBILITIES)
     BackendName = _choice("BackendName", ("auto", "onnxruntime", *RUNTIME_LIBRARIES))
     Form = _choice("Form", (name for name in FORMS if name != "heads"))
+    Calibrator = _choice("Calibrator", CALIBRATORS)
 
 
 class _Commands(typer.core.TyperGroup):
@@ -166,6 +175,14 @@ FormOption = typer.Option(
     "--form",
     help="The plugin's node, or ONNX's own NonMaxSuppression, which has limits.",
 )
+CalibrationOption = typer.Option(
+    ..., "--images", metavar="FOLDER", help="Pictures as the detector will see them.", show_default=False
+)
+CalibratorOption = typer.Option("mse", "--calibrator", help="How the ranges of activations are chosen.")
+InFloatOption = typer.Option(
+    [], "--in-float", metavar="NAME", help="A convolution that stays in floating point; can be repeated."
+)
+CountOption = typer.Option(64, "--count", min=1, help="So many of the pictures, evenly spaced.")
 PluginOption = typer.Option(
     None,
     "--plugin",
@@ -475,18 +492,53 @@ def convert(
 
 
 @app.command()
-def fuse(folder: Path = FolderArgument, form: Form = FormOption, force: bool = ForceOption) -> None:
+def quantise(
+    folder: Path = FolderArgument,
+    images: Path = CalibrationOption,
+    calibrator: Calibrator = CalibratorOption,
+    in_float: List[str] = InFloatOption,
+    count: int = CountOption,
+    force: bool = ForceOption,
+) -> None:
+    """Chapter 6: the network in INT8.
+
+    **Reads** heads.onnx and spec.json of the model folder, and pictures. **Writes** heads_int8.onnx, with
+    QuantizeLinear and DequantizeLinear around what becomes INT8, and int8/calibration.json, the ranges.
+
+    **Example:** `odtrt quantise out/my_model --images pictures`
+    """
+    from odtrt_lib import int8
+
+    pictures = int8.pictures_in(images, count)
+    result = _work_on(
+        "quantise",
+        lambda: int8.quantise(folder, pictures, rule=calibrator.value, in_float=in_float, force=force),
+    )
+    _print_stages(folder, {"quantise": result})
+    _say_next(f"odtrt build {shell_word(folder)} --precision int8")
+
+
+@app.command()
+def fuse(
+    folder: Path = FolderArgument,
+    form: Form = FormOption,
+    precision: Precision = PrecisionOption,
+    force: bool = ForceOption,
+) -> None:
     """Chapter 4: the post-processing into the ONNX model.
 
     **Reads** heads.onnx, anchors.npy and spec.json of the model folder. **Writes** detector.onnx, whose last
     node is the TensorRT plugin OdtrtDetect, or detector_onnxnms.onnx, in ONNX's own operators, for those who
-    cannot load a plugin.
+    cannot load a plugin. With `--precision int8` it takes heads_int8.onnx and writes detector_int8.onnx.
 
     **Example:** `odtrt fuse out/my_model`, then `odtrt build out/my_model --plugin libodtrt_tensorrt.so`
     """
     from odtrt_lib import fuse as fuse_stage
 
-    result = _work_on("fuse", lambda: fuse_stage.fuse(folder, form=form.value, force=force))
+    result = _work_on(
+        "fuse",
+        lambda: fuse_stage.fuse(folder, form=form.value, precision=precision.value, force=force),
+    )
     _print_stages(folder, {"fuse": result})
 
 
