@@ -379,8 +379,9 @@ def cpu_half(measured: Measured) -> str:
 # ---- Other programs' NMS in engines ----
 
 OURS, EFFICIENT, BATCHED = "OdtrtDetect", "EfficientNMS_TRT", "BatchedNMSDynamic_TRT"
-FIVE = "OdtrtDetect, five kernels"
+FIVE, LAYER = "OdtrtDetect, five kernels", "NMS layer"
 ALL_PEERS = {OURS: "odtrt", EFFICIENT: "EfficientNMS", BATCHED: "BatchedNMS"}
+WITH_LAYER = {**ALL_PEERS, LAYER: "NMS layer"}
 
 
 def peers(measured: Measured, sources: Sequence[str], names: dict[str, str]) -> str:
@@ -414,6 +415,8 @@ def peers(measured: Measured, sources: Sequence[str], names: dict[str, str]) -> 
     note = "Microseconds, median, in an engine in a CUDA graph. "
     if BATCHED in names:
         note += f"The peers are TensorRT's {EFFICIENT} and {BATCHED}. "
+    if LAYER in names:
+        note += "The NMS layer, which no CUDA graph can hold: the wall clock of one call. "
     if any(row.get("missing") for row in rows if row["implementation"] in names):
         note += "In brackets: how many of the Object Detection API's detections are missing. "
     if any("*" in text for line in lines for text in line):
@@ -429,7 +432,7 @@ def peers_drawn(measured: Measured) -> str:
 
 
 def peers_recorded(measured: Measured) -> str:
-    return peers(measured, ("recorded",), ALL_PEERS)
+    return peers(measured, ("recorded",), WITH_LAYER)
 
 
 def peers_five(measured: Measured) -> str:
@@ -448,7 +451,7 @@ def peers_summary(measured: Measured) -> str:
     )
     losses = [
         f"{name} in {sum(row['missing'] > 0 for row in own)} of {len(own)}"
-        for name in (OURS, EFFICIENT, BATCHED)
+        for name in WITH_LAYER
         if (own := [row for row in rows if row["implementation"] == name])
     ]
     words = (
@@ -456,6 +459,11 @@ def peers_summary(measured: Measured) -> str:
         f"Cases with missing detections: {', '.join(losses)}."
     )
     return said(measured, words)
+
+
+def peers_layer(measured: Measured) -> str:
+    """The NMS layer on the drawn heads, which a decision page shows without it."""
+    return peers(measured, ("drawn",), {OURS: "odtrt", LAYER: "NMS layer"})
 
 
 def case_of(row: Row) -> tuple[Any, ...]:
@@ -485,8 +493,9 @@ def boxes_2000(results: Path) -> str:
         for time in [f"{row.get('graph_p50_us', row['p50_us']):,.0f}"]
     ]
     lines += [
-        [f"{row['implementation']} in an engine", "H200", f"{row['found']:,}", f"{row['p50_us']:,.0f}"]
+        [f"{row['implementation']} in an engine{clock}", "H200", f"{row['found']:,}", f"{row['p50_us']:,.0f}"]
         for row in in_engine
+        for clock in [", by the wall clock" if row.get("timed_by") == "wall clock" else ""]
         if "error" not in row
     ]
     lines += [[cpu[row["implementation"]], "2 cores", NONE, f"{row['p50_us']:,.0f}"] for row in on_cpu]
@@ -495,6 +504,156 @@ def boxes_2000(results: Path) -> str:
     table = grid(["program", "on", "boxes kept", "median, µs"], lines)
     files = "`results/nms.h200.json`, `results/nms_peers.h200.json` and `results/nms.cpu.json`"
     return f"{table}\n\n*Boxes of one class, IoU 0.5; not every file has the same boxes. {files}.*\n"
+
+
+# ---- NVIDIA's sample, beside ours ----
+
+WAYS = {"nvidia": "NVIDIA's sample", "odtrt": "odtrt"}
+STEPS = {"nvidia": ("exporter_main_v2", "create_onnx"), "odtrt": ("export", "convert", "fuse")}
+
+
+def side_by_side(measured: Measured, columns: Sequence[Column], note: str) -> str:
+    """A row for each detector and each way to make its plan."""
+    rows = [row for row in measured["rows"] if row["kind"] == "detector" and "error" not in row]
+    if not rows:
+        return f"*Not measured yet: `results/{measured['file']}` has no such row.*\n"
+    lines = [
+        [
+            detector_name(row["model"]),
+            row["precision"],
+            WAYS[row["way"]],
+            *(cell(row, one) for one in columns),
+        ]
+        for row in rows
+    ]
+    table = grid(["model", "in", "made by", *(column.heading for column in columns)], lines)
+    return f"{table}\n\n*{note}{source_of({**measured, 'rows': rows})}*\n"
+
+
+def detector_name(name: str) -> str:
+    """The model's short name, and the score threshold that benchmarks/peers.py gave it, if any."""
+    base, _, threshold = name.partition("_at_")
+    return f"{model_name(base)} above {threshold}" if threshold else model_name(base)
+
+
+def side_times(measured: Measured) -> str:
+    columns = (
+        optional("plan on the GPU, ms", "device_graph_p50_us", ".2f", 1000),
+        optional("picture to boxes, ms", "detect_p50_us", ".2f", 1000),
+        optional("with all switches, ms", "detect_best_p50_us", ".2f", 1000),
+        optional("layers in FP16", "layers_fp16", "d", 1, "layers"),
+        optional("plan, MB", "plan_mb", ".1f"),
+        optional("loaded, MiB", "device_memory_mb", ",.0f"),
+    )
+    note = (
+        "Medians. *All switches*: pinned memory, preprocessing on the GPU, a CUDA graph; the sample has none "
+        "of them. Layers: in FP16 / all. "
+    )
+    return side_by_side(measured, columns, note)
+
+
+def side_found(measured: Measured) -> str:
+    trained = [row for row in measured["rows"] if row.get("weights") == "trained"]
+    columns = (
+        optional("of", "references", ","),
+        optional("matched", "matched", ","),
+        optional("missing / extra", "missing", ",", 1, "extra"),
+        optional("same object", "found", ","),
+        optional("wrong class", "wrong_class", ","),
+        optional("scores differ by", "max_score_difference", ".3f"),
+        optional("corners differ by, px", "shift_px", ".2f"),
+    )
+    pictures = " / ".join(dict.fromkeys(str(row["pictures"]) for row in trained if "pictures" in row))
+    note = f"Detections of the Object Detection API in {pictures} pictures. "
+    return side_by_side({**measured, "rows": trained}, columns, note)
+
+
+def road(measured: Measured) -> str:
+    """What the way from the checkpoint to the ONNX file for TensorRT takes."""
+    steps = {
+        (row["model"], row["way"], row["step"]): row
+        for row in measured["rows"]
+        if row["kind"] == "road" and "error" not in row
+    }
+    lines = []
+    for model in dict.fromkeys(model for model, _, _ in steps):
+        line = [model_name(model)]
+        for way, names in STEPS.items():
+            own = [steps[model, way, name] for name in names if (model, way, name) in steps]
+            if len(own) < len(names):
+                line += [NONE, NONE]
+                continue
+            seconds = [row["cpu_seconds"] for row in own]
+            line.append(f"{' + '.join(f'{one:.0f}' for one in seconds)} = {sum(seconds):.0f}")
+            line.append(f"{max(row['peak_rss_mb'] for row in own):,}")
+        lines.append(line)
+    headings = ["model", "the sample's two steps, s", "peak, MiB", "odtrt's three steps, s", "peak, MiB"]
+    return f"{grid(headings, lines)}\n\n*Processor time. {road_source(measured, steps.values())}*\n"
+
+
+def road_failures(measured: Measured) -> str:
+    """The steps of that way that fail, and what they say."""
+    failed = [row for row in measured["rows"] if row["kind"] == "road" and "error" in row]
+    lines = [
+        [model_name(row["model"]), row["step"], row["error"].replace("|", "\\|"), row.get("changes", NONE)]
+        for row in failed
+    ]
+    table = grid(["model", "step of the sample", "what it says", "changed for it"], lines)
+    return f"{table}\n\n*{road_source(measured, failed)}*\n"
+
+
+def road_source(measured: Measured, rows: Iterable[Row]) -> str:
+    environments = "; ".join(dict.fromkeys(row["environment"] for row in rows))
+    return (
+        f"On a workstation, without a GPU. {environments}. `results/{measured['file']}`; "
+        "`benchmarks/peers.py` says how."
+    )
+
+
+def side_summary(measured: Measured) -> str:
+    """One sentence on each pair: the time of the plan, and what is found."""
+    pairs = tally(
+        (row for row in measured["rows"] if row["kind"] == "detector" and row.get("weights") == "trained"),
+        lambda row: (row["model"], row["precision"]),
+    )
+    words = []
+    for (model, precision), rows in pairs.items():
+        own = {row["way"]: row for row in rows if "error" not in row}
+        if set(own) != set(WAYS):
+            continue
+        finds = [
+            f"the plan of {WAYS[way]} takes {row['device_graph_p50_us'] / 1000:.2f} ms and gives "
+            f"{row['matched']} of {row['references']} detections as the Object Detection API does"
+            for way, row in own.items()
+        ]
+        words.append(f"{detector_name(model)} in {precision}: {', '.join(finds)}.")
+    return said(measured, " ".join(words) or "No pair was measured.")
+
+
+# ---- The memory that stays ----
+
+
+def device_memory(measured: Measured) -> str:
+    """What a closed plan leaves on the GPU, and what the threads' stacks have of it."""
+    lines = []
+    for row in measured["rows"]:
+        if "error" in row:
+            continue
+        grown = (row["stack_bytes_after"] - row["stack_bytes"]) * row["threads"] / 2**20
+        lines.append(
+            [
+                model_name(row["model"]),
+                row["arithmetic"],
+                *(f"{row[key]:,.0f}" for key in ("device_memory_mb", "left_mb")),
+                f"{row['stack_bytes']:,}{SLASH}{row['stack_bytes_after']:,}",
+                f"{grown:,.0f}",
+                f"{row['left_after_stack_reset_mb']:,.0f}",
+            ]
+        )
+    headings = ["model", "in", "loaded", "left after closing", "stack, bytes: before / after"]
+    threads = ", ".join(dict.fromkeys(f"{row['threads']:,}" for row in measured["rows"] if "threads" in row))
+    table = grid([*headings, "all stacks grew by", "left with the old limit"], lines)
+    return f"{table}\n\n*MiB, but for the stack of one thread. {threads} threads. {source_of(measured)}*\n"
 
 
 # ---- The pipeline, whole detectors ----

@@ -23,7 +23,7 @@ from typing import Any
 import book_gpu_tables as gpu
 import book_plots
 import nbformat
-from book_grid import Column, Row, cell, grid, model_name, not_measured, part_of
+from book_grid import NO_BREAK_HYPHEN, NONE, Column, Row, cell, grid, model_name, not_measured, part_of
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -401,6 +401,7 @@ GPU_TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "nms_checks": ("nms_checks.h200.json", "", gpu.checks),
     "nms_peers": ("nms_peers.h200.json", TRT, gpu.peers_drawn),
     "nms_peers_recorded": ("nms_peers.h200.json", TRT, gpu.peers_recorded),
+    "nms_peers_layer": ("nms_peers.h200.json", TRT, gpu.peers_layer),
     "nms_peers_five": ("nms_peers.h200.json", TRT, gpu.peers_five),
     "nms_peers_summary": ("nms_peers.h200.json", TRT, gpu.peers_summary),
     "pipeline": ("pipeline.h200.json", TRT, gpu.pipelines),
@@ -418,6 +419,12 @@ GPU_TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "tensorrt85_latency": ("tensorrt85.h200.json", TRT, gpu.trt_latency),
     "tensorrt85_half": ("tensorrt85.h200.json", TRT, gpu.trt_half),
     "tensorrt85_memory": ("tensorrt85.h200.json", TRT, gpu.trt_memory),
+    "side_summary": ("peers.h200.json", TRT, gpu.side_summary),
+    "side_times": ("peers.h200.json", TRT, gpu.side_times),
+    "side_found": ("peers.h200.json", TRT, gpu.side_found),
+    "road": ("peers.h200.json", "", gpu.road),
+    "road_failures": ("peers.h200.json", "", gpu.road_failures),
+    "device_memory": ("device_memory.h200.json", RTX, gpu.device_memory),
     "backends_gpu": ("backends.h200.json", RTX, gpu.backends),
     "backends_gpu_agreement": ("backends.h200.json", RTX, gpu.backends_agreement),
     "version_summary": ("version_matrix.h200.json", TRT, gpu.version_summary),
@@ -463,6 +470,8 @@ def generated(root: Path) -> dict[str, str]:
     parts["notebooks.md"] = stamps(root)
     parts["jetpack.md"] = jetpacks()
     parts["tensorrt_lines.md"] = tensorrt_lines()
+    parts["arm64.md"] = part_of(root / "results" / ARM64, arm64)
+    parts["arm64_libraries.md"] = part_of(root / "results" / ARM64, arm64_libraries)
     parts["tensorrt_names.md"] = part_of(root / "results" / "tensorrt_names.json", tensorrt_names)
     parts["portability_policy.md"] = policy()
     parts["faults_total.md"] = part_of(root / "results" / "faults.json", faults)
@@ -627,6 +636,62 @@ def tensorrt_names(measured: dict[str, Any]) -> str:
         f"{measured['date'][:10]}; `results/{measured['file']}`, written by `{measured['command']}`.*"
     )
     return f"{grid(['library', 'releases', 'versions'], lines)}\n\n{source}\n"
+
+
+ARM64 = "aarch64.cpu.json"
+
+
+def arm64(measured: dict[str, Any]) -> str:
+    """What an emulated arm64 system computes, beside this machine."""
+    lines = []
+    for row in measured["rows"]:
+        if row["check"] in ("bits", "heads"):
+            error = f"{row['max_abs_err']:.0e}, of {row['max_abs']:.1f}" if "max_abs_err" in row else NONE
+            error = error.replace("e-", f"e{NO_BREAK_HYPHEN}")
+            lines.append([row["compared"], f"{row['values']:,}", f"{row['different_values']:,}", error])
+    same = next(row for row in measured["rows"] if row["check"] == "agreement")
+    words = (
+        f"Of {same['references']} detections in {same['pictures']} pictures {same['matched']} are the same, "
+        f"{same['missing']} missing, {same['extra']} extra. "
+    )
+    table = grid(["compared", "values", "that differ", "largest difference"], lines)
+    return f"{table}\n\n*{words}{arm64_source(measured)}*\n"
+
+
+def arm64_libraries(measured: dict[str, Any]) -> str:
+    """The libraries that were compiled here for a board."""
+    lines = [
+        [
+            f"`{row['library']}`",
+            f"{row['target']}, {row['gpu']}",
+            f"CUDA {row['cuda']}, headers of TensorRT {row['tensorrt_headers']}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['needs_glibc']} / {row['needs_glibcxx']}",
+        ]
+        for row in measured["rows"]
+        if row["check"] == "cross-compiled"
+    ]
+    registry = next(row for row in measured["rows"] if row["check"] == "registry")
+    did = {
+        "loads": "loads the plugin",
+        "creator_found": "finds its creator",
+        "plugin_made": "makes a plugin",
+        "refused_without_an_attribute": "is refused one where an attribute is missing",
+    }
+    said = ", ".join(words if registry[key] else f"does not: {words}" for key, words in did.items())
+    words = f"The registry of {registry['runtime']} {registry['version']} for arm64 {said}. "
+    headings = ["library", "for", "compiled with", "MB", "needs glibc / GLIBCXX"]
+    return f"{grid(headings, lines)}\n\n*{words}{arm64_source(measured)}*\n"
+
+
+def arm64_source(measured: dict[str, Any]) -> str:
+    system = next(row for row in measured["rows"] if row["check"] == "system")
+    return (
+        f"Run on {measured['date'][:10]} in {system['system']} for {system['machine']}, Python "
+        f"{system['python']}, ONNX Runtime {system['onnxruntime']}, under {system['emulator']} on a "
+        f"processor with {measured['device']['cores']} cores; `results/{measured['file']}`, written by "
+        f"`{measured['command']}`."
+    )
 
 
 def policy() -> str:

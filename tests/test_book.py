@@ -389,10 +389,11 @@ def test_a_table_names_every_day_on_which_its_rows_were_measured(engine_results:
 
 MATRIX_NAMES = ("version_summary", "version_matrix", "version_messages", "version_damage", "version_caches")
 FALLBACK_NAMES = ("fallback_summary", "fallback_settings", "fallback_limits")
+SIDE_NAMES = ("side_summary", "side_times", "side_found", "road", "road_failures")
 
 
 def test_a_gpu_table_without_its_file_says_so(tmp_path: Path):
-    for name in (*MATRIX_NAMES, *FALLBACK_NAMES):
+    for name in (*MATRIX_NAMES, *FALLBACK_NAMES, *SIDE_NAMES, "device_memory"):
         assert engine_table(name, tmp_path).startswith("*Not measured yet: `results/"), name
 
 
@@ -462,6 +463,63 @@ def test_other_programs_nms_stands_beside_ours_with_what_it_loses(tmp_path: Path
     assert f"| 1,917 | 1e{book_grid.NO_BREAK_HYPHEN}08 | 20.0 | 1,078\\* (47) | – |" in table
     summary = engine_table("nms_peers_summary", tmp_path)
     assert "takes 53.9 to 54 times" in summary and "EfficientNMS_TRT in 1 of 1" in summary
+
+
+def test_the_wall_clock_of_the_nms_layer_is_said(tmp_path: Path):
+    ours = {**PEER, "implementation": "OdtrtDetect", "anchors": 1917, "p50_us": 20.0, "missing": 0}
+    layer = {**ours, "implementation": "NMS layer", "p50_us": 333.4, "missing": 2, "timed_by": "wall clock"}
+    gpu_file(tmp_path / "nms_peers.h200.json", [ours, layer])
+    table = engine_table("nms_peers_layer", tmp_path)
+    assert "| 20.0 | 333 (2) |" in table and "wall clock" in table
+    assert "wall clock" not in engine_table("nms_peers", tmp_path)
+
+
+def test_nvidias_sample_stands_beside_ours_and_what_fails_is_apart(tmp_path: Path):
+    road = {"kind": "road", "model": "d0", "environment": "Python 9", "way": "nvidia", "step": "create_onnx"}
+    rows = [{**road, "cpu_seconds": 60.4, "peak_rss_mb": 1000}]
+    rows += [{**rows[0], "step": "exporter_main_v2", "cpu_seconds": 80.4, "peak_rss_mb": 1200}]
+    rows += [{**rows[0], "way": "odtrt", "step": "export"}]
+    rows += [{**road, "step": "exporter_main_v2, as it is", "error": "a | b"}]
+    plan = {"kind": "detector", "model": "d0_at_0.3", "precision": "FP16", "weights": "trained"}
+    found = {"references": 9, "pictures": 3, "matched": 4, "missing": 1, "extra": 2, "wrong_class": 1}
+    theirs = {**plan, **found, "way": "nvidia", "device_graph_p50_us": 979.7, "found": 8}
+    rows += [theirs, {**theirs, "way": "odtrt", "device_graph_p50_us": 465.6, "matched": 9}]
+    rows += [{**plan, "model": "d1", "way": "nvidia", "error": "not built"}]
+    rows += [{**theirs, "model": "random", "weights": "random"}]
+    gpu_file(tmp_path / "peers.h200.json", rows)
+    summary, times, agreement, way, failures = (engine_table(name, tmp_path) for name in SIDE_NAMES)
+    assert "takes 0.98 ms and gives 4 of 9" in summary and "takes 0.47 ms and gives 9 of 9" in summary
+    assert "| d0 above 0.3 | FP16 | NVIDIA's sample | 0.98 | – |" in times and "| random |" in times
+    assert "| 9 | 4 | 1 / 2 | 8 | 1 |" in agreement.replace(book_grid.SLASH, " / ")
+    assert "in 3 pictures" in agreement and "random" not in agreement and "d1" not in times
+    assert "| d0 | 80 + 60 = 141 | 1,200 | – | – |" in way and "as it is" not in way
+    assert "| d0 | exporter_main_v2, as it is | a \\| b | – |" in failures and "H200" not in failures
+
+
+def test_the_growth_of_all_stacks_stands_beside_what_stays(tmp_path: Path):
+    row = {"model": "d0", "arithmetic": "FP32", "device_memory_mb": 30.0, "left_mb": 25.0}
+    row |= {
+        "stack_bytes": 1024,
+        "stack_bytes_after": 3072,
+        "threads": 10240,
+        "left_after_stack_reset_mb": 5.0,
+    }
+    gpu_file(tmp_path / "device_memory.h200.json", [row, {**row, "error": "killed"}])
+    table = engine_table("device_memory", tmp_path).replace(book_grid.SLASH, " / ")
+    assert table.count("| d0 |") == 1 and "| d0 | FP32 | 30 | 25 | 1,024 / 3,072 | 20 | 5 |" in table
+
+
+def test_the_tables_of_arm64_count_values_and_say_what_the_registry_did():
+    path = ROOT / "results" / book_tables.ARM64
+    rows = json.loads(path.read_text())["rows"]
+    table = book_grid.part_of(path, book_tables.arm64)
+    compared = [row for row in rows if row["check"] in ("bits", "heads")]
+    assert [row["compared"] in table for row in compared] == [True] * len(compared)
+    for row in rows:
+        if row["check"] == "registry":
+            row["plugin_made"] = False
+    measured = {**json.loads(path.read_text()), "rows": rows, "file": path.name}
+    assert "does not: makes a plugin" in book_tables.arm64_libraries(measured)
 
 
 def test_an_optional_column_appears_with_its_first_figure(gpu_results: Path):
