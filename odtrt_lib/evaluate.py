@@ -339,13 +339,9 @@ def map_drop(
     counts.
     """
     truth = annotations if isinstance(annotations, Instances) else read_instances(annotations)
-    ids = None if image_ids is None else list(image_ids)
+    ids = list(truth.files if image_ids is None else image_ids)
+    require_objects(truth, ids)
     sides = [match(truth, detections, ids) for detections in (reference, candidate)]
-    if not any(own.objects.any() for own in sides[0]):
-        raise InputError(
-            f"{truth.source}: no object that counts in the images to compare on, so there is no mAP; "
-            "expected annotations of them"
-        )
     images = len(sides[0][0].objects)
     rng = np.random.default_rng(seed)
     drops: List[float] = []
@@ -385,6 +381,16 @@ def require_limit(limit: float) -> None:
     """Raises InputError unless ``limit`` is from 0 to 100."""
     if not 0 <= limit <= 100:
         raise InputError(f"gate {limit:g}: expected the points of mAP that may be lost, from 0 to 100")
+
+
+def require_objects(truth: Instances, image_ids: Iterable[Identity]) -> None:
+    """Raises InputError if no image has an object that counts, which a crowd does not."""
+    ids = {identity(one) for one in image_ids}
+    if not any(one.image_id in ids and not one.is_crowd for one in truth.objects):
+        raise InputError(
+            f"{truth.source}: no object that counts in {len(ids)} images, so there is no mAP to compare; "
+            "expected annotations of these images"
+        )
 
 
 def match(
