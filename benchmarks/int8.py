@@ -7,7 +7,7 @@ stay. Calibration: the first 64 training scenes. mAP: pycocotools, on unseen sce
 ``map_drop_points``: against single precision on the same scenes, from ``drop_low`` to ``drop_high`` with 95 %
 confidence (:func:`odtrt_lib.evaluate.map_drop`). ``box_sqnr_db``, ``class_sqnr_db``: signal over noise of the
 raw heads on 24 other training scenes. ``int8_convolutions``: of ``convolutions``; ``in_float``: the names of
-the rest. ``p50_ms``: ``Detector.detect`` while the scenes are measured, so of use only where nothing else runs.
+the rest. ``p50_ms``: of ``Detector.detect`` while the scenes are measured; it counts on an idle machine only.
 Strategies:
 
 * ``every convolution``: as `odtrt quantise` has it. ``without the stem``: the first convolution stays in
