@@ -40,7 +40,7 @@ from odtrt_lib.nms import Postprocessed, postprocess
 from odtrt_lib.preprocess import boxes_to_pixels, frame_of, preprocess
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.tensors import Tensor, heads_tensors
-from odtrt_lib.variants import FORMS, PRECISIONS, RUNTIME_LIBRARIES, form_of
+from odtrt_lib.variants import PRECISIONS, RUNTIME_LIBRARIES, Variant, form_of
 
 if TYPE_CHECKING:
     from odtrt_lib.engine.passport import Passport
@@ -55,7 +55,6 @@ MOST_WAITING = 16
 
 _POLL_SECONDS = 0.5
 _NO_GPU = "no NVIDIA GPU here: no plan runs, ONNX Runtime does"
-_HEADS = FORMS["heads"].file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +195,8 @@ class Detector:
         ``auto`` a plan that no longer fits (another library, GPU, ONNX file or spec.json) starts one process
         that rebuilds it in the background; :attr:`status` says so, and the other backends never do. plugin:
         ``libodtrt_tensorrt.so``; with it a fused plan is preferred to a split one, without it not looked at.
-        precision: only plans of this one; None: of any. switches: how a plan gets its pictures and gives its
+        precision: only plans of this one; None: of any. ONNX Runtime runs the int8 model if it is int8, else
+        the one in single precision. switches: how a plan gets its pictures and gives its
         detections back, see :class:`odtrt_lib.engine.pipeline.Switches`; ONNX Runtime has none.
 
         Close it, or use it in a ``with`` block, to give the GPU's memory back::
@@ -213,11 +213,11 @@ class Detector:
         folder = Path(folder)
         _check_choices(backend, plugin, precision)
         if backend == "onnxruntime":
-            return cls(*_open_onnxruntime(folder))
+            return cls(*_open_onnxruntime(folder, precision))
         here = _here(backend, plugin)
         if here is None:
             has_plans = any((folder / PLANS).glob("*.json"))
-            detector = cls(*_open_onnxruntime(folder))
+            detector = cls(*_open_onnxruntime(folder, precision))
             detector._serving.reasons = (_NO_GPU,) if has_plans else ()
             return detector
         wanted = _Wanted(folder, here, plugin, precision, switches)
@@ -235,7 +235,7 @@ class Detector:
         if found.backend is not None:
             detector = cls(spec, anchors, found.backend)
         else:
-            detector = cls(*_open_onnxruntime_instead(folder, found.reasons))
+            detector = cls(*_open_onnxruntime_instead(folder, precision, found.reasons))
         detector._serving.reasons = found.reasons
         if found.stale is not None:
             _watch_rebuild(detector, wanted, found.stale, is_started)
@@ -380,20 +380,21 @@ def _is_contract_of(folder: Path, spec: DetectorSpec, anchors: np.ndarray) -> bo
     return found[0] == spec and np.array_equal(found[1], anchors)
 
 
-def _open_onnxruntime(folder: Path) -> Tuple[DetectorSpec, np.ndarray, Backend]:
+def _open_onnxruntime(folder: Path, precision: Optional[str]) -> Tuple[DetectorSpec, np.ndarray, Backend]:
     """Opens ONNX Runtime, with all files from one model: another process may replace it in the meantime."""
-    files = sealed(folder, "spec.json", "anchors.npy", _HEADS)
+    model = Variant(precision or "fp32", "heads").file
+    files = sealed(folder, "spec.json", "anchors.npy", model)
     spec = load_spec(folder / "spec.json", files["spec.json"])
     anchors = load_anchors(folder / "anchors.npy", spec, files["anchors.npy"])
-    return spec, anchors, _run_by_onnxruntime(folder / _HEADS, spec, anchors, files[_HEADS])
+    return spec, anchors, _run_by_onnxruntime(folder / model, spec, anchors, files[model])
 
 
 def _open_onnxruntime_instead(
-    folder: Path, reasons: Sequence[str]
+    folder: Path, precision: Optional[str], reasons: Sequence[str]
 ) -> Tuple[DetectorSpec, np.ndarray, Backend]:
     """Opens ONNX Runtime because no plan can be used. reasons: why not, for the error if this fails too."""
     try:
-        return _open_onnxruntime(folder)
+        return _open_onnxruntime(folder, precision)
     except MissingDependencyError as error:
         raise MissingDependencyError(f"{error}; {'; '.join(reasons)}") from error
 

@@ -39,6 +39,7 @@ LAYERS = [
     "zoo",
     "export",
     "convert",
+    "int8",
     "engine",
     "fuse",
     "portability",

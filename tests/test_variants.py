@@ -19,8 +19,6 @@ from odtrt_lib.variants import FORMS, PRECISIONS, Variant, form_of, models  # no
 
 BUILD_INT8 = """
 import json, sys
-from odtrt_lib import variants
-variants.PRECISIONS["int8"] = variants.Precision(("int8",), {"heads": "int8/heads_int8.onnx"})
 from odtrt_lib import engine
 from odtrt_lib.engine import passport
 from odtrt_lib.errors import OdtrtError
@@ -43,7 +41,9 @@ def test_the_files_of_all_variants():
     assert Variant("fp32", "heads").layers == () and "fp16" in Variant("fp16", "heads").layers
     assert {form_of(name) for name in models()} == set(FORMS)
     assert form_of("another.onnx") is None
-    assert list(PRECISIONS) == ["fp32", "fp16"]
+    assert list(PRECISIONS) == ["fp32", "fp16", "int8"]
+    assert Variant("int8", "plugin").file == "detector_int8.onnx" and form_of("heads_int8.onnx") == "heads"
+    assert Variant("int8", "heads").command == "quantise"
 
 
 def quantised(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -76,13 +76,12 @@ def quantised(model: onnx.ModelProto) -> onnx.ModelProto:
 )
 @pytest.mark.parametrize("is_quantised", [True, False])
 def test_a_precision_with_a_model_of_its_own(tmp_path, is_quantised):
-    """What chapter 6 will add, tried in a process of its own, with NVIDIA's builder."""
+    """The int8 model is the one that is built, and judged by its layers; with NVIDIA's builder."""
     folder = model_folder(tmp_path / "tiny")
-    (folder / "int8").mkdir()
     if is_quantised:
-        onnx.save(quantised(onnx.load(folder / "heads.onnx")), folder / "int8" / "heads_int8.onnx")
+        onnx.save(quantised(onnx.load(folder / "heads.onnx")), folder / "heads_int8.onnx")
     else:
-        shutil.copy(folder / "heads.onnx", folder / "int8" / "heads_int8.onnx")
+        shutil.copy(folder / "heads.onnx", folder / "heads_int8.onnx")
     done = subprocess.run(
         [sys.executable, "-c", BUILD_INT8, str(folder)], capture_output=True, text=True, check=False
     )
@@ -90,7 +89,7 @@ def test_a_precision_with_a_model_of_its_own(tmp_path, is_quantised):
     answer = json.loads(done.stdout.splitlines()[-1])
     if is_quantised:
         assert answer == {
-            "found": [["heads.onnx", "fp32"], ["int8/heads_int8.onnx", "int8"]],
+            "found": [["heads.onnx", "fp32"], ["heads_int8.onnx", "int8"]],
             "said": [],
         }
     else:

@@ -265,7 +265,7 @@ def _configure(
     the timing cache, an empty note and None."""
     _demand_compatibility(trt, config, request)
     if is_weakly_typed(trt):
-        if request.precision == "fp16":
+        if request.precision in ("fp16", "int8"):  # what INT8 leaves would run in FP32 otherwise
             config.set_flag(trt.BuilderFlag.FP16)
         if any(network.get_layer(i).type == trt.LayerType.QUANTIZE for i in range(network.num_layers)):
             config.set_flag(trt.BuilderFlag.INT8)

@@ -108,7 +108,7 @@ def reduced(identity: Mapping[str, Any], allowed: Sequence[str]) -> Dict[str, An
     changed = dict(identity)
     if "dynamic_batch" in allowed and changed["batch"] is not None:
         changed["batch"] = [changed["batch"][1]] * 3
-    if "fp32" in allowed:
+    if "fp32" in allowed and changed["precision"] == "fp32":
         changed["precision"] = "fp16"
     return changed
 

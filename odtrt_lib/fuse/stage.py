@@ -26,7 +26,7 @@ from odtrt_lib.fuse.onnx_form import with_onnx_nms
 from odtrt_lib.fuse.plugin import plugin_attributes, with_plugin
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.tensors import heads_tensors
-from odtrt_lib.variants import FORMS
+from odtrt_lib.variants import FORMS, PRECISIONS, Variant
 
 if TYPE_CHECKING:
     import onnx
@@ -34,28 +34,34 @@ if TYPE_CHECKING:
 FUSED = tuple(name for name in FORMS if name != "heads")
 
 
-def fuse(folder: Union[str, Path], *, form: str = "plugin", force: bool = False) -> folders.StageResult:
+def fuse(
+    folder: Union[str, Path], *, form: str = "plugin", precision: str = "fp32", force: bool = False
+) -> folders.StageResult:
     """Writes ``detector.onnx``, or the other form's file, from the heads, the anchors and ``spec.json``.
 
-    form: one of :data:`FUSED`. force: write even if the file is up to date. The same inputs give the same
-    bytes.
+    form: one of :data:`FUSED`. precision: ``int8`` writes ``detector_int8.onnx`` from ``heads_int8.onnx``;
+    the others take the heads in single precision. force: write even if the file is up to date. The same
+    inputs give the same bytes.
 
-    Raises InputError for another form, and if an input is missing, damaged or does not match ``spec.json``;
-    MissingDependencyError without onnx or onnx-graphsurgeon; CheckError if the ONNX checker refuses the
-    result. Nothing is written then.
+    Raises InputError for another form or precision, and if an input is missing, damaged or does not match
+    ``spec.json``; MissingDependencyError without onnx or onnx-graphsurgeon; CheckError if the ONNX checker
+    refuses the result. Nothing is written then.
     """
     folder = Path(folder)
     if form not in FUSED:
         raise InputError(f"form {form!r}: expected one of {', '.join(FUSED)}")
-    name = FORMS[form].file
-    files = folders.sealed(folder, "heads.onnx", "anchors.npy", "spec.json")
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    source, target = Variant(precision, "heads").file, Variant(precision, form).model
+    name = target.file
+    files = folders.sealed(folder, source, "anchors.npy", "spec.json")
     spec = load_spec(folder / "spec.json", files["spec.json"])
-    stage = folders.Stage(folder, FORMS[form].stage, folders.made_from(name, files), {"form": form})
+    stage = folders.Stage(folder, target.stage, folders.made_from(name, files), {"form": form})
     record = stage.finished(force)
     if record is not None:
         return folders.StageResult(record, is_up_to_date=True)
 
-    heads = _load_heads(folder / "heads.onnx", spec, files["heads.onnx"])
+    heads = _load_heads(folder / source, spec, files[source])
     anchors = load_anchors(folder / "anchors.npy", spec, files["anchors.npy"])
     with folders.staging(folder) as staged:
         fused = with_plugin(heads, spec, anchors) if form == "plugin" else with_onnx_nms(heads, spec, anchors)

@@ -1,0 +1,256 @@
+"""Stage 6: ``heads.onnx`` and calibration pictures -> ``heads_int8.onnx``.
+
+It also writes ``int8/calibration.json``: the range of each tensor, and what they were measured on.
+``odtrt build --precision int8`` builds a plan from it; ONNX Runtime runs it too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Dict, Iterator, List, Mapping, Sequence, Tuple, Union
+
+import numpy as np
+
+from odtrt_lib import folder as folders
+from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, one_line
+from odtrt_lib.int8 import calibrate, qdq
+from odtrt_lib.preprocess import load_image, preprocess
+from odtrt_lib.sources import PICTURE_SUFFIXES
+from odtrt_lib.spec import DetectorSpec, InputSpec, load_spec
+from odtrt_lib.variants import Variant
+
+if TYPE_CHECKING:
+    import onnx
+
+MODEL = Variant("int8", "heads")
+CALIBRATION = "int8/calibration.json"
+FEWEST_IMAGES = 8
+IMAGES = 64
+SCORE = 0.3
+"""A picture in which nothing has this score counts as one without detections."""
+
+Picture = Union[str, Path, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """ranges: tensor -> amax, the absolute value that becomes code 127. images: how many were used.
+    without_detections: in how many of them the float32 network finds nothing with a score of SCORE; many
+    mean that they are of another domain."""
+
+    rule: str
+    ranges: Mapping[str, float]
+    images: int
+    without_detections: int
+
+    @property
+    def looks_foreign(self) -> bool:
+        return 2 * self.without_detections > self.images
+
+
+def quantise(
+    folder: Union[str, Path],
+    images: Sequence[Picture],
+    *,
+    rule: str = "mse",
+    in_float: Sequence[str] = (),
+    force: bool = False,
+) -> folders.StageResult:
+    """Writes ``heads_int8.onnx``: every convolution in INT8 but those named in ``in_float``.
+
+    images: pictures as the detector will see them, as files or as uint8 ``[height, width, 3]``, RGB; 64 of
+    them suffice, fewer than FEWEST_IMAGES are refused. rule: a key of :data:`calibrate.RULES`. force: write
+    even if the file is up to date. The same inputs give the same bytes on one machine. The record's checks
+    say in how many pictures the detector finds nothing.
+
+    Raises InputError if a file of the model is missing or damaged, if it is quantised already, for too few or
+    unreadable pictures, one that has one colour only, and a tensor that is not finite or always 0 on them;
+    MissingDependencyError without onnx or ONNX Runtime; CheckError if the ONNX checker refuses the result.
+    Nothing is written then.
+    """
+    folder = Path(folder)
+    files = folders.sealed(folder, "heads.onnx", "spec.json")
+    spec = load_spec(folder / "spec.json", files["spec.json"])
+    model = _load(folder / "heads.onnx", files["heads.onnx"])
+    where = qdq.placement(model, in_float)
+    pictures = [_pixels(one, number) for number, one in enumerate(images, 1)]
+    if len(pictures) < FEWEST_IMAGES:
+        raise InputError(f"{len(pictures)} calibration pictures; at least {FEWEST_IMAGES} are needed")
+    settings = {"rule": rule, "in_float": sorted(in_float), "images": _digest(pictures)}
+    stage = folders.Stage(folder, MODEL.model.stage, folders.made_from(MODEL.file, files), settings)
+    record = stage.finished(force)
+    if record is not None:
+        return folders.StageResult(record, is_up_to_date=True)
+
+    found = calibrated(model, spec, where, pictures, rule)
+    result = qdq.quantised(model, where, found.ranges)
+    _require_valid(folder / MODEL.file, result)
+    with folders.staging(folder) as staged:
+        (staged / MODEL.file).write_bytes(result.SerializeToString(deterministic=True))
+        (staged / CALIBRATION).parent.mkdir()
+        (staged / CALIBRATION).write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+        record = stage.record(
+            staged,
+            outputs=[MODEL.file],
+            versions={each: importlib.metadata.version(each) for each in ("onnx", "onnxruntime")},
+            checks={
+                "onnx_checker": "full check passed",
+                "int8_convolutions": len(where.convs),
+                "float_convolutions": len(in_float),
+                "calibrated_tensors": len(found.ranges),
+                "images": found.images,
+                "images_without_detections": found.without_detections,
+                "looks_foreign": found.looks_foreign,
+            },
+        )
+    return folders.StageResult(record, is_up_to_date=False, note=_note(found))
+
+
+def calibrated(
+    model: onnx.ModelProto,
+    spec: DetectorSpec,
+    where: qdq.Placement,
+    pictures: Sequence[np.ndarray],
+    rule: str,
+) -> Calibration:
+    """The ranges of ``where``'s tensors on pictures, uint8 ``[height, width, 3]``, RGB."""
+    if rule not in calibrate.RULES:
+        raise InputError(f"calibrator {rule!r}: expected one of {', '.join(calibrate.RULES)}")
+    found = calibrate.histograms(model, where.tensors, lambda: network_inputs(pictures, spec.input))
+    without = sum(best < SCORE for best in _best_scores(model, spec, pictures))
+    ranges = {tensor: calibrate.amax(histogram, rule) for tensor, histogram in found.items()}
+    return Calibration(rule, ranges, len(pictures), int(without))
+
+
+def network_inputs(pictures: Sequence[np.ndarray], spec: InputSpec) -> Iterator[np.ndarray]:
+    """What the detector feeds to the network: one input of batch 1 for each picture."""
+    for picture in pictures:
+        yield preprocess(picture, spec)[0][None]
+
+
+def _best_scores(
+    model: onnx.ModelProto, spec: DetectorSpec, pictures: Sequence[np.ndarray]
+) -> Iterator[float]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    for image in network_inputs(pictures, spec.input):
+        _, logits = session.run(None, {spec.input.name: image})
+        yield float(1 / (1 + np.exp(-np.float64(logits.max()))))
+
+
+def _note(found: Calibration) -> str:
+    if not found.looks_foreign:
+        return ""
+    return (
+        f"in {found.without_detections} of {found.images} calibration pictures the detector finds nothing "
+        f"with a score of {SCORE}: are they of the domain that it was trained for?"
+    )
+
+
+# ---- TensorRT's calibration table --------------------------------------------------------------------------
+
+
+def write_table(ranges: Mapping[str, float], version: Tuple[int, int, int]) -> str:
+    """TensorRT's calibration cache of IInt8EntropyCalibrator2, for TensorRT before 11.
+
+    A line for each tensor: its name, a colon, and the big-endian float32 of amax / 127 in hexadecimal digits
+    (TensorRT's samples/common/sampleEngines.cpp reads it so). version: TensorRT's major, minor and patch.
+    """
+    major, minor, patch = version
+    number = major * 1000 + minor * 100 + patch if major < 10 else major * 10000 + minor * 100 + patch
+    lines = [f"TRT-{number}-EntropyCalibration2"]
+    lines += [f"{name}: {struct.pack('>f', amax / qdq.LEVELS).hex()}" for name, amax in ranges.items()]
+    return "\n".join(lines) + "\n"
+
+
+def read_table(text: str, where: qdq.Placement) -> Dict[str, float]:
+    """The ranges of ``where``'s tensors in a calibration cache.
+
+    Raises InputError for another format, and if tensors are missing: then it is another model's.
+    """
+    lines = text.splitlines()
+    if not lines or not lines[0].startswith("TRT-"):
+        raise InputError(f"not TensorRT's calibration table: it begins with {one_line(text[:40])!r}")
+    found = {}
+    for number, line in enumerate(lines[1:], 2):
+        name, _, digits = line.rpartition(": ")
+        try:
+            (scale,) = struct.unpack(">f", bytes.fromhex(digits))
+        except (ValueError, struct.error) as error:
+            raise InputError(
+                f"calibration table, line {number}: expected `NAME: 8 hexadecimal digits`"
+            ) from error
+        found[name] = scale * qdq.LEVELS
+    missing = [tensor for tensor in where.tensors if tensor not in found]
+    if missing:
+        raise InputError(
+            f"calibration table: {len(missing)} of {len(where.tensors)} tensors are not in it, among them "
+            f"{missing[0]!r}; it is another model's"
+        )
+    return {tensor: found[tensor] for tensor in where.tensors}
+
+
+# ---- Input -------------------------------------------------------------------------------------------------
+
+
+def _load(path: Path, content: bytes) -> onnx.ModelProto:
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"onnx and onnxruntime are needed to quantise ({error}): run `make install`"
+        ) from error
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load_model_from_string(content)
+    except DecodeError as error:
+        raise InputError(f"{path}: not an ONNX model; run `odtrt convert` again") from error
+
+
+def _pixels(picture: Picture, number: int) -> np.ndarray:
+    pixels = picture if isinstance(picture, np.ndarray) else load_image(picture)
+    if int(pixels.max()) == int(pixels.min()):
+        name = f"calibration picture {number}" if isinstance(picture, np.ndarray) else str(picture)
+        raise InputError(f"{name}: one colour only, which shows nothing of what the detector will see")
+    return pixels
+
+
+def _digest(pictures: Sequence[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes())
+    return digest.hexdigest()
+
+
+def _require_valid(path: Path, model: onnx.ModelProto) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise CheckError(f"{path}: not a valid ONNX model: {one_line(error)}; nothing was written") from error
+
+
+def pictures_in(folder: Path, count: int = IMAGES) -> List[Path]:
+    """``count`` pictures of a folder, evenly spaced in the order of their names.
+
+    Raises InputError if the folder is missing or has none.
+    """
+    folders.require_folder(folder)
+    every = sorted(one for one in folder.iterdir() if one.suffix.lower() in PICTURE_SUFFIXES)
+    if not every:
+        raise InputError(f"{folder}: no pictures in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    chosen = np.unique(np.linspace(0, len(every) - 1, min(count, len(every))).astype(int))
+    return [every[i] for i in chosen]
