@@ -333,7 +333,8 @@ def map_drop(
     The interval is the percentile interval of a paired bootstrap over images (Efron and Tibshirani, An
     Introduction to the Bootstrap, 1993, chapters 6 and 13): as many images as there are, drawn with
     replacement, the same for both lists, ``resamples`` times. An image drawn twice counts twice. The
-    matching is done once. Equal arguments give equal bits.
+    matching is done once. Equal arguments give equal bits. The interval is a little too narrow: for simulated
+    detectors it covered the true drop in 91 to 94 % of samples of 20 to 200 images, in 89 % of 10 images.
 
     annotations, image_ids: as of :func:`coco_metrics`. Raises what that raises, and InputError if no object
     counts.
