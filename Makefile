@@ -60,7 +60,7 @@ check-aarch64: install-dev plugin
 	$(BIN)/python benchmarks/aarch64.py
 
 test: install-dev plugin
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not notebook"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not notebook"
 
 GPU_PYTHON := python3
 test-gpu: plugin

@@ -427,6 +427,7 @@ class TestPlansAndBundles:
             "archive": Path("parts.odtrt.zip"),
             "triton": True,
             "deepstream": False,
+            "notebooks": False,
             "target": "jetson-orin",
             "force": False,
         }

@@ -53,6 +53,7 @@ from odtrt_lib.variants import (
     HARDWARE_COMPATIBILITIES,
     PRECISIONS,
     RUNTIME_LIBRARIES,
+    Variant,
 )
 
 if TYPE_CHECKING:
@@ -852,12 +853,15 @@ def _require_precisions(recipes: Sequence[Recipe], detectors: Sequence[Detector]
     """Refuses ONNX Runtime where another precision than its own was asked for, and a reference that is the
     model itself: such a comparison would pass and mean nothing."""
     for recipe, detector in zip(recipes, detectors):
-        if detector.status.plan is None and recipe.precision not in (None, "fp32"):
+        if detector.status.plan is None and recipe.precision == "fp16":
             raise InputError(
                 f"{recipe.folder}: ONNX Runtime would run it, in fp32, not in {recipe.precision}; name the "
                 "backend of a plan with --backend or --against-backend"
             )
-    runs = {(recipe.folder.resolve(), one.status.plan) for recipe, one in zip(recipes, detectors)}
+    runs = {
+        (recipe.folder.resolve(), one.status.plan or Variant(recipe.precision or "fp32", "heads").file)
+        for recipe, one in zip(recipes, detectors)
+    }
     if len(runs) < len(recipes):
         raise InputError(
             f"{recipes[0].folder}: would be compared with itself ({detectors[0].status.description}); name "
