@@ -22,7 +22,8 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one_line
+from odtrt_lib.errors import CudaError as CudaError
+from odtrt_lib.errors import InputError, MissingDependencyError, one_line
 
 KINDS = ("device", "pinned", "mapped")
 FILE_NAMES = ("libcudart.so", "libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0")
@@ -61,14 +62,6 @@ _SIGNATURES: Dict[str, Sequence[Any]] = {
     "cudaGraphExecDestroy": (_POINTER,),
     "cudaGetLastError": (),
 }
-
-
-class CudaError(OdtrtError):
-    """A CUDA call failed. number: its ``cudaError_t``."""
-
-    def __init__(self, call: str, number: int, text: str) -> None:
-        super().__init__(f"{call}: CUDA error {number}: {text}")
-        self.number = number
 
 
 @functools.lru_cache(maxsize=1)

@@ -27,6 +27,14 @@ class CheckError(OdtrtError):
     """A check failed: two things that must agree do not."""
 
 
+class CudaError(OdtrtError):
+    """A CUDA call failed. number: its ``cudaError_t``."""
+
+    def __init__(self, call: str, number: int, text: str) -> None:
+        super().__init__(f"{call}: CUDA error {number}: {text}")
+        self.number = number
+
+
 class BuildError(OdtrtError):
     """TensorRT refused or failed to build an engine."""
 

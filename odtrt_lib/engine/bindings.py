@@ -20,8 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Deque, List, MutableSequence, Tuple
 
-from odtrt_lib.cuda import CudaError
-from odtrt_lib.errors import MissingDependencyError, one_line
+from odtrt_lib.errors import CudaError, MissingDependencyError, one_line
 from odtrt_lib.tensors import DOMAIN, PLUGIN, PLUGIN_VERSION
 from odtrt_lib.variants import RUNTIME_LIBRARIES
 

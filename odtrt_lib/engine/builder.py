@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 from odtrt_lib import errors
-from odtrt_lib.cuda import CudaError
 from odtrt_lib.engine.bindings import error_recorder, let_rtx_find_itself, load_plugin, trt_messages
 from odtrt_lib.errors import (
     BuildError,
     CheckError,
+    CudaError,
     InputError,
     MissingDependencyError,
     OdtrtError,
