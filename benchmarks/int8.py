@@ -6,8 +6,9 @@ Model: models/parts. NUMBER: rows of :data:`ROWS`, unasked all; rows of as many 
 stay. Calibration: the first 64 training scenes. mAP: pycocotools, on unseen scenes (TEST_SEEDS).
 ``map_drop_points``: against single precision on the same scenes, from ``drop_low`` to ``drop_high`` with 95 %
 confidence (:func:`odtrt_lib.evaluate.map_drop`). ``box_sqnr_db``, ``class_sqnr_db``: signal over noise of the
-raw heads on 24 other training scenes. ``int8_convolutions``: of ``convolutions``. ``p50_ms``:
-``Detector.detect`` while the scenes are measured, on a machine that does nothing else. Strategies:
+raw heads on 24 other training scenes. ``int8_convolutions``: of ``convolutions``; ``in_float``: the names of
+the rest. ``p50_ms``: of ``Detector.detect`` while the scenes are measured; it counts on an idle machine only.
+Strategies:
 
 * ``every convolution``: as `odtrt quantise` has it. ``without the stem``: the first convolution stays in
   floating point; ``without the worst 4``, ``12``: those that lose most when they alone are quantised
@@ -185,7 +186,7 @@ class Networks:
         boxes, classes = sensitivity.noise(self.wanted, sensitivity.heads_of(model, self.images))
         return model, {
             "int8_convolutions": len(self.convs) - len(in_float),
-            "in_float": in_float,
+            "in_float": "; ".join(in_float),
             "box_sqnr_db": round(sensitivity.sqnr_db(boxes), 2),
             "class_sqnr_db": round(sensitivity.sqnr_db(classes), 2),
             "model_mb": round(model.ByteSize() / 1e6, 2),

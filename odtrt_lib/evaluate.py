@@ -1,4 +1,4 @@
-"""Measures how good a detector is (COCO mAP), and whether two detectors agree, box by box.
+"""Measures how good a detector is (COCO mAP), what another one loses, and whether two agree, box by box.
 
 Detections are in COCO's results form, one ``dict`` each: ``image_id``, ``category_id``, ``bbox`` =
 ``[x, y, width, height]`` in pixels of the original image, and ``score``.
@@ -6,6 +6,9 @@ Detections are in COCO's results form, one ``dict`` each: ``image_id``, ``catego
 Evaluation can be divided into shards. :func:`detect_shard` takes a :class:`Recipe` and some pictures, both
 picklable, so it can run in any process on any machine that has the folder and the pictures. :func:`merge`
 joins the results. On one machine: ``merge(detect_shard(recipe, shard) for shard in shards(coco, 3))``.
+
+A loss of mAP is measured on a sample of images, so it has an error of its own. :func:`map_drop` gives it with
+its 95 % interval, and :func:`check_limit` says whether it is shown to be within a limit.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -43,6 +47,12 @@ _SUMMARY = (
     *("map", "map50", "map75", "map_small", "map_medium", "map_large"),
     *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
 )
+
+RESAMPLES = 1000
+# With fewer images the interval of a drop is too narrow: check_limit passes nothing.
+MIN_IMAGES = 30
+_INTERVAL = (2.5, 97.5)
+_RESAMPLES_AT_ONCE = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +152,50 @@ class Agreement:
     def agrees(self) -> bool:
         """Nothing is missing, nothing is extra, and no score differs by more than the tolerance."""
         return not self.missing and not self.extra and self.max_score_difference <= self.score_tolerance
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassMatches:
+    """The detections of one class in all images, as pycocotools matches them with the objects.
+
+    objects: int64 [images], the objects that count. image: int64 [D], the place of each detection's image,
+    best score first. is_hit, is_ignored: bool [IoU thresholds, D]; a detection that is neither is a false
+    one.
+    """
+
+    objects: np.ndarray
+    image: np.ndarray
+    is_hit: np.ndarray
+    is_ignored: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class MapDrop:
+    """What a detector loses against a reference on the same images; see :func:`map_drop`.
+
+    reference_map, candidate_map: mAP, 0 to 1. points: the drop, in points of mAP (hundredths); negative if
+    the candidate is better. low, high: its 95 % interval, in points.
+    """
+
+    reference_map: float
+    candidate_map: float
+    points: float
+    low: float
+    high: float
+    images: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Whether a drop is within a limit; see :func:`check_limit`.
+
+    name: ``passed``, ``failed`` or ``not shown``. images_needed: if it is not shown, with how many images it
+    would be, were drop and spread to stay; None if no number suffices, and for the other verdicts.
+    """
+
+    name: str
+    limit: float
+    images_needed: Optional[int] = None
 
 
 def load_detections(path: Union[str, Path]) -> List[Dict[str, Any]]:
@@ -249,31 +303,9 @@ def coco_metrics(
     Raises InputError if ``annotations`` cannot be read, or if a detection is malformed or of an image that
     they do not have; MissingDependencyError without pycocotools.
     """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"pycocotools cannot be imported ({error}): run `pip install pycocotools`"
-        ) from error
     truth = annotations if isinstance(annotations, Instances) else read_instances(annotations)
-    _check_detections(detections, "detections")
-    seen = [identity(detection["image_id"]) for detection in detections]
-    ids = set(truth.files) if image_ids is None else {identity(one) for one in image_ids}
-    unknown = sorted({*ids, *seen} - set(truth.files), key=_order)
-    if unknown:
-        raise InputError(
-            f"image {unknown[0]} is not among the {len(truth.files)} images of {truth.source}; "
-            "evaluate detections with the annotations of the same images"
-        )
-    numbers = _numbered(truth)
+    evaluation = _evaluation(truth, detections, image_ids)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(
-            _indexed(COCO(), truth, _truth_rows(truth, numbers)),
-            _indexed(COCO(), truth, _detection_rows(detections, numbers)),
-            "bbox",
-        )
-        evaluation.params.imgIds = sorted(numbers[one] for one in ids)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -285,7 +317,112 @@ def coco_metrics(
         if (own > -1).any()
     }
     figures = {name: float(figure) for name, figure in zip(_SUMMARY, evaluation.stats)}
-    return CocoMetrics(ap_per_class=per_class, images=len(ids), **figures)
+    return CocoMetrics(ap_per_class=per_class, images=len(evaluation.params.imgIds), **figures)
+
+
+def map_drop(
+    annotations: Union[str, Path, Dict[str, Any], Instances],
+    reference: Sequence[Dict[str, Any]],
+    candidate: Sequence[Dict[str, Any]],
+    image_ids: Optional[Iterable[Identity]] = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> MapDrop:
+    """The mAP that ``candidate`` loses against ``reference``, with its 95 % interval.
+
+    The interval is the percentile interval of a paired bootstrap over images (Efron and Tibshirani, An
+    Introduction to the Bootstrap, 1993, chapters 6 and 13): as many images as there are, drawn with
+    replacement, the same for both lists, ``resamples`` times. An image drawn twice counts twice. The
+    matching is done once. Equal arguments give equal bits.
+
+    annotations, image_ids: as of :func:`coco_metrics`. Raises what that raises, and InputError if no object
+    counts.
+    """
+    truth = annotations if isinstance(annotations, Instances) else read_instances(annotations)
+    ids = list(truth.files if image_ids is None else image_ids)
+    require_objects(truth, ids)
+    sides = [match(truth, detections, ids) for detections in (reference, candidate)]
+    images = len(sides[0][0].objects)
+    rng = np.random.default_rng(seed)
+    drops: List[float] = []
+    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
+        drawn = rng.integers(0, images, (min(_RESAMPLES_AT_ONCE, resamples - start), images))
+        counts = np.stack([np.bincount(row, minlength=images) for row in drawn])
+        drops += (resampled_map(sides[0], counts) - resampled_map(sides[1], counts)).tolist()
+    # Where none of the drawn images has an object there is no mAP.
+    low, high = np.percentile([100 * drop for drop in drops if not math.isnan(drop)], _INTERVAL).tolist()
+    once = np.ones((1, images), np.int64)
+    maps = [float(resampled_map(side, once)[0]) for side in sides]
+    return MapDrop(maps[0], maps[1], 100 * (maps[0] - maps[1]), low, high, images)
+
+
+def check_limit(drop: MapDrop, limit: float) -> Verdict:
+    """Whether the drop is at most ``limit`` points, and is shown to be.
+
+    ``failed``: it is above. ``not shown``: it is not above, but its interval reaches above, or there are
+    fewer than :data:`MIN_IMAGES` images. An interval narrows with the square root of the number of images.
+
+    Raises InputError if ``limit`` is not from 0 to 100.
+    """
+    require_limit(limit)
+    if drop.points > limit:
+        return Verdict("failed", limit)
+    if drop.high <= limit:
+        is_shown = drop.images >= MIN_IMAGES
+        return Verdict("passed", limit) if is_shown else Verdict("not shown", limit, MIN_IMAGES)
+    room = limit - drop.points
+    if room == 0:
+        return Verdict("not shown", limit)
+    needed = math.ceil(drop.images * ((drop.high - drop.points) / room) ** 2)
+    return Verdict("not shown", limit, max(MIN_IMAGES, needed))
+
+
+def require_limit(limit: float) -> None:
+    """Raises InputError unless ``limit`` is from 0 to 100."""
+    if not 0 <= limit <= 100:
+        raise InputError(f"gate {limit:g}: expected the points of mAP that may be lost, from 0 to 100")
+
+
+def require_objects(truth: Instances, image_ids: Iterable[Identity]) -> None:
+    """Raises InputError if no image has an object that counts, which a crowd does not."""
+    ids = {identity(one) for one in image_ids}
+    if not any(one.image_id in ids and not one.is_crowd for one in truth.objects):
+        raise InputError(
+            f"{truth.source}: no object that counts in {len(ids)} images, so there is no mAP to compare; "
+            "expected annotations of these images"
+        )
+
+
+def match(
+    truth: Instances, detections: Sequence[Dict[str, Any]], image_ids: Optional[Iterable[Identity]] = None
+) -> Tuple[ClassMatches, ...]:
+    """The matches of each class of ``truth``, by pycocotools, for objects of all sizes and with 100
+    detections an image and class at most.
+
+    Raises what :func:`coco_metrics` raises.
+    """
+    evaluation = _evaluation(truth, detections, image_ids)
+    evaluation.params.areaRng = evaluation.params.areaRng[:1]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+    images = len(evaluation.params.imgIds)
+    every = evaluation.evalImgs
+    thresholds = len(evaluation.params.iouThrs)
+    return tuple(_class_matches(every[i : i + images], thresholds) for i in range(0, len(every), images))
+
+
+def resampled_map(matches: Sequence[ClassMatches], counts: np.ndarray) -> np.ndarray:
+    """float64 [R]: the mAP of each of R resamples; NaN where no object counts.
+
+    counts: int64 [R, images], how often each image is in the resample. Of detections with equal scores, those
+    of the first image come first, and of one image all copies of the first. A class without an object in the
+    resample is left out of its mean, as pycocotools leaves it out.
+    """
+    every = np.stack([_average_precision(own, counts) for own in matches])
+    has_objects = ~np.isnan(every)
+    total = np.where(has_objects, every, 0.0).sum(axis=0)
+    number = has_objects.sum(axis=0)
+    return np.where(number > 0, total / np.maximum(number, 1), np.nan)
 
 
 def agreement(
@@ -344,6 +481,79 @@ def agreement(
         min_iou=min(overlaps),
         score_tolerance=score_tolerance,
     )
+
+
+def _evaluation(
+    truth: Instances, detections: Sequence[Dict[str, Any]], image_ids: Optional[Iterable[Identity]]
+) -> Any:
+    """A COCOeval that knows objects, detections and images, and has evaluated nothing yet."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"pycocotools cannot be imported ({error}): run `pip install pycocotools`"
+        ) from error
+    _check_detections(detections, "detections")
+    seen = [identity(detection["image_id"]) for detection in detections]
+    ids = set(truth.files) if image_ids is None else {identity(one) for one in image_ids}
+    unknown = sorted({*ids, *seen} - set(truth.files), key=_order)
+    if unknown:
+        raise InputError(
+            f"image {unknown[0]} is not among the {len(truth.files)} images of {truth.source}; "
+            "evaluate detections with the annotations of the same images"
+        )
+    numbers = _numbered(truth)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(
+            _indexed(COCO(), truth, _truth_rows(truth, numbers)),
+            _indexed(COCO(), truth, _detection_rows(detections, numbers)),
+            "bbox",
+        )
+    evaluation.params.imgIds = sorted(numbers[one] for one in ids)
+    return evaluation
+
+
+def _class_matches(images: Sequence[Optional[Dict[str, Any]]], thresholds: int) -> ClassMatches:
+    """images: of each, what COCOeval says of the class; None if it has neither object nor detection."""
+    found = [(i, one) for i, one in enumerate(images) if one is not None]
+    objects = np.zeros(len(images), np.int64)
+    for i, one in found:
+        objects[i] = np.count_nonzero(one["gtIgnore"] == 0)
+    scores = np.concatenate([np.zeros(0), *(one["dtScores"] for _, one in found)])
+    order = np.argsort(-scores, kind="stable")
+    none = np.zeros((thresholds, 0), np.bool_)
+    is_matched = np.concatenate([none, *(one["dtMatches"] != 0 for _, one in found)], axis=1)[:, order]
+    is_ignored = np.concatenate([none, *(one["dtIgnore"] for _, one in found)], axis=1)[:, order]
+    places = np.repeat([i for i, _ in found], [len(one["dtScores"]) for _, one in found])
+    return ClassMatches(objects, places.astype(np.int64)[order], is_matched & ~is_ignored, is_ignored)
+
+
+def _average_precision(own: ClassMatches, counts: np.ndarray) -> np.ndarray:
+    """float64 [R]: the class's average precision in each resample; NaN where it has no object.
+
+    COCOeval takes at each of 101 recalls the best precision at that recall or a higher one. That is always
+    the precision at a hit, so only the hits are visited.
+    """
+    recalls = np.linspace(0.0, 1.0, 101)
+    objects = (counts * own.objects).sum(axis=1)
+    times = counts[:, own.image]
+    seen = np.cumsum(times, axis=1)
+    total = np.zeros(len(counts))
+    for is_hit, is_ignored in zip(own.is_hit, own.is_ignored):
+        hits, ignored = np.flatnonzero(is_hit), np.flatnonzero(is_ignored)
+        true = np.cumsum(times[:, hits], axis=1)
+        counted = seen[:, hits]
+        if ignored.size:
+            left_out = np.cumsum(times[:, ignored], axis=1)
+            left_out = np.concatenate([np.zeros((len(counts), 1), np.int64), left_out], axis=1)
+            counted = counted - left_out[:, np.searchsorted(ignored, hits)]
+        precision = true / (counted + np.spacing(1))
+        best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        recall = true / np.maximum(objects, 1)[:, np.newaxis]
+        reached = np.searchsorted(recalls, recall, side="right")
+        total += (best * np.diff(reached, axis=1, prepend=0)).sum(axis=1)
+    return np.where(objects > 0, total / (len(own.is_hit) * len(recalls)), np.nan)
 
 
 def _by_image(detections: Sequence[Dict[str, Any]]) -> Dict[int, List[Dict[str, Any]]]:

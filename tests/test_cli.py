@@ -670,6 +670,137 @@ class TestEval:
         assert err.count("\n") == 1
 
 
+class TestGate:
+    """``parts`` misses what is in every ``worse_every``-th picture; ``other`` and the reference do not."""
+
+    @pytest.fixture
+    def coco(self, tmp_path):
+        for i in range(40):
+            picture(tmp_path / "images" / f"{i}.png", 40, 60 + i)  # the width is the picture's number
+        content = {
+            "images": [{"id": i, "file_name": f"{i}.png"} for i in range(40)],
+            "annotations": [{"image_id": i, "category_id": 1, "bbox": [2, 1, 30, 38]} for i in range(40)],
+            "categories": [{"id": 1, "name": "cat"}],
+        }
+        path = tmp_path / "instances.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    @pytest.fixture
+    def models(self, stages, monkeypatch, tmp_path):
+        models = SimpleNamespace(worse_every=1000, opened=[], plan="0123")
+        (tmp_path / "other").mkdir()
+
+        def open_model(folder, backend="auto", *, plugin=None, precision=None):
+            is_plan = backend == "tensorrt"
+            models.opened.append((str(folder), backend, precision))
+
+            def detect(image):
+                number = image.shape[1] - 60
+                is_missed = folder == Path("parts") and is_plan and (number + 1) % models.worse_every == 0
+                count = 0 if is_missed else 1
+                return Detections(
+                    boxes=np.array([[1, 2, 39, 32]], np.float32)[:count],
+                    scores=np.array([0.9], np.float32)[:count],
+                    class_ids=np.array([1])[:count],
+                    names=("cat",)[:count],
+                )
+
+            plan = f"{models.plan}{precision}" if is_plan else None
+            status = detector.Status(backend, f"{backend} runs {folder}", plan)
+            return SimpleNamespace(spec=SPEC, detect=detect, status=status)
+
+        monkeypatch.setattr(detector.Detector, "open", open_model)
+        return models
+
+    def gate(self, capsys, coco, *arguments):
+        status, out, err = odtrt(
+            capsys, "eval", "parts", "--annotations", coco, "--backend", "tensorrt", *arguments
+        )
+        return status, [line for line in out.splitlines() if line.startswith("mAP ") and "[" in line], err
+
+    def test_the_reference_is_onnx_runtime_in_fp32(self, capsys, models, coco):
+        status, lines, _ = self.gate(capsys, coco, "--precision", "fp16", "--gate", 0, "--json", "f.json")
+        assert status == 0
+        assert lines == [
+            "mAP 1.0000, reference 1.0000; drop 0.00 points [0.00, 0.00] in 40 images; gate 0: passed"
+        ]
+        assert models.opened == [("parts", "tensorrt", "fp16"), ("parts", "onnxruntime", "fp32")]
+        figures = json.loads(Path("f.json").read_text())["against"]
+        assert figures == {
+            **{"reference_map": 1.0, "candidate_map": 1.0, "points": 0.0, "low": 0.0, "high": 0.0},
+            "images": 40,
+            "gate": {"name": "passed", "limit": 0.0, "images_needed": None},
+        }
+
+    def test_a_loss_above_the_gate_fails(self, capsys, models, coco):
+        models.worse_every = 4
+        status, (line,), err = self.gate(capsys, coco, "--gate", 0.5, "--json", "f.json")
+        assert (status, err) == (1, "")
+        assert "reference 1.0000; drop 24.75 points [" in line and line.endswith("gate 0.5: failed")
+        assert json.loads(Path("f.json").read_text())["against"]["gate"]["name"] == "failed"
+
+    def test_a_loss_that_may_be_above_it_is_not_shown_to_pass(self, capsys, models, coco):
+        models.worse_every = 40
+        status, (line,), _ = self.gate(capsys, coco, "--gate", 5)
+        assert status == 1
+        found = re.search(
+            r"drop (\S+) points \[\S+, (\S+)\] in .*gate 5: not shown: .* about (\d+) are", line
+        )
+        drop, high, needed = map(float, found.groups())
+        assert drop < 5 < high
+        assert needed == pytest.approx(40 * ((high - drop) / (5 - drop)) ** 2, rel=0.02)
+
+    def test_too_few_images_pass_nothing(self, capsys, models, coco):
+        status, (line,), _ = self.gate(capsys, coco, "--gate", 5, "--limit", 3)
+        assert status == 1
+        assert line.endswith("in 3 images; gate 5: not shown: too few images, about 30 are needed")
+
+    def test_without_a_gate_the_loss_is_said(self, capsys, models, coco):
+        models.worse_every = 4
+        status, (line,), _ = self.gate(capsys, coco, "--against", "other", "--against-backend", "tensorrt")
+        assert (status, models.opened[1]) == (0, ("other", "tensorrt", "fp32"))
+        assert "drop 24.75 points" in line and line.endswith("in 40 images")
+
+    def test_pictures_that_one_cannot_use_count_for_neither(self, capsys, models, coco):
+        (coco.parent / "images" / "7.png").write_bytes(b"no picture")
+        status, (line,), err = self.gate(capsys, coco, "--gate", 5)
+        assert (status, "in 39 images; gate 5: passed" in line) == (1, True)
+        assert err.startswith("error: 1 of 40 pictures ")
+
+    @pytest.mark.parametrize(
+        "arguments, facts",
+        [
+            (["--gate", "-1"], ["gate -1", "0 to 100"]),
+            (["--gate", "nan"], ["gate nan", "0 to 100"]),
+            (["--gate", "1", "--against", "nowhere"], ["nowhere"]),
+            (["--gate", "1", "--backend", "onnxruntime"], ["compared with itself"]),
+            (["--precision", "fp16", "--backend", "onnxruntime"], ["fp32, not in fp16"]),
+            (["--gate", "1", "--against", "other", "--against-precision", "fp16"], ["other", "not in fp16"]),
+            (
+                ["--against-precision", "fp32", "--against-backend", "tensorrt", "--precision", "fp32"],
+                ["itself"],
+            ),
+        ],
+    )
+    def test_what_cannot_be_compared(self, capsys, models, coco, arguments, facts):
+        status, lines, err = self.gate(capsys, coco, *arguments)
+        assert (status, lines) == (1, [])
+        assert is_line(err, *facts)
+
+    def test_without_annotated_objects(self, capsys, models, coco):
+        coco.write_text(json.dumps({**json.loads(coco.read_text()), "annotations": []}))
+        status, lines, err = self.gate(capsys, coco, "--gate", 1)
+        assert (status, lines, models.opened) == (1, [], [])
+        assert is_line(err, "instances.json", "no object that counts in 40 images")
+
+    def test_another_image_set(self, capsys, models, coco):
+        coco.write_text(coco.read_text().replace('"3.png"', '"000003.jpg"'))
+        status, _, err = self.gate(capsys, coco, "--gate", 1)
+        assert (status, models.opened) == (1, [])
+        assert is_line(err, "000003.jpg")
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("error", "status"),

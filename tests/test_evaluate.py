@@ -13,17 +13,27 @@ import sys
 import numpy as np
 import pytest
 
+from odtrt_lib import evaluate
+from odtrt_lib.coco import read_instances
 from odtrt_lib.detector import Detections
 from odtrt_lib.errors import InputError, MissingDependencyError
 from odtrt_lib.evaluate import (
+    MIN_IMAGES,
+    ClassMatches,
+    MapDrop,
     Recipe,
+    Verdict,
     agreement,
+    check_limit,
     coco_metrics,
     coco_results,
     detect_folder,
     detect_shard,
     load_detections,
+    map_drop,
+    match,
     merge,
+    resampled_map,
     shards,
 )
 
@@ -416,6 +426,211 @@ def test_a_recipe_that_opens_nothing_says_why(tmp_path):
 def test_no_detections_is_an_empty_list():
     none = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), ())
     assert coco_results(1, none) == []
+
+
+# --- the drop of mAP
+
+
+def rounded(found: list[dict]) -> list[dict]:
+    """With many equal scores, in one image and in different ones."""
+    return [{**one, "score": round(one["score"], 1)} for one in found]
+
+
+@pytest.mark.parametrize("change", [lambda found: found, rounded, lambda found: []])
+def test_the_map_of_the_whole_set_is_pycocotools(change):
+    truth, found = random_truth_and_detections(images=60)
+    found = change(found)
+    matches = match(read_instances(truth), found)
+    assert resampled_map(matches, np.ones((1, 60), int))[0] == pytest.approx(
+        coco_metrics(truth, found).map, abs=1e-12
+    )
+
+
+def duplicated(truth: dict, found: list[dict], counts: np.ndarray) -> tuple[dict, list[dict]]:
+    """The data set with each image as often as ``counts`` says, every copy an image of its own."""
+    copies = np.repeat(np.arange(len(counts)), counts).tolist()
+    images = [{"id": new} for new in range(len(copies))]
+    objects, detections = (
+        [{**one, "image_id": new} for new, old in enumerate(copies) for one in rows if one["image_id"] == old]
+        for rows in (truth["annotations"], found)
+    )
+    return {**truth, "images": images, "annotations": objects}, detections
+
+
+def test_the_map_of_a_resample_is_pycocotools_of_duplicated_images():
+    truth, found = random_truth_and_detections(images=40)
+    rng = np.random.default_rng(2)
+    counts = np.stack([np.bincount(rng.integers(0, 40, 40), minlength=40) for _ in range(3)])
+    counts[2] = 0
+    with_class_4 = {one["image_id"] for one in truth["annotations"] if one["category_id"] == 4}
+    counts[2, sorted(set(range(40)) - with_class_4)] = 3  # a class without objects, only false detections
+    expected = [coco_metrics(*duplicated(truth, found, row)).map for row in counts]
+    assert len(set(expected)) == 3
+    np.testing.assert_allclose(resampled_map(match(read_instances(truth), found), counts), expected, 0, 1e-12)
+
+
+def test_a_resample_without_objects_has_no_map():
+    truth, found = truth_of_two_squares(), [HIT]
+    truth["images"].append({"id": 8})
+    counts = np.array([[1, 1], [0, 2]])
+    maps = resampled_map(match(read_instances(truth), found), counts)
+    assert maps[0] == pytest.approx(51 / 101) and np.isnan(maps[1])
+    drop = map_drop(truth, found, [], resamples=40)
+    assert (drop.points, drop.low, drop.high) == pytest.approx([5100 / 101] * 3)
+
+
+def simulated(images: int, rng: np.random.Generator) -> list[tuple[ClassMatches]]:
+    """A detector and a slightly worse one, which see the same objects well or badly, on random images."""
+    objects = rng.integers(0, 6, images)
+    of_object = np.repeat(np.arange(images), objects)
+    of_false = np.repeat(np.arange(images), rng.poisson(2, images))
+    visible = rng.normal(0, 1, images)[of_object] + rng.normal(0, 1, len(of_object))
+    sides = []
+    for worse in (0.0, 0.1):
+        quality = visible - worse + rng.normal(0, 0.3, len(of_object))
+        scores = [quality + rng.normal(0, 1, len(of_object)), rng.normal(-1, 1, len(of_false))]
+        order = np.argsort(-np.concatenate(scores))
+        is_hit = np.zeros((2, len(order)), bool)
+        is_hit[:, : len(of_object)] = quality > np.array([[-1.0], [0.3]])
+        image = np.concatenate([of_object, of_false])
+        sides.append((ClassMatches(objects, image[order], is_hit[:, order], np.zeros_like(is_hit)),))
+    return sides
+
+
+def test_the_interval_covers_the_true_drop(monkeypatch):
+    """The truth is the drop on very many images. A percentile interval of so few is a little too narrow."""
+    rng = np.random.default_rng(5)
+    everything = simulated(100_000, rng)
+    whole = [100 * resampled_map(side, np.ones((1, 100_000), int))[0] for side in everything]
+    true_drop = whole[0] - whole[1]
+    assert 1 < true_drop < 5
+    truth = {"images": [], "categories": [], "annotations": []}
+    truth["images"] = [{"id": i} for i in range(50)]
+    truth["categories"] = [{"id": 1, "name": "a"}]
+    truth["annotations"] = [{"image_id": 0, "category_id": 1, "bbox": [0, 0, 9, 9]}]
+    drops = []
+    for _ in range(200):
+        sides = iter(simulated(50, rng))
+        monkeypatch.setattr(evaluate, "match", lambda *_, sides=sides: next(sides))
+        drops.append(map_drop(truth, [], [], resamples=200))
+    below = sum(true_drop < drop.low for drop in drops)
+    above = sum(true_drop > drop.high for drop in drops)
+    assert 0.9 * 200 <= 200 - below - above <= 0.98 * 200
+    assert min(below, above) > 0
+    spread = np.std([drop.points for drop in drops]) * 2 * 1.96
+    assert np.mean([drop.high - drop.low for drop in drops]) == pytest.approx(spread, rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def good():
+    """A truth, and detections that are nearly right."""
+    truth, _ = random_truth_and_detections(images=60)
+    rng = np.random.default_rng(8)
+    found = [
+        detection(
+            one["image_id"],
+            one["category_id"],
+            (np.array(one["bbox"]) + np.tile(one["bbox"][2:], 2) * rng.normal(0, 0.02, 4)).tolist(),
+            float(rng.uniform(0.5, 1)),
+        )
+        for one in truth["annotations"]
+    ]
+    false = [
+        detection(
+            i, int(rng.choice([1, 2, 4])), [*rng.uniform(0, 200, 2), 60, 60], float(rng.uniform(0, 0.6))
+        )
+        for i in range(60)
+        for _ in range(3)
+    ]
+    return truth, found + false
+
+
+def shuffled_scores(found: list[dict]) -> list[dict]:
+    scores = np.random.default_rng(1).permutation([one["score"] for one in found]).tolist()
+    return [{**one, "score": score} for one, score in zip(found, scores, strict=True)]
+
+
+def shifted_boxes(found: list[dict]) -> list[dict]:
+    moved = []
+    for one in found:
+        x, y, width, height = one["bbox"]
+        moved.append({**one, "bbox": [x + 0.1 * width, y, width, height]})
+    return moved
+
+
+@pytest.mark.parametrize("spoil", [shuffled_scores, shifted_boxes, lambda found: []])
+def test_a_bad_model_does_not_pass(good, spoil):
+    truth, found = good
+    drop = map_drop(truth, found, spoil(found), resamples=100)
+    assert drop.points == pytest.approx(
+        100 * (coco_metrics(truth, found).map - coco_metrics(truth, spoil(found)).map), abs=1e-10
+    )
+    assert 2 < drop.low < drop.points < drop.high
+    assert check_limit(drop, 0.5) == Verdict("failed", 0.5)
+    back = map_drop(truth, spoil(found), found, resamples=100)
+    assert (back.points, back.low, back.high) == pytest.approx((-drop.points, -drop.high, -drop.low))
+    assert check_limit(back, 0).name == "passed"
+
+
+def test_the_same_model_passes_and_loses_nothing(good):
+    truth, found = good
+    drop = map_drop(truth, found, copy.deepcopy(found), resamples=50)
+    assert (drop.points, drop.low, drop.high, drop.images) == (0, 0, 0, 60)
+    assert drop.reference_map == drop.candidate_map > 0.3
+    assert check_limit(drop, 0) == Verdict("passed", 0)
+
+
+def test_equal_seeds_give_equal_bits(good, monkeypatch):
+    truth, found = good
+    worse = [one for i, one in enumerate(found) if i % 20]
+    first = map_drop(truth, found, worse, resamples=60)
+    monkeypatch.setattr(evaluate, "_RESAMPLES_AT_ONCE", 7)
+    assert map_drop(truth, found, worse, resamples=60) == first
+    other = map_drop(truth, found, worse, resamples=60, seed=1)
+    assert (other.points == first.points, other.low == first.low) == (True, False)
+
+
+def test_only_the_images_asked_for_are_compared(good):
+    truth, found = good
+    half = [one for one in found if one["image_id"] < 30]
+    assert map_drop(truth, found, half, image_ids=range(30), resamples=20) == MapDrop(
+        *[pytest.approx(coco_metrics(truth, found, range(30)).map)] * 2, 0, 0, 0, 30
+    )
+
+
+@pytest.mark.parametrize(
+    "points, high, images, limit, expected",
+    [
+        (0.2, 0.4, 200, 0.5, Verdict("passed", 0.5)),
+        (0.2, 0.5, 200, 0.5, Verdict("passed", 0.5)),
+        (0.5, 0.5, 200, 0.5, Verdict("passed", 0.5)),
+        (0.51, 0.6, 200, 0.5, Verdict("failed", 0.5)),
+        (0.125, 0.625, 200, 0.375, Verdict("not shown", 0.375, 800)),  # half as wide: four times as many
+        (0.17, 0.37, 200, 0.3, Verdict("not shown", 0.3, 474)),  # 200 * (0.20 / 0.13)^2 = 473.4
+        (0.3, 0.4, 200, 0.3, Verdict("not shown", 0.3)),
+        (0.0, 0.0, MIN_IMAGES - 1, 0.5, Verdict("not shown", 0.5, MIN_IMAGES)),
+        (0.0, 0.55, 20, 0.5, Verdict("not shown", 0.5, MIN_IMAGES)),
+        (-0.4, -0.1, MIN_IMAGES, 0, Verdict("passed", 0)),
+    ],
+)
+def test_a_limit_is_kept_only_if_that_is_shown(points, high, images, limit, expected):
+    drop = MapDrop(0.5, 0.5 - points / 100, points, points - 0.1, high, images)
+    assert check_limit(drop, limit) == expected
+
+
+def test_what_cannot_be_compared_is_said_in_one_line(good):
+    truth, found = good
+    nothing = {**truth, "annotations": []}
+    crowds = {**truth, "annotations": [{**one, "iscrowd": 1} for one in truth["annotations"]]}
+    for empty in (nothing, crowds):
+        message = one_line(lambda truth=empty: map_drop(truth, found, found))
+        assert "no object that counts in 60 images" in message
+    assert "in 0 images" in one_line(lambda: map_drop(truth, found, found, image_ids=[]))
+    stray = [*found, {**HIT, "image_id": 99}]
+    assert "image 99 " in one_line(lambda: map_drop(truth, found, stray))
+    assert "image 99 " in one_line(lambda: map_drop(truth, stray, found))
+    for limit in (-0.1, 101, float("nan"), float("inf")):
+        assert "0 to 100" in one_line(lambda x=limit: check_limit(MapDrop(0.5, 0.5, 0, 0, 0, 60), x))
 
 
 # --- agreement

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from test_convert import assert_tensorrt_builds  # noqa: E402
 from tiny_model import heads_model, model_folder  # noqa: E402
 
-from odtrt_lib import int8  # noqa: E402
+from odtrt_lib import bundle, fuse, int8  # noqa: E402
 from odtrt_lib.errors import InputError  # noqa: E402
 from odtrt_lib.folder import seal  # noqa: E402
 from odtrt_lib.int8 import calibrate, qdq  # noqa: E402
@@ -284,6 +284,11 @@ def test_the_shipped_detector_in_int8(parts_folder, tmp_path, monkeypatch):
         image = preprocess(scene, exact.spec.input)[0][None]
         for wanted, found in zip(exact.backend.infer(image), coarse.backend.infer(image), strict=True):
             assert 10 * np.log10((wanted**2).sum() / ((wanted - found) ** 2).sum()) > 15
+    fuse.fuse(folder, precision="int8")
+    packed = bundle.pack(folder, tmp_path / "parts.odtrt.zip")
+    members = {member.path for member in packed.manifest.members}
+    brought = {"model/heads_int8.onnx", "model/detector_int8.onnx", "model/int8/calibration.json"}
+    assert brought <= members and "odtrt_lib/int8/qdq.py" in members
     monkeypatch.setattr("odtrt_lib.int8.stage.SCORE", 0.99)
     assert (
         "in 8 of 8 calibration pictures the detector finds nothing"

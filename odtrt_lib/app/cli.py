@@ -1,7 +1,8 @@
 """The command line: ``odtrt run``, a command for each stage, and further commands.
 
-Exit status: 0 success, 1 an error that odtrt explains (also if one of many pictures cannot be read), 2 a
-failed check or a wrong command line, 130 interrupted, 70 a defect in odtrt.
+Exit status: 0 success, 1 an error that odtrt explains (also if one of many pictures cannot be read, or if
+``eval --gate`` does not pass), 2 a failed check or a wrong command line, 130 interrupted, 70 a defect in
+odtrt.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from odtrt_lib.app.demonstration import Picture
+    from odtrt_lib.coco import CocoFolder, Identity
     from odtrt_lib.detector import Detections, Detector
+    from odtrt_lib.evaluate import MapDrop, Merged, Recipe, Verdict
+    from odtrt_lib.evaluate import Picture as EvaluatedPicture
     from odtrt_lib.folder import StageResult
 
 _OUT = Path("out")
@@ -293,6 +297,27 @@ ImagesRootOption = typer.Option(
 )
 LimitOption = typer.Option(
     None, "--limit", min=1, metavar="N", help="Only the first N images, for a quick look."
+)
+PlanPrecisionOption = typer.Option(None, "--precision", help="Only plans of this precision. Default: of any.")
+GateOption = typer.Option(
+    None,
+    "--gate",
+    metavar="POINTS",
+    help="The most points of mAP that may be lost against the reference. The exit status is 1 if more are "
+    "lost, or if the 95 % interval of the loss (a paired bootstrap over the images) reaches further.",
+)
+AgainstOption = typer.Option(
+    None,
+    "--against",
+    metavar="FOLDER",
+    help="The reference's model folder. Default: the same folder.",
+    show_default=False,
+)
+AgainstBackendOption = typer.Option(
+    None, "--against-backend", help="What runs the reference. Default: onnxruntime.", show_default=False
+)
+AgainstPrecisionOption = typer.Option(
+    None, "--against-precision", help="The reference's precision. Default: fp32.", show_default=False
 )
 ZooNameArgument = typer.Argument(
     ..., metavar="NAME", help="A name from `odtrt zoo list`.", show_default=False
@@ -765,48 +790,155 @@ def evaluate(
     limit: Optional[int] = LimitOption,
     json_file: Optional[Path] = JsonOption,
     backend: BackendName = BackendOption,
+    precision: Optional[Precision] = PlanPrecisionOption,
     plugin: Optional[Path] = PlanPluginOption,
+    gate: Optional[float] = GateOption,
+    against: Optional[Path] = AgainstOption,
+    against_backend: Optional[BackendName] = AgainstBackendOption,
+    against_precision: Optional[Precision] = AgainstPrecisionOption,
 ) -> None:
-    """Accuracy on a COCO data set: mAP and its relatives, by pycocotools.
+    """Accuracy on a COCO data set: mAP and its relatives, by pycocotools; with `--gate`, what was lost.
 
     **Reads** the model folder, a COCO instances file and its images. **Writes** nothing unless asked.
 
+    With `--gate` or an `--against` option a reference runs on the same images. One line then says what mAP
+    was lost, with its 95 % interval, and whether that is within the gate.
+
     A picture that cannot be read is left out of the figures and named at the end; the exit status is then 1.
 
-    **Example:** `odtrt eval out/my_model --annotations instances_val2017.json --images val2017 --limit 500`
+    **Example:** `odtrt eval out/my_model --annotations instances_val2017.json --images val2017 --limit 500`,
+    or `odtrt eval out/my_model --annotations instances.json --backend tensorrt --precision fp16 --gate 0.5`
     """
     from odtrt_lib import written_files
     from odtrt_lib.coco import load_coco
-    from odtrt_lib.evaluate import Recipe, coco_metrics, detect_pictures, merge, shards
+    from odtrt_lib.evaluate import Recipe, require_limit, require_objects, shards
 
-    require_folder(folder)
+    recipes = [Recipe(folder, backend.value, plugin, _value(precision))]
+    if (gate, against, against_backend, against_precision) != (None,) * 4:
+        by = _value(against_backend) or "onnxruntime"
+        recipes.append(Recipe(against or folder, by, plugin, _value(against_precision) or "fp32"))
+    if gate is not None:
+        require_limit(gate)
+    for recipe in recipes:
+        require_folder(recipe.folder)
     coco = load_coco(annotations, images)
     if json_file is not None:
-        written_files.require_no_input(
-            json_file, [annotations, *coco.paths, *written_files.model_files(folder)]
-        )
-    parts = shards(coco, 1, limit)
-    if not parts:
+        inputs = [file for recipe in recipes for file in written_files.model_files(recipe.folder)]
+        written_files.require_no_input(json_file, [annotations, *coco.paths, *inputs])
+    pictures = [picture for part in shards(coco, 1, limit) for picture in part]
+    if not pictures:
         raise InputError(f"{annotations}: lists no images; expected at least one to evaluate")
-    count = sum(map(len, parts))
-    detector = Recipe(folder, backend.value, plugin).open()
-    _compare_classes({label.id: label.name for label in detector.spec.labels}, coco.class_names, annotations)
-    with _progress("eval", count) as advance:
-        found = merge(detect_pictures(detector, part, advance) for part in parts)
-    _require_some(found.unreadable, count)
-    figures = dataclasses.asdict(coco_metrics(coco.instances, found.detections, found.image_ids))
+    if len(recipes) > 1:
+        require_objects(coco.instances, [image_id for image_id, _ in pictures])
+    detectors = [recipe.open() for recipe in recipes]
+    _require_precisions(recipes, detectors)
+    found = _detect_by_each(detectors, pictures, coco)
+    figures = _print_figures(found, detectors, coco)
+    drop, verdict = _compare_maps(found, coco, gate) if len(found) > 1 else (None, None)
+    if drop is not None:
+        figures["against"] = _say_drop(drop, verdict)
+    if json_file is not None:
+        written_files.write_json(json_file, figures)
+    _say_unreadable(_unreadable(found), len(pictures))
+    if verdict is not None and verdict.name != "passed":
+        raise typer.Exit(1)
+
+
+def _value(choice: Optional[Enum]) -> Optional[str]:
+    return None if choice is None else choice.value
+
+
+def _require_precisions(recipes: Sequence[Recipe], detectors: Sequence[Detector]) -> None:
+    """Refuses ONNX Runtime where another precision than its own was asked for, and a reference that is the
+    model itself: such a comparison would pass and mean nothing."""
+    for recipe, detector in zip(recipes, detectors):
+        if detector.status.plan is None and recipe.precision not in (None, "fp32"):
+            raise InputError(
+                f"{recipe.folder}: ONNX Runtime would run it, in fp32, not in {recipe.precision}; name the "
+                "backend of a plan with --backend or --against-backend"
+            )
+    runs = {(recipe.folder.resolve(), one.status.plan) for recipe, one in zip(recipes, detectors)}
+    if len(runs) < len(recipes):
+        raise InputError(
+            f"{recipes[0].folder}: would be compared with itself ({detectors[0].status.description}); name "
+            "another backend, precision or --against folder"
+        )
+
+
+def _detect_by_each(
+    detectors: Sequence[Detector], pictures: Sequence[EvaluatedPicture], coco: CocoFolder
+) -> List[Merged]:
+    """What each detector finds in the pictures."""
+    from odtrt_lib.evaluate import detect_pictures, merge
+
+    names = [{label.id: label.name for label in detector.spec.labels} for detector in detectors]
+    for own in names if names[0] != names[-1] else names[:1]:
+        _compare_classes(own, coco.class_names, coco.annotations)
+    found = []
+    for detector, title in zip(detectors, ("eval", "eval, reference")):
+        with _progress(title, len(pictures)) as advance:
+            found.append(merge([detect_pictures(detector, pictures, advance)]))
+        _require_some(_unreadable(found), len(pictures))
+    return found
+
+
+def _unreadable(found: Sequence[Merged]) -> Dict[Path, str]:
+    return {path: reason for one in found for path, reason in one.unreadable.items()}
+
+
+def _usable(found: Sequence[Merged]) -> List[Identity]:
+    """The images that every detector could use."""
+    by_all = set.intersection(*(set(one.image_ids) for one in found))
+    return [image_id for image_id in found[0].image_ids if image_id in by_all]
+
+
+def _print_figures(
+    found: Sequence[Merged], detectors: Sequence[Detector], coco: CocoFolder
+) -> Dict[str, Any]:
+    """Prints the first detector's figures, and what ran each; the figures for a JSON file."""
+    from odtrt_lib.evaluate import coco_metrics
+
+    figures = dataclasses.asdict(coco_metrics(coco.instances, found[0].detections, _usable(found)))
     per_class = figures.pop("ap_per_class")
     table = Table("figure", "value", highlight=False)
     for name, value in figures.items():
         table.add_row(_METRICS.get(name, name), f"{value:.4f}" if isinstance(value, float) else f"{value:,}")
     _out().print(table)
-    _say_backend(detector)
-    if json_file is not None:
-        names = _distinct_names({label.id: label.name for label in detector.spec.labels})
-        of_class = {names.get(i, str(i)): value for i, value in per_class.items()}
-        lost = [str(path) for path in found.unreadable]
-        written_files.write_json(json_file, {**figures, "ap_per_class": of_class, "unreadable": lost})
-    _say_unreadable(found.unreadable, count)
+    for detector in detectors:
+        _say_backend(detector)
+    names = _distinct_names({label.id: label.name for label in detectors[0].spec.labels})
+    of_class = {names.get(i, str(i)): value for i, value in per_class.items()}
+    return {**figures, "ap_per_class": of_class, "unreadable": [str(path) for path in _unreadable(found)]}
+
+
+def _compare_maps(
+    found: Sequence[Merged], coco: CocoFolder, gate: Optional[float]
+) -> Tuple[MapDrop, Optional[Verdict]]:
+    from odtrt_lib.evaluate import check_limit, map_drop
+
+    with _progress("eval, interval"):
+        drop = map_drop(coco.instances, found[1].detections, found[0].detections, _usable(found))
+    return drop, None if gate is None else check_limit(drop, gate)
+
+
+def _say_drop(drop: MapDrop, verdict: Optional[Verdict]) -> Dict[str, Any]:
+    """Prints the comparison in one line; its figures for a JSON file."""
+    points, low, high = (f"{round(one, 2) + 0.0:.2f}" for one in (drop.points, drop.low, drop.high))
+    line = (
+        f"mAP {drop.candidate_map:.4f}, reference {drop.reference_map:.4f}; "
+        f"drop {points} points [{low}, {high}] in {_plural(drop.images, 'image')}"
+    )
+    figures = dataclasses.asdict(drop)
+    if verdict is not None:
+        line += f"; gate {verdict.limit:g}: {verdict.name}"
+        if verdict.name == "not shown":
+            needed = verdict.images_needed
+            line += ": too few images, " + (
+                f"about {needed:,} are needed" if needed else "and no number is enough for a drop at the gate"
+            )
+        figures["gate"] = dataclasses.asdict(verdict)
+    _say(line)
+    return figures
 
 
 @app.command()

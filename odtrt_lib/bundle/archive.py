@@ -8,7 +8,7 @@ odtrt: the archive contains the device side's source (all but :data:`WORKSTATION
 ::
 
     manifest.json  LICENSE  README.txt  __main__.py  build_here.py  detect.py
-    model/         spec.json, anchors.npy, heads.onnx; detector.onnx and int8/ if the folder has them
+    model/         spec.json, anchors.npy, heads.onnx; what else plans are built from, and int8/, if there
     odtrt_lib/     the device side        plugins/    kernels and TensorRT plugin, to compile there
     prebuilt/      on request: what `make plugin TARGET=...` compiled for a board, so that it need not compile
     triton/        on request: a Triton model repository
@@ -87,6 +87,7 @@ from odtrt_lib.folder import (
 )
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.tensors import Shape, heads_tensors
+from odtrt_lib.variants import PRECISIONS, Variant
 from odtrt_lib.written_files import require_no_input
 
 SCHEMA_VERSION = 1
@@ -411,9 +412,9 @@ def _model_files(folder: Path, spec: DetectorSpec) -> Tuple[Dict[str, str], Dict
     from odtrt_lib.anchors import load_anchors
     from odtrt_lib.engine.builder import weights_by_type
 
+    others = [Variant(precision, form).file for precision in PRECISIONS for form in ("heads", "plugin")]
     names = ["spec.json", "anchors.npy", "heads.onnx"]
-    if (folder / "detector.onnx").is_file():
-        names.append("detector.onnx")
+    names += [one for one in dict.fromkeys(others) if one not in names and (folder / one).is_file()]
     hashes = check_seal(folder, *names)
     load_anchors(folder / "anchors.npy", spec)
     weights_by_type(folder / "heads.onnx")  # raises InputError if it is no ONNX model
