@@ -95,6 +95,19 @@ TABLES = {
             Column("verdict", "verdict"),
         ),
     ),
+    "int8_cpu": Table(
+        "int8.cpu.json",
+        (
+            Column("in INT8", "strategy"),
+            Column("calibrator", "calibrator"),
+            Column("scenes", "scenes"),
+            Column("convolutions", "int8_convolutions"),
+            Column("boxes / classes, dB", "box_sqnr_db", ".1f", is_optional=True, beside="class_sqnr_db"),
+            Column("mAP", "map", ".3f"),
+            Column("drop", "map_drop_points", ".2f"),
+            Column("from / to", "drop_low", ".2f", beside="drop_high"),
+        ),
+    ),
     "agreement": Table(
         "agreement.cpu.json",
         (
