@@ -163,10 +163,14 @@ def test_no_command_and_no_module_reaches_the_network(parts, parts_folder, offli
     model, bundle = str(shutil.copytree(parts_folder, tmp_path / "parts")), str(tmp_path / "a.odtrt.zip")
     labels = load_spec(parts_folder / "spec.json").labels
     annotations = coco_of_one_scene(tmp_path / "coco", {label.id: label.name for label in labels})
+    (tmp_path / "pictures").mkdir()
+    for number in range(8):
+        shutil.copy(tmp_path / "coco" / "scene.png", tmp_path / "pictures" / f"{number}.png")
     commands = [
         ["export", str(parts), "-o", model],
         ["convert", model],
         ["fuse", model],
+        ["quantise", model, "--images", str(tmp_path / "pictures")],
         ["build", model],
         ["plans", model],
         ["pack", model, "-o", bundle],
