@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Callable, List, MutableSet, NoReturn, Opt
 
 import numpy as np
 
+from odtrt_lib import onnx_model
 from odtrt_lib.anchors import load_anchors
 from odtrt_lib.engine.passport import BUILD_PLUGIN, PLANS
 from odtrt_lib.errors import InputError, MissingDependencyError, OdtrtError, one_line
@@ -400,22 +401,15 @@ def _open_onnxruntime_instead(
 
 def _run_by_onnxruntime(path: Path, spec: DetectorSpec, anchors: np.ndarray, model: bytes) -> Backend:
     try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"ONNX Runtime cannot be imported ({_first_line(error)}): run `pip install onnxruntime`, "
-            "or choose another backend"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # One level more, its blocked NCHWc kernels make rounding errors 20 times TensorFlow's on EfficientDet.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common base but Exception
+        session = onnx_model.session(model)
+    except MissingDependencyError as error:
+        raise MissingDependencyError(f"{error}, or choose another backend") from error
+    except Exception as error:
         raise InputError(
             f"{path}: ONNX Runtime cannot read it ({_first_line(error)}); run `odtrt convert` again"
         ) from error
+    import onnxruntime
+
     tensors = heads_tensors(spec)
     _check_tensors(path, "inputs", session.get_inputs(), tensors.inputs)
     _check_tensors(path, "outputs", session.get_outputs(), tensors.outputs)

@@ -243,7 +243,7 @@ def test_a_picture_that_cannot_be_read_is_named(tiny, tmp_path):
         int8.quantise(tiny, [*pictures(), tmp_path / "broken.jpg"])
     with pytest.raises(InputError, match="no pictures in it"):
         (tmp_path / "empty").mkdir()
-        int8.pictures_in(tmp_path / "empty")
+        int8.pictures_in(tmp_path / "empty", 8)
 
 
 def test_a_model_that_is_quantised_already_is_refused(tiny):
@@ -264,7 +264,7 @@ def test_values_that_no_range_can_hold_are_refused(tiny):
         int8.quantise(tiny, pictures())
 
 
-def test_the_shipped_detector_in_int8(parts_folder, tmp_path, monkeypatch):
+def test_the_shipped_detector_in_int8(parts_folder, tmp_path):
     """Its heads keep 15 dB of signal over noise, and NVIDIA's parser takes it."""
     from odtrt_lib.detector import Detector
     from odtrt_lib.scenes import TEST_SEEDS, TRAIN_SEEDS, render_scene
@@ -289,8 +289,39 @@ def test_the_shipped_detector_in_int8(parts_folder, tmp_path, monkeypatch):
     members = {member.path for member in packed.manifest.members}
     brought = {"model/heads_int8.onnx", "model/detector_int8.onnx", "model/int8/calibration.json"}
     assert brought <= members and "odtrt_lib/int8/qdq.py" in members
-    monkeypatch.setattr("odtrt_lib.int8.stage.SCORE", 0.99)
-    assert (
-        "in 8 of 8 calibration pictures the detector finds nothing"
-        in int8.quantise(folder, [render_scene(seed).image for seed in TRAIN_SEEDS[:8]], force=True).note
-    )
+
+
+def bright(picture, share):
+    return (picture * share).astype(np.uint8)
+
+
+def test_pictures_of_another_domain_give_a_warning(parts_folder, tmp_path):
+    """Textures and the dark; the detector's own scenes, others than it was trained on too, give none."""
+    from odtrt_lib.scenes import TEST_SEEDS, TRAIN_SEEDS, render_scene
+
+    folder = tmp_path / "parts"
+    shutil.copytree(parts_folder, folder, ignore=shutil.ignore_patterns("plans", "pictures"))
+    for seeds in (TRAIN_SEEDS[:8], TEST_SEEDS[:8]):
+        scenes = [render_scene(seed).image for seed in seeds]
+        own = int8.quantise(folder, scenes, force=True)
+        assert own.note == "" and own.record["checks"]["drift_from_training"] < 0.1
+    random = np.random.default_rng(5)
+    textures = [random.integers(0, 256, scene.shape, dtype=np.uint8) for scene in scenes]
+    for foreign in (textures, [bright(scene, 0.05) for scene in scenes]):
+        assert "standard deviation from their means in training" in int8.quantise(folder, foreign).note
+
+
+def test_the_drift_is_that_of_numpy():
+    """Of two channels with one value each; BatchNorms behind the convolution, in it, and of another network."""
+    from odtrt_lib.int8 import drift
+
+    model = residual_network()
+    image = images(2)
+    shown = residual_network()
+    shown.graph.output.append(onnx.ValueInfoProto(name="a_out"))
+    means = np.mean([run(shown, one, ["a_out"])[0] for one in image], axis=(0, 1, 3, 4))
+    beta, gamma = means + np.array([0.3, -0.1, 0.2, 0.5, 9.0, 0.4, -0.3, 0.0]), np.full(8, 2.0)
+    gamma[4] = 0  # a dead channel, which has no distance
+    found = drift.measured(model, {"a_out": (beta, gamma), "elsewhere": (beta, gamma)}, image)
+    assert found == pytest.approx(0.15, abs=1e-6)
+    assert drift.measured(model, {"elsewhere": (beta, gamma)}, image) is None

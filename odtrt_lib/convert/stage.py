@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import importlib.metadata
 from collections import Counter
@@ -20,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from odtrt_lib import folder as folders
+from odtrt_lib import onnx_model
 from odtrt_lib.convert.resizes import audit_resizes, refuse_unconvertible, require_agreement
 from odtrt_lib.convert.rewrite import INPUT, OUTPUTS, serialize, to_onnx
-from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, UnsupportedError, one_line
+from odtrt_lib.errors import CheckError, InputError, UnsupportedError
 from odtrt_lib.export import noise, odapi
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.tensors import heads_tensors
@@ -112,7 +112,7 @@ def convert(folder: str | Path, *, opset: int = 17, force: bool = False) -> fold
         require_agreement(folder / "heads.onnx", findings)
         path = staged / "heads.onnx"
         path.write_bytes(serialize(model))
-        _require_valid(folder / "heads.onnx", path)
+        onnx_model.require_valid(folder / "heads.onnx", path)
         parity = _compare(frozen, path, spec, images=4)
         _require_parity(folder / "heads.onnx", parity)
         operations = Counter(node.op_type for node in model.graph.node)
@@ -188,14 +188,6 @@ def load_frozen(path: str | Path, content: bytes | None = None) -> Any:
     return graph_def
 
 
-def _require_valid(name: Path, path: Path) -> None:
-    onnx = _require("onnx")
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise CheckError(f"{name}: not a valid ONNX model: {one_line(error)}; nothing was written") from error
-
-
 def _compare(frozen: Any, onnx_path: Path, spec: DetectorSpec, images: int) -> Parity:
     if images < 1:
         raise InputError(f"images is {images}, expected at least 1")
@@ -269,27 +261,12 @@ def _test_images(spec: DetectorSpec, count: int) -> np.ndarray:
 
 
 def _run_onnx(path: Path, batches: list[np.ndarray], images: int) -> dict[str, np.ndarray]:
-    runtime = _require("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    # At the next level, its blocked convolutions round 15 times as coarsely as TensorFlow (EfficientDet-D0).
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnx_model.session(str(path))
     results = [session.run(list(OUTPUTS), {INPUT: np.ascontiguousarray(batch)}) for batch in batches]
     return {
         name: np.concatenate(parts)[:images]
         for name, parts in zip(OUTPUTS, zip(*results, strict=True), strict=True)
     }
-
-
-@functools.cache
-def _require(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{name} cannot be imported ({one_line(error)}): run `make install`"
-        ) from error
 
 
 def _version(package: str) -> str:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 from odtrt_lib import folder as folders
+from odtrt_lib import onnx_model
 from odtrt_lib.anchors import load_anchors
-from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, one_line
+from odtrt_lib.errors import InputError, MissingDependencyError
 from odtrt_lib.fuse.onnx_form import with_onnx_nms
 from odtrt_lib.fuse.plugin import plugin_attributes, with_plugin
 from odtrt_lib.spec import DetectorSpec, load_spec
@@ -65,7 +66,7 @@ def fuse(
     anchors = load_anchors(folder / "anchors.npy", spec, files["anchors.npy"])
     with folders.staging(folder) as staged:
         fused = with_plugin(heads, spec, anchors) if form == "plugin" else with_onnx_nms(heads, spec, anchors)
-        _require_valid(folder / name, fused)
+        onnx_model.require_valid(folder / name, fused)
         (staged / name).write_bytes(fused.SerializeToString(deterministic=True))
         record = stage.record(
             staged,
@@ -84,20 +85,12 @@ def fuse(
 
 def _load_heads(path: Path, spec: DetectorSpec, content: bytes) -> onnx.ModelProto:
     try:
-        import onnx
         import onnx_graphsurgeon  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f"onnx and onnx-graphsurgeon are needed to fuse ({error}): run `make install`"
+            f"onnx-graphsurgeon is needed to fuse ({error}): run `make install`"
         ) from error
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load_model_from_string(content)
-    except DecodeError as error:
-        raise InputError(f"{path}: not an ONNX model; run `odtrt convert` again") from error
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in model.graph.initializer):
-        raise InputError(f"{path}: has weights in another file, which is not sealed; save it as one file")
+    model = onnx_model.load(path, content, "fuse")
     expected = {
         name: ["batch" if size is None else size for size in shape]
         for name, shape in heads_tensors(spec).shapes.items()
@@ -112,12 +105,3 @@ def _load_heads(path: Path, spec: DetectorSpec, content: bytes) -> onnx.ModelPro
             "run `odtrt convert` again"
         )
     return model
-
-
-def _require_valid(name: Path, model: onnx.ModelProto) -> None:
-    import onnx
-
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise CheckError(f"{name}: not a valid ONNX model: {one_line(error)}; nothing was written") from error

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Callable, Dict, Iterable, List, Mapping, Seque
 
 import numpy as np
 
+from odtrt_lib import onnx_model
 from odtrt_lib.errors import InputError
 from odtrt_lib.int8.qdq import LEVELS
 from odtrt_lib.variants import CALIBRATORS
@@ -83,7 +84,6 @@ def _runner(model: onnx.ModelProto, tensors: Sequence[str]) -> Callable[[np.ndar
     """A function from the network's input to the tensors. ONNX Runtime does not optimise the network, so that
     each of them exists."""
     import onnx
-    import onnxruntime
 
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
@@ -91,12 +91,7 @@ def _runner(model: onnx.ModelProto, tensors: Sequence[str]) -> Callable[[np.ndar
     computed = [name for name in tensors if name != given]
     del shown.graph.output[:]
     shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in computed)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        shown.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnx_model.session(shown.SerializeToString(), "ORT_DISABLE_ALL")
 
     def run(image: np.ndarray) -> List[np.ndarray]:
         found = {**dict(zip(computed, session.run(computed, {given: image}))), given: image}

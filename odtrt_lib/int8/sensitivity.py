@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Sequence, Tuple
 
 import numpy as np
 
+from odtrt_lib import onnx_model
 from odtrt_lib.int8 import qdq
 
 if TYPE_CHECKING:
@@ -54,15 +55,8 @@ def ranked(
 
 def heads_of(model: onnx.ModelProto, images: Sequence[np.ndarray]) -> List[Tuple[Any, Any]]:
     """Box encodings and class logits for each network input, by ONNX Runtime."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Above this its kernels round in another way, by as much as INT8 does.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    # Above this level its kernels round in another way, by as much as INT8 does.
+    session = onnx_model.session(model.SerializeToString(), "ORT_ENABLE_BASIC")
     (name,) = [value.name for value in session.get_inputs()]
     return [tuple(session.run(None, {name: image})) for image in images]
 

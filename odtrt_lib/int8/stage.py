@@ -12,13 +12,14 @@ import importlib.metadata
 import json
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Iterator, List, Mapping, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from odtrt_lib import folder as folders
-from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, one_line
-from odtrt_lib.int8 import calibrate, qdq
+from odtrt_lib import onnx_model
+from odtrt_lib.errors import InputError, one_line
+from odtrt_lib.int8 import calibrate, drift, qdq
 from odtrt_lib.preprocess import load_image, preprocess
 from odtrt_lib.sources import PICTURE_SUFFIXES
 from odtrt_lib.spec import DetectorSpec, InputSpec, load_spec
@@ -30,9 +31,7 @@ if TYPE_CHECKING:
 MODEL = Variant("int8", "heads")
 CALIBRATION = "int8/calibration.json"
 FEWEST_IMAGES = 8
-IMAGES = 64
-SCORE = 0.3
-"""A picture in which nothing has this score counts as one without detections."""
+FROZEN = "frozen.pb"
 
 Picture = Union[str, Path, np.ndarray]
 
@@ -40,17 +39,13 @@ Picture = Union[str, Path, np.ndarray]
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """ranges: tensor -> amax, the absolute value that becomes code 127. images: how many were used.
-    without_detections: in how many of them the float32 network finds nothing with a score of SCORE; many
-    mean that they are of another domain."""
+    drift: how far they are from the training pictures (:func:`odtrt_lib.int8.drift.measured`); None if that
+    is not known."""
 
     rule: str
     ranges: Mapping[str, float]
     images: int
-    without_detections: int
-
-    @property
-    def looks_foreign(self) -> bool:
-        return 2 * self.without_detections > self.images
+    drift: Optional[float]
 
 
 def quantise(
@@ -65,8 +60,8 @@ def quantise(
 
     images: pictures as the detector will see them, as files or as uint8 ``[height, width, 3]``, RGB; 64 of
     them suffice, fewer than FEWEST_IMAGES are refused. rule: a key of :data:`calibrate.RULES`. force: write
-    even if the file is up to date. The same inputs give the same bytes on one machine. The record's checks
-    say in how many pictures the detector finds nothing.
+    even if the file is up to date. The same inputs give the same bytes on one machine. The result's note
+    warns of pictures that are far from those of the training.
 
     Raises InputError if a file of the model is missing or damaged, if it is quantised already, for too few or
     unreadable pictures, one that has one colour only, and a tensor that is not finite or always 0 on them;
@@ -76,7 +71,7 @@ def quantise(
     folder = Path(folder)
     files = folders.sealed(folder, "heads.onnx", "spec.json")
     spec = load_spec(folder / "spec.json", files["spec.json"])
-    model = _load(folder / "heads.onnx", files["heads.onnx"])
+    model = onnx_model.load(folder / "heads.onnx", files["heads.onnx"], "quantise")
     where = qdq.placement(model, in_float)
     pictures = [_pixels(one, number) for number, one in enumerate(images, 1)]
     if len(pictures) < FEWEST_IMAGES:
@@ -87,9 +82,9 @@ def quantise(
     if record is not None:
         return folders.StageResult(record, is_up_to_date=True)
 
-    found = calibrated(model, spec, where, pictures, rule)
+    found = calibrated(model, spec, where, pictures, rule, _training_statistics(folder))
     result = qdq.quantised(model, where, found.ranges)
-    _require_valid(folder / MODEL.file, result)
+    onnx_model.require_valid(folder / MODEL.file, result)
     with folders.staging(folder) as staged:
         (staged / MODEL.file).write_bytes(result.SerializeToString(deterministic=True))
         (staged / CALIBRATION).parent.mkdir()
@@ -104,8 +99,7 @@ def quantise(
                 "float_convolutions": len(in_float),
                 "calibrated_tensors": len(found.ranges),
                 "images": found.images,
-                "images_without_detections": found.without_detections,
-                "looks_foreign": found.looks_foreign,
+                "drift_from_training": found.drift,
             },
         )
     return folders.StageResult(record, is_up_to_date=False, note=_note(found))
@@ -117,14 +111,18 @@ def calibrated(
     where: qdq.Placement,
     pictures: Sequence[np.ndarray],
     rule: str,
+    statistics: Mapping[str, drift.Channels],
 ) -> Calibration:
-    """The ranges of ``where``'s tensors on pictures, uint8 ``[height, width, 3]``, RGB."""
+    """The ranges of ``where``'s tensors on pictures, uint8 ``[height, width, 3]``, RGB.
+
+    statistics: of the channels in training (:func:`odtrt_lib.int8.drift.training_statistics`).
+    """
     if rule not in calibrate.RULES:
         raise InputError(f"calibrator {rule!r}: expected one of {', '.join(calibrate.RULES)}")
     found = calibrate.histograms(model, where.tensors, lambda: network_inputs(pictures, spec.input))
-    without = sum(best < SCORE for best in _best_scores(model, spec, pictures))
     ranges = {tensor: calibrate.amax(histogram, rule) for tensor, histogram in found.items()}
-    return Calibration(rule, ranges, len(pictures), int(without))
+    distance = drift.measured(model, statistics, network_inputs(pictures, spec.input))
+    return Calibration(rule, ranges, len(pictures), distance)
 
 
 def network_inputs(pictures: Sequence[np.ndarray], spec: InputSpec) -> Iterator[np.ndarray]:
@@ -133,27 +131,13 @@ def network_inputs(pictures: Sequence[np.ndarray], spec: InputSpec) -> Iterator[
         yield preprocess(picture, spec)[0][None]
 
 
-def _best_scores(
-    model: onnx.ModelProto, spec: DetectorSpec, pictures: Sequence[np.ndarray]
-) -> Iterator[float]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    for image in network_inputs(pictures, spec.input):
-        _, logits = session.run(None, {spec.input.name: image})
-        yield float(1 / (1 + np.exp(-np.float64(logits.max()))))
-
-
 def _note(found: Calibration) -> str:
-    if not found.looks_foreign:
+    if found.drift is None or found.drift <= drift.LIMIT:
         return ""
     return (
-        f"in {found.without_detections} of {found.images} calibration pictures the detector finds nothing "
-        f"with a score of {SCORE}: are they of the domain that it was trained for?"
+        f"on these pictures the network's channels are {found.drift:.2f} of a standard deviation from their "
+        f"means in training; pictures like those that it was trained on stay below {drift.LIMIT}. Is it "
+        "another camera, exposure or subject? (Weights trained with frozen BatchNorm differ so, too.)"
     )
 
 
@@ -203,20 +187,14 @@ def read_table(text: str, where: qdq.Placement) -> Dict[str, float]:
 # ---- Input -------------------------------------------------------------------------------------------------
 
 
-def _load(path: Path, content: bytes) -> onnx.ModelProto:
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"onnx and onnxruntime are needed to quantise ({error}): run `make install`"
-        ) from error
-    from google.protobuf.message import DecodeError
+def _training_statistics(folder: Path) -> Dict[str, drift.Channels]:
+    """Nothing without ``frozen.pb``, which a folder that was unpacked from a bundle lacks."""
+    if not (folder / FROZEN).is_file():
+        return {}
+    from odtrt_lib.convert.stage import load_frozen  # a device does without `convert`
 
-    try:
-        return onnx.load_model_from_string(content)
-    except DecodeError as error:
-        raise InputError(f"{path}: not an ONNX model; run `odtrt convert` again") from error
+    content = folders.sealed(folder, FROZEN)[FROZEN]
+    return drift.training_statistics(load_frozen(folder / FROZEN, content))
 
 
 def _pixels(picture: Picture, number: int) -> np.ndarray:
@@ -234,16 +212,7 @@ def _digest(pictures: Sequence[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _require_valid(path: Path, model: onnx.ModelProto) -> None:
-    import onnx
-
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise CheckError(f"{path}: not a valid ONNX model: {one_line(error)}; nothing was written") from error
-
-
-def pictures_in(folder: Path, count: int = IMAGES) -> List[Path]:
+def pictures_in(folder: Path, count: int) -> List[Path]:
     """``count`` pictures of a folder, evenly spaced in the order of their names.
 
     Raises InputError if the folder is missing or has none.
