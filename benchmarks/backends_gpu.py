@@ -58,7 +58,7 @@ from odtrt_lib.detector import Detections, Detector
 from odtrt_lib.engine import passport, pipeline
 from odtrt_lib.errors import OdtrtError
 from odtrt_lib.evaluate import agreement, coco_results
-from odtrt_lib.latency import Sampling, sample, time_calls, wall_clock
+from odtrt_lib.latency.timing import Sampling, sample, time_calls, wall_clock
 from odtrt_lib.machine import this_machine
 from odtrt_lib.preprocess import load_image
 from odtrt_lib.results import write_results

@@ -61,7 +61,7 @@ from recorded_heads import (
 from odtrt_lib import engine
 from odtrt_lib.anchors import load_anchors
 from odtrt_lib.engine import builder, passport
-from odtrt_lib.latency import Sampling, time_calls
+from odtrt_lib.latency.timing import Sampling, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import postprocess
 from odtrt_lib.results import write_results

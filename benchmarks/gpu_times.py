@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Callable, Optional
 
 from odtrt_lib import cuda
-from odtrt_lib.latency import Sampling, Timing, sample
+from odtrt_lib.latency.timing import Sampling, Timing, sample
 from odtrt_lib.preprocess import Frame
 from odtrt_lib.spec import DetectorSpec
 

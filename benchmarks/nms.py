@@ -33,7 +33,7 @@ import numpy as np
 import spec_cases
 
 from odtrt_lib import native, nms
-from odtrt_lib.latency import Sampling, time_calls
+from odtrt_lib.latency.timing import Sampling, time_calls
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import BoxCoder, DetectorSpec, NmsSpec, ScoreSpec
 

@@ -41,7 +41,7 @@ import torchvision
 from gpu_times import gpu_name
 
 from odtrt_lib import native
-from odtrt_lib.latency import Sampling, sample
+from odtrt_lib.latency.timing import Sampling, sample
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import BoxCoder, NmsSpec, load_spec
 

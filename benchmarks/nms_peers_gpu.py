@@ -48,7 +48,7 @@ from tensorrt_gpu import SAMPLING
 from odtrt_lib import cuda
 from odtrt_lib.engine.bindings import load_plugin, trt_messages
 from odtrt_lib.fuse import plugin_attributes
-from odtrt_lib.latency import Timing, time_calls
+from odtrt_lib.latency.timing import Timing, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import decode_boxes, postprocess
 from odtrt_lib.results import write_results

@@ -56,7 +56,7 @@ from odtrt_lib.engine.builder import count_inspected, read_cache_file, write_cac
 from odtrt_lib.errors import one_line
 from odtrt_lib.evaluate import agreement, coco_results, iou_matrix
 from odtrt_lib.folder import exclusive
-from odtrt_lib.latency import time_calls
+from odtrt_lib.latency.timing import time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import DetectorSpec, load_spec

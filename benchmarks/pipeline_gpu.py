@@ -39,7 +39,7 @@ from odtrt_lib import cuda, engine, portability
 from odtrt_lib.anchors import load_anchors
 from odtrt_lib.engine import pipeline
 from odtrt_lib.engine.pipeline import Pipeline, Switches
-from odtrt_lib.latency import Sampling, time_calls
+from odtrt_lib.latency.timing import Sampling, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import Postprocessed
 from odtrt_lib.results import write_results

@@ -25,7 +25,7 @@ import numpy as np
 from odtrt_lib import native
 from odtrt_lib import preprocess as preprocessing
 from odtrt_lib.export import odapi
-from odtrt_lib.latency import Histogram, Sampling, sample, wall_clock
+from odtrt_lib.latency.timing import Histogram, Sampling, sample, wall_clock
 from odtrt_lib.results import write_results
 from odtrt_lib.spec import InputSpec, Resizer
 

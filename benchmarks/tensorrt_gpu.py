@@ -64,7 +64,7 @@ from odtrt_lib import engine, portability
 from odtrt_lib.detector import Detector, load_anchors
 from odtrt_lib.engine import passport
 from odtrt_lib.errors import OdtrtError, one_line
-from odtrt_lib.latency import Sampling, time_calls
+from odtrt_lib.latency.timing import Sampling, time_calls
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import postprocess
 from odtrt_lib.results import write_results

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, Tuple, Union
 import numpy as np
 
 from odtrt_lib.errors import InputError, printable
-from odtrt_lib.latency import Histogram
+from odtrt_lib.latency.timing import Histogram
 from odtrt_lib.plots import draw_detections
 from odtrt_lib.sources import Latest, Source
 

@@ -23,7 +23,7 @@ from odtrt_lib.engine import fallback
 from odtrt_lib.engine.passport import Machine
 from odtrt_lib.errors import BuildError
 from odtrt_lib.evaluate import coco_results
-from odtrt_lib.latency import Timing
+from odtrt_lib.latency.timing import Timing
 from odtrt_lib.spec import NmsSpec, Resizer
 
 ROOT = Path(__file__).resolve().parent.parent

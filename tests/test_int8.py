@@ -312,7 +312,7 @@ def test_pictures_of_another_domain_give_a_warning(parts_folder, tmp_path):
 
 
 def test_the_drift_is_that_of_numpy():
-    """Of two channels with one value each; BatchNorms behind the convolution, in it, and of another network."""
+    """The median of eight channels, one of them dead; statistics of another network count for nothing."""
     from odtrt_lib.int8 import drift
 
     model = residual_network()

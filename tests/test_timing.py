@@ -9,8 +9,8 @@ import pickle
 import numpy as np
 import pytest
 
-from odtrt_lib import latency
-from odtrt_lib.latency import RELATIVE_ERROR, Histogram, Sampling, sample, time_calls, wall_clock
+from odtrt_lib.latency import timing
+from odtrt_lib.latency.timing import RELATIVE_ERROR, Histogram, Sampling, sample, time_calls, wall_clock
 
 PERCENTS = (0, 1, 25, 50, 75, 90, 95, 99, 99.9, 99.99, 100)
 TIMES = {
@@ -65,8 +65,8 @@ def test_memory_is_bounded_and_times_beyond_the_range_are_counted():
     histogram = histogram_of(np.array([0.0, 1e-9, 5e9, 1e300]))
     assert histogram.count == 4 and histogram.counts.nbytes == 115_656
     assert (histogram.min_us, histogram.max_us) == (0.0, 1e300)
-    assert histogram.percentile(50) <= latency.MIN_US
-    assert histogram.percentile(75) == pytest.approx(latency.MAX_US, rel=3 * RELATIVE_ERROR)
+    assert histogram.percentile(50) <= timing.MIN_US
+    assert histogram.percentile(75) == pytest.approx(timing.MAX_US, rel=3 * RELATIVE_ERROR)
 
 
 @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
@@ -96,7 +96,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = 100.0
         self.calls = 0
-        monkeypatch.setattr(latency.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
 
     def work(self, seconds: float) -> None:
         self.calls += 1
