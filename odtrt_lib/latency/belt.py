@@ -8,17 +8,22 @@ gives the same faults. Needs numpy only; pictures are decoded by Pillow.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 import time
+from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
+from odtrt_lib import sources
 from odtrt_lib.errors import InputError
+from odtrt_lib.preprocess import load_image
 from odtrt_lib.sources import Source
 
 FPS = 30.0
+MAX_PICTURES = 32
 
 LATE_SECONDS, STALL_SECONDS, UNPLUGGED_SECONDS = 0.6, 3.0, 2.0
 """How late a late frame comes, how long a stalled camera is silent, and an unplugged one is away."""
@@ -72,26 +77,49 @@ class Faults:
 STANDARD = {"drop": 100, "late": 400, "corrupt": 400, "resize": 400, "disconnect": 5000, "stall": 5000}
 
 
-def parse_faults(text: str, seed: int = 0) -> Faults:
-    """The faults of a text such as ``drop=100,stall=5000``: one of 100 frames is dropped. ``standard`` is
-    :data:`STANDARD`.
+def parse_faults(text: str) -> Faults:
+    """The faults of a text such as ``drop=100,stall=5000,seed=3``: one of 100 frames is dropped.
 
-    Raises InputError if a kind is not known, is named twice, or more than every second frame has a fault.
+    ``standard`` means :data:`STANDARD`. The seed is 0 if it is not named. Raises InputError if a kind is not
+    known, is named twice, or more than every second frame has a fault.
     """
-    if text == "standard":
-        return Faults(dict(STANDARD), seed)
-    one_in: Dict[str, int] = {}
+    named: Dict[str, int] = {}
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([a-z]+)=([1-9]\d{0,8})\s*", part)
-        if match is None or match.group(1) not in KINDS or match.group(1) in one_in:
+        match = re.fullmatch(r"\s*([a-z]+)=(\d{1,9})\s*", part)
+        if part.strip() == "standard" and not named.keys() & STANDARD.keys():
+            named.update(STANDARD)
+        elif match is not None and match.group(1) in (*KINDS, "seed") and match.group(1) not in named:
+            named[match.group(1)] = int(match.group(2))
+        else:
             raise InputError(
                 f"--faults {text}: {part.strip()!r} is none; expected `standard`, or some of "
-                f"{', '.join(f'{kind}={STANDARD[kind]}' for kind in KINDS)}, each once"
+                f"{', '.join(f'{kind}={STANDARD[kind]}' for kind in KINDS)}, seed=0, each once"
             )
-        one_in[match.group(1)] = int(match.group(2))
+    seed = named.pop("seed", 0)
+    one_in = named
+    if not all(one_in.values()):
+        raise InputError(f"--faults {text}: one of 0 frames is none; leave the kind out")
     if sum(1 / every for every in one_in.values()) > 0.5:
         raise InputError(f"--faults {text}: more than every second frame has a fault; use larger numbers")
     return Faults(one_in, seed)
+
+
+def source_of(place: str) -> Callable[[Clock], Source]:
+    """What opens a live source: a folder of pictures as a belt, ``rtsp://...``, or a camera as
+    :func:`odtrt_lib.sources.open_camera` names it.
+
+    It can be pickled. Raises InputError if the folder has no picture, or the place is a file.
+    """
+    if sources.is_stream(place):
+        return functools.partial(_open_stream, place)
+    path = Path(place)
+    if path.is_dir():
+        files = tuple(sources.pictures([path])[:MAX_PICTURES])
+        _pictures(files)  # a picture that cannot be read is an error now, not in the worker
+        return functools.partial(_open_belt, files)
+    if path.is_file():
+        raise InputError(f"{place}: a file; expected a folder of pictures, a camera such as 0, or rtsp://...")
+    return functools.partial(_open_camera, place)
 
 
 def belt(pictures: Sequence[np.ndarray], clock: Clock, fps: float = FPS) -> Source:
@@ -199,6 +227,23 @@ def is_picture(image: Any) -> bool:
         and image.shape[2] == 3
         and image.size > 0
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _pictures(files: Tuple[Path, ...]) -> Tuple[np.ndarray, ...]:
+    return tuple(map(load_image, files))
+
+
+def _open_belt(files: Tuple[Path, ...], clock: Clock) -> Source:
+    return belt(_pictures(files), clock)
+
+
+def _open_stream(address: str, clock: Clock) -> Source:
+    return sources.open_stream(address)
+
+
+def _open_camera(camera: str, clock: Clock) -> Source:
+    return sources.open_camera(camera)
 
 
 def _chance(seed: int, *of: int) -> np.random.Generator:

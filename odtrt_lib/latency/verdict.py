@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class Check:
     trend: Optional[Trend] = None
 
 
-def overall(checks: List[Check]) -> str:
+def overall(checks: Sequence[Check]) -> str:
     """``steady`` if every check is; ``not steady`` if one fails; else ``undecided``."""
     verdicts = {check.verdict for check in checks}
     if verdicts & {GROWING, UNSTEADY}:
@@ -120,13 +120,16 @@ def _slope_check(record: Record, name: str, figure: str, unit: str, tolerance: f
     else:
         text = (
             f"{signed(found.slope)} {per_hour}, 95 % interval {signed(found.low)} to {signed(found.high)}; "
-            f"allowed: {tolerance:.3g}"
+            f"allowed: {signed(tolerance)[1:]}"
         )
     return Check(name, verdict, text, figure, unit, tolerance, found)
 
 
 def signed(value: float) -> str:
-    return f"{value:+.3g}" if value else "0"
+    """A number with its sign, in three digits."""
+    if not value:
+        return "0"
+    return f"{value:+,.0f}" if abs(value) >= 1000 else f"{value:+.3g}"
 
 
 def _counts(record: Record) -> List[Check]:
