@@ -44,8 +44,10 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Ticks:
-    """Where an axis has ticks, and what stands there."""
+    """An axis: its limits, where it has ticks, and what stands there."""
 
+    low: float
+    high: float
     at: Sequence[float]
     texts: Sequence[str]
 
@@ -63,10 +65,10 @@ def figure(
 ) -> str:
     """A figure with a caption: ``title`` and ``text``. At most two lines.
 
-    x, y: the ticks; the first and the last one are the axis's limits. fit: the ends of a dashed line. pauses:
+    fit: the ends of a dashed line. pauses:
     spans of x that are shaded. marks: values of x with a vertical line.
     """
-    area = _Area(x.at[0], x.at[-1], y.at[0], y.at[-1])
+    area = _Area(x.low, x.high, y.low, y.high)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(f"{title}: {text}")}">',
         *(area.pause(*span) for span in pauses),
@@ -98,7 +100,7 @@ def ticks(low: float, high: float, whole: bool = False) -> Ticks:
     last = math.ceil(high / step - 1e-9)
     digits = max(0, -math.floor(math.log10(step) + 1e-9) + int(not _is_power(step, 2.5)))
     at = [number * step for number in range(first, last + 1)]
-    return Ticks(at, [f"{value:,.{digits}f}" for value in at])
+    return Ticks(at[0], at[-1], at, [f"{value:,.{digits}f}" for value in at])
 
 
 def _is_power(step: float, factor: float) -> bool:
@@ -127,9 +129,9 @@ class _Area:
                 f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
             )
             parts.append(f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{_text(text)}</text>')
-        for number, (value, text) in enumerate(zip(x.at, x.texts)):
-            anchor = "end" if number == len(x.at) - 1 else "middle"
-            at = self.x(value) + (6 if anchor == "end" else 0)
+        for value, text in zip(x.at, x.texts):
+            at = self.x(value)
+            anchor = "end" if at > WIDTH - 2 * _RIGHT else "middle"
             parts.append(f'<text x="{at:.1f}" y="{HEIGHT - 12}" text-anchor="{anchor}">{_text(text)}</text>')
         return parts
 

@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, List, Optional
 from odtrt_lib.machine import device_memory_meter, rss_mb
 
 FIGURES = {
+    "own_mb": "host memory of its own (anonymous, also swapped out), MB",
     "pss_mb": "host memory, proportional share (Pss), MB",
     "rss_mb": "host memory, resident (RSS), MB",
     "open_files": "open files",
@@ -44,12 +45,17 @@ _MIN_CELSIUS, _MAX_CELSIUS = -40.0, 150.0
 
 
 def process_figures(process: int) -> Dict[str, float]:
-    """Pss, RSS, open files and threads of a process; empty if it has ended."""
+    """Memory, open files and threads of a process; empty if it has ended.
+
+    ``own_mb`` leaves out what files back, because other processes that come and go change the share of it.
+    """
     folder = Path(f"/proc/{process}")
     found: Dict[str, Optional[float]] = {"rss_mb": rss_mb(process)}
-    with contextlib.suppress(OSError, ValueError):
-        match = re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.MULTILINE)
-        found["pss_mb"] = int(match.group(1)) / 1024 if match else None
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.MULTILINE))
+        if sizes:
+            found["pss_mb"] = int(sizes["Pss"]) / 1024
+            found["own_mb"] = (int(sizes["Anonymous"]) + int(sizes["Swap"])) / 1024
     with contextlib.suppress(OSError):
         found["open_files"] = float(len(list((folder / "fd").iterdir())))
         found["threads"] = float(len(list((folder / "task").iterdir())))

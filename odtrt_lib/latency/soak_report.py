@@ -15,7 +15,16 @@ from odtrt_lib.latency.charts import Line, Ticks
 from odtrt_lib.latency.sensors import FIGURES
 from odtrt_lib.latency.slopes import STEADY, UNDECIDED
 from odtrt_lib.latency.soak import Record, gaps
-from odtrt_lib.latency.verdict import Check, checks_of, figures, observed, overall, signed, trend_of
+from odtrt_lib.latency.verdict import (
+    Check,
+    checks_of,
+    figures,
+    observed,
+    overall,
+    signed,
+    trend_of,
+    warmed_up,
+)
 from odtrt_lib.latency.watchdog import ENVIRONMENT
 from odtrt_lib.report import REPORT, page
 from odtrt_lib.results import device_info
@@ -39,7 +48,16 @@ _KINDS = {
     "stall": ("stalled", "silences of more than 2 s"),
 }
 _WHOLE = ("open_files", "threads", "gc_objects")
-_CHARTS = ("pss_mb", "rss_mb", "device_memory_mb", "system_memory_mb", "gc_objects", "open_files", "threads")
+_CHARTS = (
+    "own_mb",
+    "pss_mb",
+    "rss_mb",
+    "device_memory_mb",
+    "system_memory_mb",
+    "gc_objects",
+    "open_files",
+    "threads",
+)
 _SENSORS = (
     "temperature_c",
     "gpu_temperature_c",
@@ -155,6 +173,9 @@ def _latency(record: Record) -> str:
         ]
         words = "from picked to detected" if name == "service" else "from captured to detected"
         shown.append(_chart(record, title, f"{words}, milliseconds", lines))
+    shown.append(
+        _chart(record, "Frames a second", "that the detector processed", [Line("fps", _runs(record, "fps"))])
+    )
     return _gallery("Latency", shown)
 
 
@@ -162,19 +183,20 @@ def _section(title: str, names: Sequence[str], record: Record) -> str:
     shown: List[Optional[str]] = []
     absent = []
     for name in names:
-        runs = _runs(record, name)
+        is_judged = name in _CHARTS
+        runs = _runs(record, name, rows=warmed_up(record) if is_judged else None)
         if not any(runs):
             absent.append(FIGURES[name].rpartition(",")[0] or FIGURES[name])
             continue
         found = trend_of(record, name)
         heading = FIGURES[name]
         text = "median of each block"
-        if found is not None and name in _CHARTS:
+        if found is not None and is_judged:
             text = (
                 f"{signed(found.slope)} an hour, 95 % interval {signed(found.low)} to {signed(found.high)}; "
                 f"widened by the correlation {signed(found.wide_low)} to {signed(found.wide_high)}"
             )
-        slope = found.slope / 3600 if found is not None and name in _CHARTS else None
+        slope = found.slope / 3600 if found is not None and is_judged else None
         shown.append(_chart(record, heading, text, [Line(name, runs)], slope, name in _WHOLE))
     note = f'<p class="lead">Not available here: {_text("; ".join(absent))}.</p>' if absent else ""
     return _gallery(title, shown, note)
@@ -187,11 +209,14 @@ def _gallery(title: str, shown: Sequence[Optional[str]], note: str = "") -> str:
 
 
 def _runs(
-    record: Record, name: str, scale: Callable[[float], float] = lambda value: value
+    record: Record,
+    name: str,
+    scale: Callable[[float], float] = lambda value: value,
+    rows: Optional[Sequence[Dict[str, float]]] = None,
 ) -> List[List[Tuple[float, float]]]:
     """The points (seconds since the first start, value) of a figure, interrupted between two processes."""
     runs: Dict[float, List[Tuple[float, float]]] = {}
-    for row in record.rows:
+    for row in record.rows if rows is None else rows:
         if name in row:
             runs.setdefault(row["segment"], []).append((row["at"], scale(row[name])))
     return list(runs.values())
@@ -237,9 +262,9 @@ def _time_ticks(last: float) -> Ticks:
         if last >= 2 * unit or unit == 1
     )
     found = charts.ticks(0.0, last / unit)
-    at = [value * unit for value in found.at]
-    texts = [*found.texts[:-1], f"{found.texts[-1]} {name}"]
-    return Ticks(at, texts)
+    at = [value * unit for value in found.at if value * unit <= last]
+    texts = [*found.texts[: len(at) - 1], f"{found.texts[len(at) - 1]} {name}"]
+    return Ticks(0.0, last, at, texts)
 
 
 def _percentile_chart(record: Record) -> Optional[str]:
@@ -258,13 +283,14 @@ def _percentile_chart(record: Record) -> Optional[str]:
     low, high = math.log10(min(values)), math.log10(max(values))
     exponents = range(math.floor(3 * low), math.ceil(3 * high) + 1)
     y = [math.log10(factor * 10.0 ** (i // 3)) for i in exponents for factor in [(1, 2, 5)[i % 3]]]
-    x = Ticks([-math.log10(share) for share in shares], [f"p{100 * (1 - share):.8g}" for share in shares])
+    at = [-math.log10(share) for share in shares]
+    x = Ticks(at[0], at[-1], at, [f"p{100 * (1 - share):.8g}" for share in shares])
     return charts.figure(
         "All frames",
         "milliseconds, logarithmic, that a share of the frames does not exceed",
         lines,
         x=x,
-        y=Ticks(y, [f"{10**value:.3g}" for value in y]),
+        y=Ticks(y[0], y[-1], y, [f"{10**value:.3g}" for value in y]),
     )
 
 

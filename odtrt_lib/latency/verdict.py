@@ -93,17 +93,18 @@ def trend_of(record: Record, figure: str) -> Optional[Trend]:
 def _slopes(record: Record) -> List[Check]:
     hours = max(record.elapsed, 1.0) / 3600
     memory = memory_tolerance(record.elapsed)
-    host = "pss_mb" if any("pss_mb" in row for row in record.rows) else "rss_mb"
+    host = "own_mb" if any("own_mb" in row for row in record.rows) else "rss_mb"
     judged: List[Tuple[str, str, str, float]] = [
         ("host memory", host, "MB", memory),
         ("open files", "open_files", "", COUNT_TOLERANCE / hours),
         ("threads", "threads", "", COUNT_TOLERANCE / hours),
     ]
-    if any("device_memory_mb" in row for row in record.rows):
-        judged.insert(1, ("GPU memory", "device_memory_mb", "MB", memory))
+    for name, figure in (("GPU memory", "device_memory_mb"), ("system memory", "system_memory_mb")):
+        if any(figure in row for row in record.rows):
+            judged.insert(1, (name, figure, "MB", memory))
     for name, figure, unit, share in (
         ("Python objects", "gc_objects", "", OBJECTS_TOLERANCE),
-        ("service time, p50", "service_p50_us", "µs", LATENCY_TOLERANCE),
+        ("service time, p50", "service_p50_us", "ms", LATENCY_TOLERANCE),
     ):
         values = [row[figure] for row in warmed_up(record) if figure in row]
         middle = float(np.median(values)) if values else 0.0
@@ -118,10 +119,11 @@ def _slope_check(record: Record, name: str, figure: str, unit: str, tolerance: f
     if found is None:
         text = f"fewer than {MIN_BLOCKS} blocks after the warm-up: too short a run"
     else:
-        text = (
-            f"{signed(found.slope)} {per_hour}, 95 % interval {signed(found.low)} to {signed(found.high)}; "
-            f"allowed: {signed(tolerance)[1:]}"
+        scale = 1e-3 if unit == "ms" else 1.0
+        slope, low, high, most = (
+            signed(scale * one) for one in (found.slope, found.low, found.high, tolerance)
         )
+        text = f"{slope} {per_hour}, 95 % interval {low} to {high}; allowed: {most.lstrip('+')}"
     return Check(name, verdict, text, figure, unit, tolerance, found)
 
 
@@ -253,7 +255,7 @@ def figures(record: Record) -> Dict[str, Any]:
 def _trend_row(check: Check) -> Dict[str, Any]:
     """A slope, its two intervals, its tolerance and its verdict; all an hour."""
     assert check.trend is not None
-    unit = {"pss_mb": "host_memory_mb", "rss_mb": "host_memory_mb"}.get(check.figure, check.figure)
+    unit = {"own_mb": "host_memory_mb", "rss_mb": "host_memory_mb"}.get(check.figure, check.figure)
     values = {
         "slope": check.trend.slope,
         "low": check.trend.low,
