@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import math
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 WIDTH, HEIGHT = 680, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 34
@@ -59,13 +59,13 @@ def figure(
     *,
     x: Ticks,
     y: Ticks,
-    fit: Optional[Tuple[Point, Point]] = None,
+    fits: Sequence[Tuple[Point, Point]] = (),
     pauses: Sequence[Tuple[float, float]] = (),
     marks: Sequence[float] = (),
 ) -> str:
     """A figure with a caption: ``title`` and ``text``. At most two lines.
 
-    fit: the ends of a dashed line. pauses:
+    fits: the ends of dashed lines. pauses:
     spans of x that are shaded. marks: values of x with a vertical line.
     """
     area = _Area(x.low, x.high, y.low, y.high)
@@ -77,8 +77,7 @@ def figure(
     ]
     for number, line in enumerate(lines):
         parts += [area.run(points, number) for points in line.runs if points]
-    if fit is not None:
-        parts.append(area.path(fit, "fit"))
+    parts += [area.path(fit, "fit") for fit in fits]
     names = [f'<span><i class="k{i}"></i>{_text(line.name)}</span>' for i, line in enumerate(lines)]
     key = f'<p class="key">{"".join(names)}</p>' if len(lines) > 1 else ""
     return (

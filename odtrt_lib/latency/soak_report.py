@@ -234,13 +234,8 @@ def _chart(
     if not points:
         return None
     values = [y for _, y in points]
-    fit = None
-    if slope is not None:
-        middle = sorted(values)[len(values) // 2]
-        begin, end = points[0][0], points[-1][0]
-        at_begin, at_end = (middle + slope * (x - (begin + end) / 2) for x in (begin, end))
-        fit = ((begin, at_begin), (end, at_end))
-        values += [at_begin, at_end]
+    fits = [_fit(run, slope) for line in lines for run in line.runs] if slope is not None else []
+    values += [y for fit in fits for _, y in fit]
     last = record.parts[-1]["offset"] + record.parts[-1]["seconds"]
     restarts = [event["at"] for event in record.events if event["kind"] == "restart"]
     return charts.figure(
@@ -249,10 +244,17 @@ def _chart(
         lines,
         x=_time_ticks(max(last, 1.0)),
         y=charts.ticks(min(values), max(values), whole),
-        fit=fit,
+        fits=fits,
         pauses=gaps(record),
         marks=restarts,
     )
+
+
+def _fit(run: Sequence[Tuple[float, float]], slope: float) -> Tuple[Tuple[float, float], Tuple[float, float]]:
+    """The slope through the middle of a run: its two ends."""
+    begin, end = run[0][0], run[-1][0]
+    middle = sorted(y for _, y in run)[len(run) // 2]
+    return (begin, middle - slope * (end - begin) / 2), (end, middle + slope * (end - begin) / 2)
 
 
 def _time_ticks(last: float) -> Ticks:
@@ -305,8 +307,8 @@ def _faults(record: Record) -> str:
     )
     heads = "".join(f'<th scope="col">{name}</th>' for name in ("fault", "injected", "observed", "as", ""))
     return (
-        f'<section><h2>Injected faults</h2><p class="lead">{_text(record.settings["faults"])}, seed '
-        f"{_text(record.settings.get('seed', 0))}. A busy machine makes frames late, and the camera silent, "
+        f'<section><h2>Injected faults</h2><p class="lead">{_text(record.settings["faults"])}. '
+        "A busy machine makes frames late, and the camera silent, "
         "by itself: of these more may be observed than were injected.</p>"
         f'<div class="stage scroll"><table class="numbers"><thead><tr>{heads}</tr></thead>{rows}</table>'
         "</div></section>"

@@ -143,7 +143,7 @@ def _counts(record: Record) -> List[Check]:
             ("processed", "processed"),
             ("dropped", "replaced by a newer one"),
             ("corrupt", "corrupt"),
-            ("lost", "lost with a worker"),
+            ("lost", "in hand when a worker ended"),
         )
         if counts[name] or name == "processed"
     )
