@@ -48,7 +48,9 @@ def test_slope_and_interval_are_scipys(seed, digits):
     values = np.round(rng.normal(0, 2, count) + times * rng.normal(), digits)
     expected = stats.theilslopes(values, times, 0.95)
     found = theil_sen(times, values)
-    assert found == pytest.approx((expected.slope, expected.low_slope, expected.high_slope), rel=1e-12, abs=1e-12)
+    assert found == pytest.approx(
+        (expected.slope, expected.low_slope, expected.high_slope), rel=1e-12, abs=1e-12
+    )
 
 
 def test_only_pairs_of_one_process_count():

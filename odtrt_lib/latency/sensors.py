@@ -12,9 +12,9 @@ import ctypes
 import os
 import re
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
-from odtrt_lib.machine import device_memory_meter, rss_mb
+from odtrt_lib.machine import device_memory_meter, rss_mb, state_and_ticks
 
 FIGURES = {
     "own_mb": "host memory of its own (anonymous, also swapped out), MB",
@@ -25,6 +25,7 @@ FIGURES = {
     "gc_objects": "Python objects that the garbage collector knows",
     "device_memory_mb": "GPU memory in use on the device, MB",
     "system_memory_mb": "memory in use in the whole system, shared with the GPU, MB",
+    "cpu_elsewhere": "CPU time that other programs take, share of the machine",
     "temperature_c": "hottest thermal zone, °C",
     "gpu_temperature_c": "GPU temperature, °C",
     "cpu_clock_mhz": "CPU clock, mean of the cores, MHz",
@@ -60,6 +61,40 @@ def process_figures(process: int) -> Dict[str, float]:
         found["open_files"] = float(len(list((folder / "fd").iterdir())))
         found["threads"] = float(len(list((folder / "task").iterdir())))
     return {name: value for name, value in found.items() if value is not None}
+
+
+class Elsewhere:
+    """How busy the machine is with other programs than this process and its worker.
+
+    processor_times: the content of ``/proc/stat``; ticks: CPU time of a process, as of
+    :func:`odtrt_lib.machine.state_and_ticks`. Tests replace both.
+    """
+
+    def __init__(
+        self,
+        processor_times: Callable[[], str] = lambda: _text(Path("/proc/stat")),
+        ticks: Callable[[int], int] = lambda process: state_and_ticks(process)[1],
+    ) -> None:
+        self._processor_times, self._ticks = processor_times, ticks
+        self._before: Optional[Tuple[int, int, int, int]] = None
+
+    def share(self, worker: int) -> Optional[float]:
+        """The share of the CPU time since the last call, 0 to 1; None if it is not known.
+
+        Time that a hypervisor gave to other machines counts as taken.
+        """
+        match = re.match(r"cpu +(\d+) (\d+) (\d+) (\d+) (\d+) (\d+) (\d+) (\d+)", self._processor_times())
+        if match is None:
+            return None
+        times = list(map(int, match.groups()))
+        idle, total = times[3] + times[4], sum(times)
+        own = self._ticks(worker) + self._ticks(os.getpid())
+        before, self._before = self._before, (worker, idle, total, own)
+        if before is None or before[0] != worker or total <= before[2]:
+            return None
+        passed = total - before[2]
+        elsewhere = passed - (idle - before[1]) - (own - before[3])
+        return min(max(elsewhere / passed, 0.0), 1.0)
 
 
 class Sensors:

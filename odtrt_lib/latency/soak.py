@@ -23,7 +23,7 @@ from odtrt_lib.errors import InputError
 from odtrt_lib.folder import atomic_write
 from odtrt_lib.latency.belt import Clock
 from odtrt_lib.latency.board import FIELDS, HISTOGRAMS, Board
-from odtrt_lib.latency.sensors import Sensors, process_figures
+from odtrt_lib.latency.sensors import Elsewhere, Sensors, process_figures
 from odtrt_lib.latency.timing import Histogram
 from odtrt_lib.latency.watchdog import Limits, Process, Watchdog
 from odtrt_lib.latency.worker import Job
@@ -38,6 +38,7 @@ _POLL_SECONDS = 0.1
 _CHECKPOINT_SECONDS = 60.0
 _MAX_BLOCKS, _MIN_BLOCKS, _SHORTEST_BLOCK = 120, 24, 10.0
 _MAX_EVENTS = 200
+_SHARES = ("throttled", "cpu_elsewhere")
 _LEARNING = 10  # so many canaries may show different results; what comes later is drift
 
 
@@ -287,7 +288,7 @@ class _Part:
         for name in HISTOGRAMS:
             row.update(_percentiles(name, self._board.histograms[name] - self._times_before[name]))
         for name, values in self._samples.items():
-            row[name] = float(np.mean(values) if name == "throttled" else np.median(values))
+            row[name] = float(np.mean(values) if name in _SHARES else np.median(values))
         self._record.rows.append({name: float(f"{value:.9g}") for name, value in row.items()})
 
 
@@ -301,8 +302,14 @@ def _percentiles(name: str, counts: np.ndarray) -> Dict[str, float]:
 
 
 def _sampler() -> Callable[[int], Dict[str, float]]:
-    sensors = Sensors()
-    return lambda process: {**process_figures(process), **sensors.read()}
+    sensors, elsewhere = Sensors(), Elsewhere()
+
+    def sample(process: int) -> Dict[str, float]:
+        share = elsewhere.share(process)
+        found = {**process_figures(process), **sensors.read()}
+        return found if share is None else {**found, "cpu_elsewhere": share}
+
+    return sample
 
 
 def _clear(folder: Path) -> None:

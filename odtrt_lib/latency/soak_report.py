@@ -59,6 +59,7 @@ _CHARTS = (
     "threads",
 )
 _SENSORS = (
+    "cpu_elsewhere",
     "temperature_c",
     "gpu_temperature_c",
     "cpu_clock_mhz",
@@ -279,9 +280,9 @@ def _percentile_chart(record: Record) -> Optional[str]:
     for name in ("service", "response"):
         histogram = record.histogram(name)
         steps = [math.log10(shares[0]) * (1 - i / 60) + math.log10(shares[-1]) * i / 60 for i in range(61)]
-        points = [(-step, histogram.percentile(100 * (1 - 10**step)) / 1e3) for step in steps]
+        points = [(-step, max(histogram.percentile(100 * (1 - 10**step)) / 1e3, 1e-6)) for step in steps]
         values += [value for _, value in points]
-        lines.append(Line(name, [[(x, math.log10(max(value, 1e-6))) for x, value in points]]))
+        lines.append(Line(name, [[(x, math.log10(value)) for x, value in points]]))
     low, high = math.log10(min(values)), math.log10(max(values))
     exponents = range(math.floor(3 * low), math.ceil(3 * high) + 1)
     y = [math.log10(factor * 10.0 ** (i // 3)) for i in exponents for factor in [(1, 2, 5)[i % 3]]]

@@ -24,6 +24,9 @@ from none. Between them the logarithms are interpolated; a shorter run may grow 
 LATENCY_TOLERANCE = 0.10
 """The growth of the median service time over the whole run, as a share of it."""
 
+MAX_CPU_ELSEWHERE = 0.2
+"""A block in which other programs took a larger share of the CPU says nothing about the service time."""
+
 COUNT_TOLERANCE = 2.0
 """The growth of open files and of threads over the whole run."""
 
@@ -81,8 +84,13 @@ def warmed_up(record: Record) -> List[Dict[str, float]]:
 
 
 def trend_of(record: Record, figure: str) -> Optional[Trend]:
-    """The slope of a figure of the rows, an hour; None if it is not there often enough."""
+    """The slope of a figure of the rows, an hour; None if it is not there often enough.
+
+    That of a latency is taken from the blocks that :data:`MAX_CPU_ELSEWHERE` allows.
+    """
     rows = [row for row in warmed_up(record) if figure in row]
+    if figure.endswith("_us"):
+        rows = [row for row in rows if row.get("cpu_elsewhere", 0.0) <= MAX_CPU_ELSEWHERE]
     return trend(
         [row["at"] / 3600 for row in rows],
         [row[figure] for row in rows],
@@ -117,7 +125,12 @@ def _slope_check(record: Record, name: str, figure: str, unit: str, tolerance: f
     verdict = judge(found, tolerance)
     per_hour = f"{unit} an hour".strip()
     if found is None:
-        text = f"fewer than {MIN_BLOCKS} blocks after the warm-up: too short a run"
+        busy = sum(row.get("cpu_elsewhere", 0.0) > MAX_CPU_ELSEWHERE for row in warmed_up(record))
+        text = f"fewer than {MIN_BLOCKS} blocks after the warm-up"
+        if figure.endswith("_us") and busy:
+            text += (
+                f" without much else on the machine; in {busy} other programs took a fifth of the CPU or more"
+            )
     else:
         scale = 1e-3 if unit == "ms" else 1.0
         slope, low, high, most = (
