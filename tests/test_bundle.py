@@ -268,6 +268,7 @@ def test_every_command_of_an_unpacked_bundle(tmp_path):
         (["detect", "model", picture, "-o", str(tmp_path / "drawn")], 0, "a.png"),
         (["doctor"], 0, "ONNX Runtime"),
         (["zoo", "list"], 0, "efficientdet_d0"),
+        (["soak", "model", "--minutes", "0.01"], 1, "no source; name a folder of pictures"),
         (evaluation, 1, "pycocotools"),
         (["with", "pycocotools", "matplotlib"], None, ""),
         (evaluation, 0, "mAP"),

@@ -268,6 +268,29 @@ ForceOption = typer.Option(False, "--force", help="Do it again even if nothing c
 OverwriteOption = typer.Option(
     False, "--force", help="Over a bundle that was unpacked there before; your own files there stay."
 )
+SoakFolderArgument = typer.Argument(
+    _OUT / "parts", metavar="FOLDER", help="A model folder that `odtrt export` or `odtrt run` wrote."
+)
+CameraArgument = typer.Argument(
+    None,
+    metavar="SOURCE",
+    help="A folder of pictures, shown 30 times a second; a camera: `0`, `/dev/video0` or `csi:0`; or "
+    "`rtsp://...`. Default: for a model of the shipped parts, rendered scenes.",
+    show_default=False,
+)
+HoursOption = typer.Option(None, "--hours", min=0.0, metavar="H", help="How long. Default: 72 hours.")
+MinutesOption = typer.Option(None, "--minutes", min=0.0, metavar="M", help="How long, in minutes.")
+FaultsOption = typer.Option(
+    None,
+    "--faults",
+    metavar="SCHEDULE",
+    help="Faults of the camera: `standard`, or such as `drop=100,stall=5000,seed=3`: one of 100 frames is "
+    "dropped. Also late, corrupt, resize and disconnect.",
+)
+ResumeOption = typer.Option(False, "--resume", help="Go on with a soak that was interrupted.")
+SoakOption = typer.Option(
+    None, "-o", "--output", metavar="DIR", help="Where the report goes. Default: `FOLDER/soak`."
+)
 MinScoreOption = typer.Option(
     _MIN_SCORE, "--min-score", min=0.0, max=1.0, help="Show detections with at least this score."
 )
@@ -322,26 +345,6 @@ AgainstBackendOption = typer.Option(
 )
 AgainstPrecisionOption = typer.Option(
     None, "--against-precision", help="The reference's precision. Default: fp32.", show_default=False
-)
-SourceArgument = typer.Argument(
-    None,
-    metavar="[SOURCE]",
-    help="A folder of pictures, shown 30 times a second; a camera: `0`, `/dev/video0` or `csi:0`; or "
-    "`rtsp://...`. Default: for a model of the shipped parts, rendered scenes.",
-    show_default=False,
-)
-HoursOption = typer.Option(None, "--hours", min=0.0, metavar="H", help="How long. Default: 72 hours.")
-MinutesOption = typer.Option(None, "--minutes", min=0.0, metavar="M", help="How long, in minutes.")
-FaultsOption = typer.Option(
-    None,
-    "--faults",
-    metavar="SCHEDULE",
-    help="Faults of the camera: `standard`, or such as `drop=100,stall=5000,seed=3`: one of 100 frames is "
-    "dropped. Also late, corrupt, resize and disconnect.",
-)
-ResumeOption = typer.Option(False, "--resume", help="Go on with a soak that was interrupted.")
-SoakOption = typer.Option(
-    None, "-o", "--output", metavar="DIR", help="Where the report goes. Default: `FOLDER/soak`."
 )
 ZooNameArgument = typer.Argument(
     ..., metavar="NAME", help="A name from `odtrt zoo list`.", show_default=False
@@ -969,9 +972,46 @@ def _say_drop(drop: MapDrop, verdict: Optional[Verdict]) -> Dict[str, Any]:
 
 
 @app.command()
+def doctor() -> None:
+    """What is installed here, what works, and the command that installs what is missing.
+
+    **Reads** the installed packages (each is really imported, in a process of its own), GPU, disk, memory.
+    **Writes** nothing.
+
+    **Example:** `odtrt doctor`
+    """
+    from odtrt_lib.app import doctor as examination
+
+    with _progress("looking at what is installed"):
+        machine = examination.machine()
+        findings = examination.packages()
+        chapters = examination.chapters(findings)
+    of_machine = Table(show_header=False, title="This machine", title_justify="left", highlight=False)
+    for name, text in machine.items():
+        of_machine.add_row(name, escape(text))
+    of_packages = Table(
+        "package", "version", "install", title="Packages", title_justify="left", highlight=False
+    )
+    for finding in findings:
+        is_fine = finding.version is not None
+        version = (
+            f"[green]{escape(finding.version or '')}[/]" if is_fine else f"[red]{escape(finding.problem)}[/]"
+        )
+        of_packages.add_row(finding.package.name, version, "" if is_fine else escape(finding.package.install))
+    of_chapters = Table("part", "works", "what to do", title="odtrt", title_justify="left", highlight=False)
+    for chapter in chapters:
+        verdict = (
+            f"[red]no: needs {escape(', '.join(chapter.missing))}[/]" if chapter.missing else "[green]yes[/]"
+        )
+        of_chapters.add_row(chapter.title, verdict, escape("; ".join(chapter.install) or chapter.note))
+    for table in (of_machine, of_packages, of_chapters):
+        _out().print(table)
+
+
+@app.command()
 def soak(
-    folder: Path = FolderArgument,
-    source: Optional[str] = SourceArgument,
+    folder: Path = SoakFolderArgument,
+    source: Optional[str] = CameraArgument,
     hours: Optional[float] = HoursOption,
     minutes: Optional[float] = MinutesOption,
     faults: Optional[str] = FaultsOption,
@@ -1056,43 +1096,6 @@ def _soak_job(
         source = str(demonstration.keep(output, scenes))
     recipe = functools.partial(Detector.open, folder, backend, plugin=plugin)
     return Job(recipe, belt.source_of(source), output / CANARY, faults=schedule)
-
-
-@app.command()
-def doctor() -> None:
-    """What is installed here, what works, and the command that installs what is missing.
-
-    **Reads** the installed packages (each is really imported, in a process of its own), GPU, disk, memory.
-    **Writes** nothing.
-
-    **Example:** `odtrt doctor`
-    """
-    from odtrt_lib.app import doctor as examination
-
-    with _progress("looking at what is installed"):
-        machine = examination.machine()
-        findings = examination.packages()
-        chapters = examination.chapters(findings)
-    of_machine = Table(show_header=False, title="This machine", title_justify="left", highlight=False)
-    for name, text in machine.items():
-        of_machine.add_row(name, escape(text))
-    of_packages = Table(
-        "package", "version", "install", title="Packages", title_justify="left", highlight=False
-    )
-    for finding in findings:
-        is_fine = finding.version is not None
-        version = (
-            f"[green]{escape(finding.version or '')}[/]" if is_fine else f"[red]{escape(finding.problem)}[/]"
-        )
-        of_packages.add_row(finding.package.name, version, "" if is_fine else escape(finding.package.install))
-    of_chapters = Table("part", "works", "what to do", title="odtrt", title_justify="left", highlight=False)
-    for chapter in chapters:
-        verdict = (
-            f"[red]no: needs {escape(', '.join(chapter.missing))}[/]" if chapter.missing else "[green]yes[/]"
-        )
-        of_chapters.add_row(chapter.title, verdict, escape("; ".join(chapter.install) or chapter.note))
-    for table in (of_machine, of_packages, of_chapters):
-        _out().print(table)
 
 
 @zoo_app.command(name="list")
