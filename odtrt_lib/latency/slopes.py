@@ -34,8 +34,8 @@ Interval = Tuple[float, float, float]
 class Trend:
     """A slope per unit of time with two 95 % intervals.
 
-    low, high: of the prewhitened medians; :func:`judge` uses them. wide_low, wide_high: of the medians as
-    they are, with an interval that is widened by their correlation; it is more careful in short runs.
+    slope, low, high: of the prewhitened medians; :func:`judge` uses them. wide_low, wide_high: of the medians
+    as they are, with an interval that is widened by their correlation; it is more careful in short runs.
     correlation: of two neighbouring medians. blocks: the number of medians.
     """
 
@@ -60,10 +60,9 @@ def trend(
     count = sum(len(part[0]) for part in parts)
     if count < MIN_BLOCKS:
         return None
-    slope, _, _ = _theil_sen(parts)
-    correlation = _correlation(parts, slope)
+    correlation = _correlation(parts, _theil_sen(parts)[0])
     white = [(t[1:], (y[1:] - correlation * y[:-1]) / (1 - correlation)) for t, y in parts if len(t) > 1]
-    _, low, high = _theil_sen(white)
+    slope, low, high = _theil_sen(white)
     widening = math.sqrt((1 + correlation) / (1 - correlation))
     _, wide_low, wide_high = _theil_sen(parts, widening)
     return Trend(slope, low, high, wide_low, wide_high, correlation, count)
