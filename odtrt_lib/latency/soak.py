@@ -356,14 +356,10 @@ def _restore(board: Board, record: Record) -> None:
 
 @contextlib.contextmanager
 def _board_file() -> Iterator[Path]:
-    memory = Path("/dev/shm")
-    place = str(memory) if os.access(str(memory), os.W_OK) else None
-    file, name = tempfile.mkstemp(prefix="odtrt-soak-", dir=place)
-    os.close(file)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink()
+    """A file without a name, in memory if possible, which goes with this process however it ends."""
+    memory = "/dev/shm"
+    with tempfile.TemporaryFile(dir=memory if os.access(memory, os.W_OK) else None) as file:
+        yield Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 def gaps(record: Record) -> List[Tuple[float, float]]:
