@@ -26,9 +26,8 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Dict, Optional
 
 import numpy as np
 import soak_defects
@@ -55,10 +54,10 @@ class Case:
     """minutes: None as asked for. defect: recipe -> the recipe of a detector with the defect."""
 
     name: str
-    minutes: float | None
+    minutes: Optional[float]
     faults: str
-    defect: Callable[[Any], Any] | None
-    is_found: Callable[[dict[str, Any]], bool]
+    defect: Optional[Callable[[Any], Any]]
+    is_found: Callable[[Dict[str, Any]], bool]
 
 
 CASES = (
@@ -115,7 +114,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def run(case: Case, arguments: argparse.Namespace, pictures: Path) -> dict[str, Any]:
+def run(case: Case, arguments: argparse.Namespace, pictures: Path) -> Dict[str, Any]:
     """One soak, as a row."""
     folder = arguments.folder / "soak" / case.name
     recipe: Any = functools.partial(Detector.open, arguments.folder)

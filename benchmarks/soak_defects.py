@@ -10,8 +10,7 @@ import dataclasses
 import functools
 import signal
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Callable, List
 
 import numpy as np
 
@@ -55,7 +54,7 @@ def hanging(recipe: Recipe, at_call: int) -> Recipe:
 
 
 def _open_leaking(recipe: Recipe, mb_a_minute: float) -> Defective:
-    kept: list[np.ndarray] = []
+    kept: List[np.ndarray] = []
     begun = time.monotonic()
 
     def leak(_: int, found: Any) -> Any:
