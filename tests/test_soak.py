@@ -22,6 +22,7 @@ import pytest
 import soak_defects
 from PIL import Image
 
+from odtrt_lib.app import cli
 from odtrt_lib.detector import Detections
 from odtrt_lib.errors import CudaError, InputError
 from odtrt_lib.latency import belt, sensors, soak, verdict, worker
@@ -287,6 +288,10 @@ class TestService:
         assert [kind for kind, _ in told if kind != "canary"] == ["slow", "stall"]
         assert board.counts["max_service_ns"] == pytest.approx(3 * SECOND)
 
+    def test_what_is_usual_for_a_slow_detector_is_no_stall(self, board, tmp_path):
+        self.run(board, tmp_path, lambda number: {100: 3.0, 150: 1.5}.get(number, 0.4))
+        assert (board.counts["slow"], board.counts["stalls"]) == (1, 1)
+
     def test_the_canary_is_the_first_frame_and_comes_every_n_frames(self, board, tmp_path):
         told = self.run(board, tmp_path, lambda number: 0.02)
         assert (np.load(tmp_path / "canary.npy") == GREY).all()
@@ -345,8 +350,11 @@ class TestWatchdog:
         self.board.change(counts, stage=STAGES.index(stage), beat_ns=int(self.now.at * SECOND))
 
     def later(self, dog: Watchdog, seconds: float) -> None:
-        self.now.sleep(seconds)
-        dog.poll()
+        """Polls as often as a soak does, until so many seconds have passed."""
+        until = self.now.at + seconds
+        while self.now.at < until - 1e-9 and dog.end is None:
+            self.now.sleep(min(0.1, until - self.now.at))
+            dog.poll()
 
     def test_a_worker_that_beats_lives(self, dog):
         dog.poll()
@@ -363,9 +371,18 @@ class TestWatchdog:
         counts = self.board.counts
         assert (counts["lost"], counts["in_slot"], counts["in_detector"]) == (2, 0, 0)
         assert accounted(counts) == counts["grabbed"] == 7
-        assert dog.restarts == 1 and "hung: silent for 5.1 s while detecting" in str(self.noted)
+        assert dog.restarts == 1 and "hung: silent for 5.0 s while detecting" in str(self.noted)
         self.later(dog, 0.5)
         assert len(self.workers) == 2
+
+    def test_a_watchdog_that_was_stopped_itself_waits_before_it_judges(self, dog):
+        dog.poll()
+        self.beat()
+        self.now.sleep(100)
+        self.later(dog, 4.9)
+        assert dog.restarts == 0
+        self.later(dog, 0.5)
+        assert dog.restarts == 1
 
     def test_opening_may_take_longer_and_slow_detectors_too(self, dog):
         dog.poll()
@@ -392,7 +409,7 @@ class TestWatchdog:
 
     def test_rare_deaths_never_end_it(self, dog):
         for _ in range(12):
-            self.later(dog, 150)
+            self.later(dog, 160)
             self.beat(processed=1)
             dog.worker.exit_code = 1
             dog.poll()
@@ -814,6 +831,27 @@ class TestSensors:
 
     def test_each_figure_has_a_name(self):
         assert set(sensors.process_figures(os.getpid())) <= set(sensors.FIGURES)
+
+
+class TestCommand:
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--hours", "1", "--minutes", "1"], "--hours and --minutes: expected one of the two"),
+            (["--minutes", "0"], "0 minutes: expected more"),
+            (
+                ["--faults", "rain=5"],
+                "--faults rain=5: 'rain=5' is none; expected `standard`, or some of drop=",
+            ),
+            (["--resume"], "there is no soak to continue"),
+        ],
+    )
+    def test_a_wrong_one(self, capsys, tmp_path, arguments, said):
+        Image.fromarray(GREY).save(tmp_path / "a.png")
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["soak", str(tmp_path), str(tmp_path), *arguments])
+        assert ended.value.code == 1
+        assert said in " ".join(capsys.readouterr().err.split())
 
 
 class TestProcess:

@@ -7,6 +7,7 @@ Needs numpy only.
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 from pathlib import Path
@@ -86,7 +87,7 @@ class Board:
         """A copy of a histogram."""
         found = Histogram()
         found.counts[:] = self.histograms[name]
-        found.max_us = self.counts[f"max_{name}_ns"] / 1e3
+        found.max_us = self.counts[f"max_{name}_ns"] / 1e3 or math.inf
         found.min_us = 0.0
         return found
 

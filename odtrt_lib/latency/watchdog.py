@@ -22,6 +22,8 @@ from odtrt_lib.latency.board import STAGES, Board
 # With fewer arenas glibc gives back more of what threads free, so that a leak is seen sooner.
 ENVIRONMENT = {"MALLOC_ARENA_MAX": "2"}
 
+_ASLEEP_SECONDS = 2.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -107,10 +109,14 @@ class Watchdog:
         self._failure: Optional[Tuple[str, str]] = None
         self._lost_since: Optional[float] = None
         self._oom_kills = oom_kills()
+        self._polled_at = self._awake_since = clock.now()
 
     def poll(self) -> None:
         """Hears the worker, and acts if it is dead or hangs. Raises InputError if it could never work."""
         now = self._clock.now()
+        if now - self._polled_at > _ASLEEP_SECONDS:
+            self._awake_since = now  # this process was stopped, and the worker perhaps with it
+        self._polled_at = now
         if self.worker is None:
             if now >= self._retry_at and self.end is None:
                 self._begin(now)
@@ -120,7 +126,7 @@ class Watchdog:
         if code is not None:
             self._hear()
             self._bury(now, self._cause(code))
-        elif now - self._board.counts["beat_ns"] / 1e9 > self._patience():
+        elif now - max(self._board.counts["beat_ns"] / 1e9, self._awake_since) > self._patience():
             self._end_hung(now)
         elif self._lost_since is not None and now - self._lost_since > self._limits.lost:
             self.end = f"the camera was lost and did not come back in {self._limits.lost:.0f} s"

@@ -30,9 +30,8 @@ LATE_AFTER_SECONDS, GAP_SECONDS, SILENT_SECONDS = 0.3, 2.0, 30.0
 """A frame that is older than this when it arrives is late; a camera that is silent for so long has stalled,
 or is dead."""
 
-SLOW_SECONDS, SLOW_TIMES = 0.05, 5.0
-STALL_TIMES, STALL_AFTER_SECONDS = 20.0, 1.0
-"""A frame is slow if its service time exceeds both limits, in seconds and in medians; likewise a stall."""
+SLOW_SECONDS, STALL_SECONDS, TIMES_MEDIAN = 0.05, 1.0, 5.0
+"""A frame is slow, or a stall, if its service time exceeds this and so many medians."""
 
 _TAKE_SECONDS = 0.5
 _COLLECT_SECONDS = 10.0
@@ -225,8 +224,8 @@ class Service:
     def _exceeded(self, service: float) -> Any:
         if self._count % _MEDIAN_EVERY == 0 or not self._median_us:
             self._median_us = self._board.histogram("service").percentile(50)
-        is_slow = service > max(1e6 * SLOW_SECONDS, SLOW_TIMES * self._median_us)
-        is_stall = service > max(1e6 * STALL_AFTER_SECONDS, STALL_TIMES * self._median_us)
+        is_slow = service > max(1e6 * SLOW_SECONDS, TIMES_MEDIAN * self._median_us)
+        is_stall = is_slow and service > 1e6 * STALL_SECONDS
         if is_slow:
             used = resource.getrusage(resource.RUSAGE_SELF)
             collections = sum(one["collections"] for one in gc.get_stats())
