@@ -85,15 +85,19 @@ def write_report(
     if spec:
         sections.append(_contract(spec))
     sections.append(_footer(records))
-    page = _PAGE.format(
+    with atomic_write(folder / REPORT) as temporary:
+        temporary.write_text(page(title, "\n".join(filter(None, sections))), encoding="utf-8")
+    return folder / REPORT
+
+
+def page(title: str, body: str) -> str:
+    """A page of the form that all reports have, which needs no other file. body: HTML."""
+    return _PAGE.format(
         title=_text(f"{title} · odtrt"),
         policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
         style=_STYLE,
-        body="\n".join(filter(None, sections)),
+        body=body,
     )
-    with atomic_write(folder / REPORT) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return folder / REPORT
 
 
 def figures(checks: Mapping[str, Any]) -> List[Tuple[str, str]]:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from odtrt_lib.errors import InputError, MissingDependencyError, one_line
+from odtrt_lib.spans import span
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 
@@ -236,7 +237,12 @@ def _live(name: str, capture: Any) -> Source:
 
 
 def _next_frame(capture: Any) -> Optional[np.ndarray]:
-    is_there, frame = capture.read()
+    with span("capture"):
+        is_there = capture.grab()
+    if not is_there:
+        return None
+    with span("decode"):
+        is_there, frame = capture.retrieve()
     return frame[..., ::-1] if is_there else None
 
 
