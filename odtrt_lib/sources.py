@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from odtrt_lib.errors import InputError, MissingDependencyError, one_line
+from odtrt_lib.preprocess import load_image
 from odtrt_lib.spans import span
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
@@ -132,6 +133,32 @@ def pictures(places: Sequence[Path]) -> List[Path]:
         else:
             raise InputError(f"{place}: not found; expected a picture, or a folder of pictures")
     return found
+
+
+def open_source(place: str) -> Source:
+    """Opens what ``place`` names: the address of a stream, a camera, a picture, a folder of pictures, or a
+    video file. For errors see the other functions."""
+    if is_stream(place):
+        return open_stream(place)
+    if re.fullmatch("[0-9]{1,3}|csi:.*|/dev/.+", place):
+        return open_camera(place)
+    path = Path(place)
+    return open_pictures([path]) if path.is_dir() or is_picture(path) else open_video(path)
+
+
+def open_pictures(places: Sequence[Path]) -> Source:
+    """The pictures of :func:`pictures`, one after the other."""
+    found = pictures(places)
+    remaining = iter(found)
+
+    def read() -> Optional[np.ndarray]:
+        path = next(remaining, None)
+        if path is None:
+            return None
+        with span("decode"):
+            return load_image(path)
+
+    return Source(", ".join(map(str, places)), read, False, len(found))
 
 
 def open_video(path: Path) -> Source:

@@ -266,6 +266,7 @@ def test_every_command_of_an_unpacked_bundle(tmp_path):
         (["pack", "model", "-o", str(tmp_path / "again.zip")], 0, "SHA-256"),
         (["unpack", str(archive), "-o", str(tmp_path / "out")], 0, "all as the manifest says"),
         (["detect", "model", picture, "-o", str(tmp_path / "drawn")], 0, "a.png"),
+        (["profile", "model", "--frames", "2"], 0, "noise"),
         (["doctor"], 0, "ONNX Runtime"),
         (["zoo", "list"], 0, "efficientdet_d0"),
         (evaluation, 1, "pycocotools"),

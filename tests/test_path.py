@@ -177,6 +177,7 @@ def test_no_command_and_no_module_reaches_the_network(parts, parts_folder, offli
         ["unpack", bundle, "-o", str(tmp_path / "unpacked")],
         ["detect", model, str(tmp_path / "coco" / "scene.png")],
         ["eval", model, "--annotations", str(annotations)],
+        ["profile", model, "--frames", "2"],
         ["doctor"],
         ["zoo", "list"],
     ]

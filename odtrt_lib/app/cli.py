@@ -62,12 +62,16 @@ if TYPE_CHECKING:
     from odtrt_lib.app.demonstration import Picture
     from odtrt_lib.coco import CocoFolder, Identity
     from odtrt_lib.detector import Detections, Detector
+    from odtrt_lib.engine.pipeline import Switches
     from odtrt_lib.evaluate import MapDrop, Merged, Recipe, Verdict
     from odtrt_lib.evaluate import Picture as EvaluatedPicture
     from odtrt_lib.folder import StageResult
+    from odtrt_lib.latency.profile import Profile
+    from odtrt_lib.sources import Source
 
 _OUT = Path("out")
 _MIN_SCORE = 0.3
+_PROFILED_SCENES = 4
 _MAX_UNREADABLE_NAMED = 10
 _INTERRUPTED = ("interrupted; nothing half-written is left", 130)
 _PYTHON_OF_TENSORFLOW = (3, 10)
@@ -319,6 +323,27 @@ AgainstBackendOption = typer.Option(
 )
 AgainstPrecisionOption = typer.Option(
     None, "--against-precision", help="The reference's precision. Default: fp32.", show_default=False
+)
+OptionalFolderArgument = typer.Argument(
+    _OUT / "parts", metavar="FOLDER", help="A model folder that `odtrt run` wrote."
+)
+SourceArgument = typer.Argument(
+    None,
+    metavar="SOURCE",
+    help="A picture, a folder of pictures, a video file, a camera such as `0` or `csi:0`, or an address such "
+    "as `rtsp://HOST/PATH`. Default: rendered scenes.",
+    show_default=False,
+)
+FramesOption = typer.Option(200, "--frames", min=2, metavar="N", help="How many frames are recorded.")
+DrawOption = typer.Option(True, "--draw/--no-draw", help="Whether boxes are drawn into each frame.")
+SwitchesOption = typer.Option(
+    None,
+    "--switches",
+    metavar="MEMORY/PREPROCESS/LAUNCH/POSTPROCESS",
+    help="How a plan is run, such as `mapped/gpu/graph/gpu`. Default: the simplest way.",
+)
+TraceOption = typer.Option(
+    None, "--trace", metavar="FILE", help="Write all frames for https://ui.perfetto.dev to this file."
 )
 ZooNameArgument = typer.Argument(
     ..., metavar="NAME", help="A name from `odtrt zoo list`.", show_default=False
@@ -943,6 +968,124 @@ def _say_drop(drop: MapDrop, verdict: Optional[Verdict]) -> Dict[str, Any]:
         figures["gate"] = dataclasses.asdict(verdict)
     _say(line)
     return figures
+
+
+@app.command()
+def profile(
+    folder: Path = OptionalFolderArgument,
+    source: Optional[str] = SourceArgument,
+    frames: int = FramesOption,
+    draw: bool = DrawOption,
+    backend: BackendName = BackendOption,
+    plugin: Optional[Path] = PlanPluginOption,
+    switches: Optional[str] = SwitchesOption,
+    trace: Optional[Path] = TraceOption,
+) -> None:
+    """Chapter 7: where the time of a frame goes, and what of it can be avoided.
+
+    **Reads** the model folder and the source. **Writes** latency/profile.html into the model folder: a
+    picture of the frame, its steps, and the engine's layers.
+
+    Prints the steps and one sentence: the largest cost that can be avoided, and how. It is measured with and
+    without; where that cannot be done here, the sentence says `at most`.
+
+    **Example:** `odtrt profile out/parts street.mp4 --trace frames.json`
+    """
+    from odtrt_lib import written_files
+    from odtrt_lib.detector import Detector
+    from odtrt_lib.latency import profile as profiling
+    from odtrt_lib.latency import timeline
+
+    require_folder(folder)
+    wanted = _parse_switches(switches)
+    if trace is not None:
+        inputs = [Path(source)] if source is not None else []
+        written_files.require_no_input(trace, [*inputs, *written_files.model_files(folder)])
+    open_source, said = _source_to_profile(source)
+
+    def open_with(one: Switches) -> Detector:
+        return Detector.open(folder, backend.value, plugin=plugin, switches=one)
+
+    with _progress("profile"), open_with(wanted) as detector:
+        is_plan = detector.status.plan is not None
+        found = profiling.profile(
+            detector,
+            open_source,
+            frames=frames,
+            draws=draw,
+            reopen=open_with if is_plan else None,
+            switches=wanted,
+        )
+    page = timeline.write_page(folder, detector.spec.name, said, found)
+    if trace is not None:
+        written_files.write_json(trace, timeline.chrome_trace(found))
+    _print_profile(found)
+    _say(profiling.sentence(found))
+    _say(found.description, style="dim")
+    _say(f"{said}; see {page}" + (f" and, in https://ui.perfetto.dev, {trace}" if trace else ""))
+
+
+def _parse_switches(text: Optional[str]) -> Switches:
+    from odtrt_lib.engine.pipeline import Switches
+
+    parts = [] if text is None else text.split("/")
+    if len(parts) not in (0, 4):
+        raise InputError(f"--switches {text}: expected four of them, such as mapped/gpu/graph/gpu")
+    return Switches(*parts)
+
+
+def _source_to_profile(place: Optional[str]) -> Tuple[Callable[[], Source], str]:
+    """What opens the source, and its description. Where no scenes can be rendered, pictures of noise do."""
+    import numpy as np
+
+    from odtrt_lib import sources
+
+    if place is not None:
+        name = sources.open_source(place)
+        name.close()
+        waits = ", with the wait for its frames in `capture`" if name.is_live else ""
+        return lambda: sources.open_source(str(place)), f"source {name.name}{waits}"
+    try:
+        from odtrt_lib.scenes import TEST_SEEDS, render_scene
+
+        images = [render_scene(seed).image for seed in TEST_SEEDS[:_PROFILED_SCENES]]
+        said = "rendered scenes of 640x480 pixels in memory"
+    except ImportError:
+        rng = np.random.default_rng(0)
+        images = [rng.integers(0, 256, (480, 640, 3), dtype=np.uint8) for _ in range(_PROFILED_SCENES)]
+        said = "noise of 640x480 pixels in memory (scenes need OpenCV and a workstation)"
+
+    def open_them() -> Source:
+        remaining = iter(images)
+        return sources.Source(said, lambda: next(remaining, None))
+
+    return open_them, said
+
+
+def _print_profile(found: Profile) -> None:
+    from odtrt_lib.latency.profile import MIN_SHARE, duration, table
+    from odtrt_lib.latency.timeline import cost_figure
+
+    steps = Table("step", *("p50", "p95", "p99", "p99.9"), "share", highlight=False)
+    frame = found.frame
+    for name, timing, share in (
+        *((row.step, row.timing, row.share) for row in table(found.frames)),
+        ("frame", frame, 1.0),
+    ):
+        times = (timing.p50_us, timing.p95_us, timing.p99_us, timing.p999_us)
+        steps.add_row(name, *map(duration, times), f"{share:.1%}")
+    _out().print(steps)
+    _say(
+        f"{frame.runs} frames; p99/p50 {frame.p99_us / max(frame.p50_us, 1e-3):.2f}; jitter "
+        f"{duration(found.jitter_us)} from frame to frame; p50 {duration(found.plain.p50_us)} without the "
+        "recorder"
+    )
+    shown = [cost for cost in found.costs if cost.us >= MIN_SHARE * frame.p50_us]
+    if len(shown) > 1:
+        costs = Table("can be avoided", "how", "a frame", highlight=False)
+        for cost in shown:
+            costs.add_row(escape(cost.what), escape(cost.remedy), cost_figure(cost.us, cost.is_measured))
+        _out().print(costs)
 
 
 @app.command()

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import random
 import statistics
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
@@ -183,32 +185,14 @@ def profile(
     Raises InputError if the source gives no picture, and what ``read`` and ``detect`` raise.
     """
     with contextlib.closing(_Endless(open_source)) as source, contextlib.closing(Recorder()) as recorder:
-
-        def once() -> np.ndarray:
-            with span("capture"):
-                image = source.read()
-            found = detector.detect(image)
-            if draws:
-                draw_detections(image, found)
-            return image
-
-        for _ in range(WARM_UP):
-            once()
-            with recorder.frame():
-                once()
-        recorder.frames.clear()
-        plain, timed = Histogram(), wall_clock(once)
-        for _ in range(frames):  # in turns, so that a busy machine is equally busy for both
-            plain.add(timed())
-            with recorder.frame():
-                image = once()
+        once = functools.partial(_run_frame, source, detector, draws)
+        plain, image = _record(once, recorder, frames)
         recorded = tuple(recorder.frames)
         with watched(recorder) as changes:
             for _ in range(WATCHED_FRAMES):
                 with recorder.frame():
                     once()
         seen = recorder.frames[len(recorded) :]
-        calls = tuple(call for one in seen for call in one.calls if not call.is_own)
     costs = [
         *_drawing(recorded),
         *_calls_in_vain(seen, changes.values()),
@@ -218,9 +202,41 @@ def profile(
         *(_other_switches(detector, image, switches, reopen) if switches and reopen else ()),
     ]
     costs.sort(key=lambda cost: -cost.us)
+    calls = tuple(call for one in seen for call in one.calls if not call.is_own)
     said = "; ".join([detector.status.description, *detector.status.reasons])
-    layers = _layers(detector, recorded)
-    return Profile(recorded, plain.timing(), tuple(costs), calls, layers, said)
+    return Profile(recorded, plain, tuple(costs), calls, _layers(detector, recorded), said)
+
+
+def _run_frame(source: _Endless, detector: Detector, draws: bool) -> np.ndarray:
+    with span("capture"):
+        image = source.read()
+    found = detector.detect(image)
+    if draws:
+        draw_detections(image, found)
+    return image
+
+
+def _record(once: Callable[[], np.ndarray], recorder: Recorder, frames: int) -> Tuple[Timing, np.ndarray]:
+    """Records frames, and times as many without the recorder. Returns these times, and the last picture.
+
+    They run in turns, so that a busy machine is equally busy for both. Who is first is drawn by lot, so that
+    a source that repeats itself gives both the same pictures.
+    """
+    for _ in range(WARM_UP):
+        once()
+        with recorder.frame():
+            image = once()
+    recorder.frames.clear()
+    plain, timed, lot = Histogram(), wall_clock(once), random.Random(0)
+    for _ in range(frames):
+        plain_is_first = lot.random() < 0.5
+        if plain_is_first:
+            plain.add(timed())
+        with recorder.frame():
+            image = once()
+        if not plain_is_first:
+            plain.add(timed())
+    return plain.timing(), image
 
 
 class _Endless:

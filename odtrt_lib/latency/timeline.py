@@ -32,8 +32,8 @@ COLOURS = {
     "wait": "#bdbdbd",
 }
 _OTHER = "#b5a27a"
-_WHITE_INK = ("decode", "engine", "download", "draw")
-_WIDTH, _LEFT, _RIGHT, _BAR, _GAP = 960, 56, 16, 26, 4
+_WHITE_INK = ("decode",)
+_WIDTH, _LEFT, _RIGHT, _BAR, _GAP = 960, 60, 20, 26, 4
 _SHOWN_LAYERS = 12
 
 
@@ -71,7 +71,7 @@ def timeline_svg(found: Profile) -> str:
     shown = [("median frame", ordered[(len(ordered) - 1) // 2]), ("slowest frame", ordered[-1])]
     longest = ordered[-1].us or 1.0
     per_us = (_WIDTH - _LEFT - _RIGHT) / longest
-    parts, y = [], 8
+    parts, y = [], 12
     for title, frame in shown:
         drawn, y = _frame_svg(f"{title}: {duration(frame.us)}", frame, per_us, y)
         parts += drawn
@@ -94,7 +94,7 @@ def _frame_svg(title: str, frame: Frame, per_us: float, y: int) -> Tuple[List[st
         own = [one for one in frame.spans if one.lane == lane]
         depths = max((one.depth for one in own), default=0) + 1
         name = "CPU" if lane == frame.lane else lane
-        parts.append(_text_svg(0, y + 18, name if len(name) < 8 else name[:7] + "…"))
+        parts.append(_text_svg(14, y + 18, name if len(name) < 8 else name[:7] + "…"))
         if lane == frame.lane:
             width = frame.us * per_us
             parts.append(f'<rect class="tl-rest" x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR}"/>')
@@ -168,15 +168,15 @@ def _text_svg(x: float, y: float, text: str, style: str = "") -> str:
     return f'<text x="{x}" y="{y}"{kind}>{html.escape(text)}</text>'
 
 
-def write_page(folder: Union[str, Path], title: str, found: Profile) -> Path:
-    """Writes :data:`PAGE` into a model folder, and returns its path."""
+def write_page(folder: Union[str, Path], title: str, source: str, found: Profile) -> Path:
+    """Writes :data:`PAGE` into a model folder, and returns its path. source: of the frames, in words."""
     path = Path(folder) / PAGE
     with atomic_write(path) as temporary:
-        temporary.write_text(report.page(title, _body(title, found)), encoding="utf-8")
+        temporary.write_text(report.page(title, _body(title, source, found)), encoding="utf-8")
     return path
 
 
-def _body(title: str, found: Profile) -> str:
+def _body(title: str, source: str, found: Profile) -> str:
     frame = found.frame
     facts = {
         "Frames": f"{frame.runs:,}",
@@ -189,9 +189,10 @@ def _body(title: str, found: Profile) -> str:
     cells = "".join(
         f"<div><dt>{_html(name)}</dt><dd>{_html(value)}</dd></div>" for name, value in facts.items()
     )
+    badges = "".join(f'<span class="badge muted">{_html(one)}</span>' for one in (found.description, source))
     parts = [
         f'<header><p class="brand">odtrt profile</p><h1>{_html(title)}</h1>'
-        f'<p class="badges"><span class="badge muted">{_html(found.description)}</span></p>'
+        f'<p class="badges">{badges}</p>'
         f'<dl class="facts">{cells}</dl></header>',
         f"<section><h2>{_html(sentence(found))}</h2><figure>{timeline_svg(found)}</figure></section>",
         _section("Steps", ("", "p50", "p95", "p99", "p99.9", "share"), _step_rows(found)),
