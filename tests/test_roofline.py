@@ -217,7 +217,7 @@ def test_a_bound_that_a_measurement_refutes_is_seen():
 
 
 def test_the_articles_42_fps_of_an_efficientdet_d1_on_a_nano_are_impossible():
-    """6.1 billion multiply-adds, as its authors state (Tan et al., 2020, table 1), few of them in dense 3x3."""
+    """6.1 billion multiply-adds, as its authors state (Tan et al., 2020, table 1), few of them dense 3x3."""
     assert 1e6 * 2 * 6.1e9 / NANO.peak("fp16") == pytest.approx(25_855, rel=1e-3)
     assert NANO.peak("fp16") < 2 * 6.1e9 * 42
 
