@@ -23,7 +23,7 @@ import test_runtime as stand_ins
 from odtrt_lib import cuda, spans
 from odtrt_lib.detector import Detector, host_backend
 from odtrt_lib.engine.pipeline import Switches
-from odtrt_lib.errors import InputError
+from odtrt_lib.errors import InputError, OdtrtError
 from odtrt_lib.latency import calls, profile, timeline
 from odtrt_lib.latency.profile import breakdown, duration, sentence, table
 from odtrt_lib.latency.recorder import GPU, Frame, Recorder, Span
@@ -489,6 +489,54 @@ def test_layers_are_onnx_runtimes_and_add_up_to_the_engine(folder):
     assert sum("(Conv)" in name for name in names) == 2 and sum("(Transpose)" in name for name in names) == 2
     engine = np.median([breakdown(frame)["engine"] for frame in found.frames])
     assert sum(layer.us for layer in found.layers) == pytest.approx(engine)
+
+
+def test_layers_of_a_plan_are_tensorrts_and_a_context_of_its_own_tells_them(
+    monkeypatch, host, kernels, folder
+):
+    trt = stand_ins.pretend_installed(monkeypatch, host, "tensorrt")
+    stand_ins.install_plan(folder, "tensorrt")
+    trt.IProfiler = type("IProfiler", (), {})
+    trt.Context.profiler = None
+    profiled_contexts, runs = set(), trt.Context.execute_async_v3
+
+    def run(context, stream):
+        if context.profiler is not None:
+            profiled_contexts.add(context)
+            for name, ms in (("conv", 0.3), ("reformat", 0.1)):
+                context.profiler.report_layer_time(name, ms)
+        return runs(context, stream)
+
+    monkeypatch.setattr(trt.Context, "execute_async_v3", run)
+    with Detector.open(folder) as detector:
+        before = detector.detect(picture(40, 60))
+        found = profiled(detector, lambda: picture(48, 48))
+        assert stand_ins.differences([detector.detect(picture(40, 60))], [before], 0) == []
+    assert len(profiled_contexts) == 1
+    assert [layer.name for layer in found.layers] == ["conv", "reformat"]
+    assert found.layers[0].us / found.layers[1].us == pytest.approx(3)
+    engine = np.median([breakdown(frame)["engine"] for frame in found.frames])
+    assert sum(layer.us for layer in found.layers) == pytest.approx(engine)
+
+
+def test_a_stale_event_of_a_frame_that_failed_reaches_no_later_frame(plan, monkeypatch):
+    """The frame ends between a step's two events, so that nobody waits for them."""
+    from odtrt_lib.engine import pipeline
+
+    recorder, image, enqueue = Recorder(), stand_ins.pictures(1)[0], pipeline.Network.enqueue
+
+    def fail(network, stream):
+        raise RuntimeError("planted")
+
+    with plan(switches=Switches("pinned", "gpu")) as detector:
+        monkeypatch.setattr(pipeline.Network, "enqueue", fail)
+        with pytest.raises(OdtrtError, match="planted"), recorder.frame():
+            detector.detect(image)
+        monkeypatch.setattr(pipeline.Network, "enqueue", enqueue)
+        with recorder.frame():
+            detector.detect(image)
+    assert [one.name for one in recorder.frames[0].spans if one.lane == GPU] == GPU_STEPS
+    assert all(one.start_us >= recorder.frames[0].start_us for one in recorder.frames[0].spans)
 
 
 # --- for people

@@ -104,10 +104,7 @@ class Network:
         if self._engine is None:
             raise self.error("cannot load it")
         self._offer_kernels(folder)
-        if self._kernel_cache is None:
-            self._context = self._engine.create_execution_context()
-        else:
-            self._context = self._engine.create_execution_context(self._config)
+        self._context = self._new_context()
         if self._context is None:
             raise self.error("cannot load it")
         self._context.error_recorder = self._messages.recorder
@@ -120,6 +117,11 @@ class Network:
             else [batch] * 3
         )
         self.min_batch, self.usual_batch, self.max_batch = profile
+
+    def _new_context(self) -> Any:
+        if self._kernel_cache is None:
+            return self._engine.create_execution_context()
+        return self._engine.create_execution_context(self._config)
 
     def keep_kernels(self) -> None:
         """Stores the kernels that TensorRT-RTX has compiled beside the plan, for the next start."""
@@ -155,7 +157,7 @@ class Network:
         median time in microseconds. Their sum exceeds the network's time: layers that are timed do not
         overlap. A context of its own runs them, which needs as much memory again; nothing if that is not
         there, or if the runtime does not tell."""
-        context = self._engine.create_execution_context()
+        context = self._new_context()
         if context is None or not hasattr(self._trt, "IProfiler") or not hasattr(context, "profiler"):
             return []
         context.error_recorder = self._messages.recorder

@@ -291,18 +291,28 @@ def _drawing(frames: Sequence[Frame]) -> Iterator[Cost]:
 def _calls_in_vain(frames: Sequence[Frame], changes: Iterable[Change]) -> Iterator[Cost]:
     """Copies, waits and allocations outside of the steps that need them; changes of what is no array."""
     known = {(change.name, change.where) for change in changes}
-    total: Dict[Tuple[str, str, str, str], float] = {}
-    for call in (call for frame in frames for call in frame.calls):
-        if not call.is_own and (call.name, call.where) not in known:
-            key = (call.name, call.kind, call.where, call.side)
-            total[key] = total.get(key, 0.0) + call.us
-    for (name, kind, where, side), us in total.items():
+    in_vain = {
+        (call.name, call.kind, call.where, call.side)
+        for frame in frames
+        for call in frame.calls
+        if not call.is_own and (call.name, call.where) not in known
+    }
+    for name, kind, where, side in sorted(in_vain):
         done, remedy = _IN_VAIN[kind]
         place = f" ({where})" if where else ""
         moved = f", {side}," if side else ""
         # Nothing else waits for what a copy in memory does: without it, its time is gone.
         is_measured = kind == "copy" and not name.startswith("cuda")
-        yield Cost(us / len(frames), is_measured, f"{name}{moved} {done}{place}", remedy)
+        yield Cost(_spent(frames, name, where, side), is_measured, f"{name}{moved} {done}{place}", remedy)
+
+
+def _spent(frames: Sequence[Frame], name: str, where: str, side: str = "") -> float:
+    """Microseconds of these calls in a frame: the median, or the mean if most frames have none."""
+    times = [
+        sum(call.us for call in frame.calls if (call.name, call.where, call.side) == (name, where, side))
+        for frame in frames
+    ]
+    return statistics.median(times) or statistics.mean(times)
 
 
 _IN_VAIN = {
@@ -325,9 +335,7 @@ def _changes_in_vain(
 ) -> Iterator[Cost]:
     """Pictures that the program changes before the detector, which would do that itself."""
     for change in changes:
-        calls = [call for frame in frames for call in frame.calls]
-        spent = sum(call.us for call in calls if (call.name, call.where) == (change.name, change.where))
-        saved = spent / len(frames) - _longer_without(change, detector)
+        saved = _spent(frames, change.name, change.where) - _longer_without(change, detector)
         size = f"{change.before.shape[1]}x{change.before.shape[0]}"
         done, remedy = _CHANGES[change.kind]
         if saved > 0:

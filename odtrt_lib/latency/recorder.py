@@ -115,7 +115,7 @@ class Recorder:
     @contextlib.contextmanager
     def frame(self) -> Iterator[None]:
         """One frame, for a ``with`` block. If the block raises, the frame is not kept."""
-        self._spans, self._calls = [], []
+        self._spans, self._calls, self._pending, self._anchor = [], [], [], None
         with spans.heard_by(self):
             start = self.now()
             yield
@@ -235,8 +235,9 @@ class Recorder:
             return
         event, at_us = anchor
         for step, is_of_graph in pending:
-            start, end = (at_us + one.microseconds_since(event) for one in (step.start, step.end))
-            self._spans.append(Span(step.name, start, end, GPU))
+            with contextlib.suppress(cuda.CudaError):  # a graph that failed has not come to its events
+                start, end = (at_us + one.microseconds_since(event) for one in (step.start, step.end))
+                self._spans.append(Span(step.name, start, end, GPU))
             if not is_of_graph:
                 self._free_events += (step.start, step.end)
         self._free_events.append(event)
