@@ -230,7 +230,11 @@ def test_a_planted_synchronisation_is_named(plan, host, clock, monkeypatch):
     assert "cudaStreamSynchronize waits for the GPU outside of the detector" in sentence(found)
     assert sentence(found).startswith("At most 400 µs of 800 µs")
     assert f"(test_profile.py:{line_of('# planted', read)})" in sentence(found)
-    assert {call.step for call in found.calls} == {"capture"}
+    assert {call.step for call in found.calls if not call.is_own} == {"capture"}
+    assert [(row.call.name, row.call.is_own, row.count) for row in profile.calls_of_a_frame(found)][:2] == [
+        ("cudaStreamSynchronize", False, 1),
+        ("cudaStreamSynchronize", True, 1),
+    ]
 
 
 def line_of(mark: str, function) -> int:
@@ -295,7 +299,11 @@ def test_the_switch_that_saves_most_is_named(plan, host, clock, monkeypatch, slo
             detector, endless(lambda: image), frames=3, draws=False, reopen=reopen, switches=start
         )
     assert remedy in sentence(found) and not sentence(found).startswith("At most")
-    assert found.calls == ()
+    assert all(call.is_own for call in found.calls)
+    sides = {row.call.side for row in profile.calls_of_a_frame(found) if row.call.kind == "copy"}
+    host_side = start.memory
+    copied = {f"{host_side} to device", f"device to {host_side}"}
+    assert sides == (set() if start.memory == "mapped" else copied)
 
 
 # --- a detector on the CPU, with OpenCV

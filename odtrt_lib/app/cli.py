@@ -1063,7 +1063,7 @@ def _source_to_profile(place: Optional[str]) -> Tuple[Callable[[], Source], str]
 
 
 def _print_profile(found: Profile) -> None:
-    from odtrt_lib.latency.profile import MIN_SHARE, duration, table
+    from odtrt_lib.latency.profile import MIN_SHARE, calls_of_a_frame, duration, table
     from odtrt_lib.latency.timeline import cost_figure
 
     steps = Table("step", *("p50", "p95", "p99", "p99.9"), "share", highlight=False)
@@ -1080,6 +1080,12 @@ def _print_profile(found: Profile) -> None:
         f"{duration(found.jitter_us)} from frame to frame; p50 {duration(found.plain.p50_us)} without the "
         "recorder"
     )
+    counts = {
+        kind: sum(row.count for row in calls_of_a_frame(found) if row.call.kind == kind)
+        for kind in ("copy", "wait", "allocation")
+    }
+    if any(counts.values()):
+        _say("a frame makes " + ", ".join(f"{count:g} x {kind}" for kind, count in counts.items()))
     shown = [cost for cost in found.costs if cost.us >= MIN_SHARE * frame.p50_us]
     if len(shown) > 1:
         costs = Table("can be avoided", "how", "a frame", highlight=False)

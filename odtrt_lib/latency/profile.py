@@ -71,6 +71,16 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
+class CallRow:
+    """The same call in a frame. count, us: how often, and how long all of them take, on average; call: one of
+    them."""
+
+    call: Call
+    count: float
+    us: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """A layer of the network. us: its share of the engine's step, in microseconds."""
 
@@ -83,8 +93,8 @@ class Profile:
     """What :func:`profile` found.
 
     frames: recorded ones. plain: the times of frames without the recorder. costs: avoidable ones, largest
-    first. calls: of the frames that were watched, those that odtrt does not make by design. layers: of the
-    engine, longest first; scaled, because a layer takes longer when it is timed. description: what ran.
+    first. calls: of the :data:`WATCHED_FRAMES` frames after those. layers: of the engine, longest first;
+    scaled, because a layer takes longer when it is timed. description: what ran.
     """
 
     frames: Tuple[Frame, ...]
@@ -141,6 +151,18 @@ def table(frames: Sequence[Frame]) -> List[Row]:
         times = [one.get(name, 0.0) for one in parts]
         rows.append(Row(name, _timing(times), sum(times) / whole))
     return rows
+
+
+def calls_of_a_frame(found: Profile) -> List[CallRow]:
+    """Calls that copy, wait, allocate or change a picture: first those that odtrt does not make by design."""
+    same: Dict[Tuple[str, ...], List[Call]] = {}
+    for call in found.calls:
+        same.setdefault((call.name, call.side, call.step, call.where), []).append(call)
+    rows = [
+        CallRow(calls[0], len(calls) / WATCHED_FRAMES, sum(call.us for call in calls) / WATCHED_FRAMES)
+        for calls in same.values()
+    ]
+    return sorted(rows, key=lambda row: (row.call.is_own, -row.us))
 
 
 def sentence(found: Profile) -> str:
@@ -202,7 +224,7 @@ def profile(
         *(_other_switches(detector, image, switches, reopen) if switches and reopen else ()),
     ]
     costs.sort(key=lambda cost: -cost.us)
-    calls = tuple(call for one in seen for call in one.calls if not call.is_own)
+    calls = tuple(call for one in seen for call in one.calls)
     said = "; ".join([detector.status.description, *detector.status.reasons])
     return Profile(recorded, plain, tuple(costs), calls, _layers(detector, recorded), said)
 

@@ -13,8 +13,8 @@ from typing import Any, Dict, List, Sequence, Tuple, Union
 from odtrt_lib import report
 from odtrt_lib.errors import printable
 from odtrt_lib.folder import atomic_write
-from odtrt_lib.latency.profile import UNEXPLAINED, Profile, duration, sentence, table
-from odtrt_lib.latency.recorder import Frame, Span
+from odtrt_lib.latency.profile import UNEXPLAINED, Profile, calls_of_a_frame, duration, sentence, table
+from odtrt_lib.latency.recorder import Call, Frame, Span
 
 PAGE = "latency/profile.html"
 
@@ -194,16 +194,28 @@ def _body(title: str, source: str, found: Profile) -> str:
         f'<header><p class="brand">odtrt profile</p><h1>{_html(title)}</h1>'
         f'<p class="badges">{badges}</p>'
         f'<dl class="facts">{cells}</dl></header>',
-        f"<section><h2>{_html(sentence(found))}</h2><figure>{timeline_svg(found)}</figure></section>",
+        f"<section><h2>{_html(sentence(found))}</h2>"
+        f'<figure style="overflow-x:auto">{timeline_svg(found)}</figure></section>',
         _section("Steps", ("", "p50", "p95", "p99", "p99.9", "share"), _step_rows(found)),
     ]
     if found.costs:
         rows = [(f"{one.what}; {one.remedy}", cost_figure(one.us, one.is_measured)) for one in found.costs]
         parts.append(_section("What can be avoided", ("", "a frame"), rows))
+    if found.calls:
+        calls = [
+            (f"{row.call.name} {row.call.side}", _who(row.call), f"{row.count:g}", duration(row.us))
+            for row in calls_of_a_frame(found)
+        ]
+        parts.append(_section("Copies, waits and allocations of a frame", ("", "by", "times", "time"), calls))
     if found.layers:
         parts.append(_section("The engine, layer by layer", ("", "time", "share"), _layer_rows(found)))
     parts.append(f"<footer><p>{_html(_FOOTER)}</p></footer>")
     return "\n".join(parts)
+
+
+def _who(call: Call) -> str:
+    """The step that makes a call by design, else the line that makes it."""
+    return call.step if call.is_own else call.where or f"odtrt, in {call.step or 'no step'}"
 
 
 def cost_figure(us: float, is_measured: bool) -> str:
@@ -250,11 +262,11 @@ _FOOTER = (
     "At each moment of a frame the step on the GPU counts, then the innermost step on the host; the rest is "
     "unexplained. So the shares add up to the frame. The recorder itself takes time: compare with the frames "
     "that were not recorded. A layer takes longer when it is timed alone, so the layers are scaled to the "
-    "engine's step. What can be avoided was measured with and without, in turns; `at most` is a bound. The "
+    'engine\'s step. What can be avoided was measured with and without, in turns; "at most" is a bound. The '
     "costs do not add up."
 )
 _STYLE = (
-    ".tl{display:block;width:100%;height:auto;background:#fff;"
+    ".tl{display:block;width:100%;min-width:640px;height:auto;background:#fff;"
     "font:12px system-ui,-apple-system,'Segoe UI',Roboto,Arial,sans-serif}"
     ".tl text{fill:#16202c}.tl .tl-head{font-weight:600;font-size:13px}.tl .tl-line{stroke:#8a94a0}"
     ".tl .tl-rest{fill:#e4e8ed}"
