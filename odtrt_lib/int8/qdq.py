@@ -88,6 +88,17 @@ def placement(model: onnx.ModelProto, in_float: Iterable[str] = ()) -> Placement
     return Placement(tuple(name for name in every if name in chosen), tuple(edges))
 
 
+def in_float(model: onnx.ModelProto, quantised_model: onnx.ModelProto) -> List[str]:
+    """The Convs of ``model`` that have no pair on their kernel in ``quantised_model``, made from it."""
+    rounded = {node.output[0] for node in quantised_model.graph.node if node.op_type == QUANTISERS[1]}
+    int8 = {
+        node.name
+        for node in quantised_model.graph.node
+        if node.op_type == "Conv" and node.input[1] in rounded
+    }
+    return [name for name in placement(model).convs if name not in int8]
+
+
 def quantised(
     model: onnx.ModelProto, where: Placement, ranges: Mapping[str, float], per_channel: bool = True
 ) -> onnx.ModelProto:
