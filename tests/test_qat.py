@@ -171,4 +171,4 @@ def test_bad_input_is_one_line(tiny_model, parts, quantised, tiny_converted, tmp
         }
         with pytest.raises(InputError, match=reason) as caught:
             qat.train(**{**arguments, **wrong})
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()

@@ -36,10 +36,11 @@ LARGEST_NOISE_RATIO = 2.0
 """Between the noise of the network in TensorFlow and that of ``heads_int8.onnx``: two runtimes round at other
 places, and the differences grow to the size of the quantisation noise itself."""
 
-_STATE = "training"
+_STATE, _SETTINGS = "training", "settings.json"
 _TRAINED_INPUTS = {"Conv2D": (1,), "DepthwiseConv2dNative": (1,), "BiasAdd": (1,), "FusedBatchNormV3": (1, 2)}
 _STEPS_BETWEEN_SAVES = 50
 _WARM_STEPS = 20
+_SEED = 1
 _LAST_LEARNING_RATE = 0.01  # of the first
 
 Heads = Tuple[Any, Any]
@@ -74,7 +75,6 @@ def train(
     steps: int = 600,
     batch: int = 8,
     learning_rate: float = 1e-4,
-    seed: int = 0,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Trained:
     """Trains the OD API model ``source`` and writes the result as an OD API model into ``output``.
@@ -104,14 +104,12 @@ def train(
         "steps": steps,
         "batch": batch,
         "learning_rate": learning_rate,
-        "seed": seed,
     }
-    state = _state_folder(output, settings)
+    _require_usable(output, settings)
     network = trainable_network(source, spec)
     student, teacher, variables = _functions(network, where, ranges)
     _require_same_network(student, float_model, int8_model, inputs_of(images[:4], spec))
-    loop = _Loop(student, teacher, variables, state, settings)
-    losses = loop.run(images, spec, report)
+    losses = _Loop(student, teacher, variables, output, settings).run(images, spec, report)
     _write_model(network, output, folder / CALIBRATION)
     tenth = max(1, len(losses) // 10)
     first, last = (float(np.mean(part)) if losses else None for part in (losses[:tenth], losses[-tenth:]))
@@ -259,7 +257,7 @@ class _Loop:
     """The training steps, and their state in a folder."""
 
     def __init__(
-        self, student: Any, teacher: Any, variables: List[Any], state: Path, settings: Mapping[str, Any]
+        self, student: Any, teacher: Any, variables: List[Any], output: Path, settings: Mapping[str, Any]
     ) -> None:
         from odtrt_lib.export import odapi
 
@@ -272,6 +270,10 @@ class _Loop:
         self.checkpoint = tf.train.Checkpoint(
             optimizer=self.optimizer, step=self.step, **{f"v{i}": one for i, one in enumerate(variables)}
         )
+        state = output / _STATE
+        state.mkdir(parents=True, exist_ok=True)
+        with folders.atomic_write(state / _SETTINGS) as temporary:
+            temporary.write_text(json.dumps(settings))
         self.manager = tf.train.CheckpointManager(self.checkpoint, str(state), max_to_keep=1)
         self.make_step = tf.function(self._make_step, autograph=False)
 
@@ -286,7 +288,7 @@ class _Loop:
         recent: List[Tuple[float, float]] = []
         for step in range(int(self.step.numpy()), self.settings["steps"]):
             self.optimizer.learning_rate.assign(self._learning_rate(step))
-            random = np.random.default_rng([self.settings["seed"], step])
+            random = np.random.default_rng([_SEED, step])
             count = min(self.settings["batch"], len(images))
             chosen = [images[i] for i in random.choice(len(images), count, replace=False)]
             found = self.make_step(self.tf.constant(inputs_of(chosen, spec)))
@@ -328,20 +330,17 @@ class _Loop:
         return box_loss, class_loss
 
 
-def _state_folder(output: Path, settings: Mapping[str, Any]) -> Path:
-    state = output / _STATE
-    text = json.dumps(settings, indent=1) + "\n"
+def _require_usable(output: Path, settings: Mapping[str, Any]) -> None:
+    known = output / _STATE / _SETTINGS
     if not output.exists():
-        state.mkdir(parents=True)
-        (state / "settings.json").write_text(text)
-    elif not (state / "settings.json").is_file():
+        return
+    if not known.is_file():
         raise InputError(f"{output}: exists, and is no training of `odtrt qat`; choose another folder")
-    elif (state / "settings.json").read_text() != text:
+    if known.read_text() != json.dumps(settings):
         raise InputError(
             f"{output}: has a training with other settings, model or ranges in it; choose another folder, or "
             "delete it"
         )
-    return state
 
 
 def _write_model(network: Any, output: Path, calibration: Path) -> None:

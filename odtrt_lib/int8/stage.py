@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -99,14 +99,7 @@ def quantise(
             staged,
             outputs=[MODEL.file],
             versions={each: importlib.metadata.version(each) for each in ("onnx", "onnxruntime")},
-            checks={
-                "onnx_checker": "full check passed",
-                "int8_convolutions": len(where.convs),
-                "float_convolutions": len(in_float),
-                "calibrated_tensors": len(found.ranges),
-                "images": found.images,
-                "drift_from_training": found.drift,
-            },
+            checks=_checks(where, in_float, found),
         )
     return folders.StageResult(record, is_up_to_date=False, note=_note(found))
 
@@ -135,6 +128,17 @@ def network_inputs(pictures: Sequence[np.ndarray], spec: InputSpec) -> Iterator[
     """What the detector feeds to the network: one input of batch 1 for each picture."""
     for picture in pictures:
         yield preprocess(picture, spec)[0][None]
+
+
+def _checks(where: qdq.Placement, in_float: Sequence[str], found: Calibration) -> Dict[str, Any]:
+    return {
+        "onnx_checker": "full check passed",
+        "int8_convolutions": len(where.convs),
+        "float_convolutions": len(in_float),
+        "calibrated_tensors": len(found.ranges),
+        "images": found.images,
+        "drift_from_training": found.drift,
+    }
 
 
 def _note(found: Calibration) -> str:
