@@ -11,13 +11,15 @@ the rest. ``p50_ms``: of ``Detector.detect`` while the scenes are measured; it c
 Strategies:
 
 * ``every convolution``: as `odtrt quantise` has it. ``without the stem``: the first convolution stays in
-  floating point; ``without the worst 4``, ``12``: those that lose most when they alone are quantised
+  floating point; ``without the worst 4`` and so on: those that lose most when they alone are quantised
   (:mod:`odtrt_lib.int8.sensitivity`).
 * ``one scale a kernel``: instead of one for each output channel.
 * ``calibrated on 16 scenes`` and so on: as ``every convolution``, with ranges of so many scenes.
 * ``corrected biases``: each bias makes up for the mean error that rounding leaves in its channel, from the
   first convolution to the last (Nagel et al. 2019, arXiv:1906.04721, section 4.2, measured, not derived).
 * ``trained``: `odtrt qat` with 1,024 other training scenes; then as ``every convolution``, same ranges.
+* ``naive: batch normalisation apart``: not folded into the convolutions, so that its input is rounded, too.
+  With the calibrator ``minmax`` also one scale a kernel.
 * ``naive: every operation``: ONNX Runtime's quantize_static as it comes, min-max, one scale a kernel.
 * ``naive: a black picture``, ``naive: pixels from 0 to 255``: calibrated on the wrong thing.
 """
@@ -34,12 +36,15 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from unittest import mock
 
 import numpy as np
 import onnx
 
 from odtrt_lib import int8, onnx_model
 from odtrt_lib.app.demonstration import truth_of
+from odtrt_lib.convert.rewrite import to_onnx
+from odtrt_lib.convert.stage import load_frozen
 from odtrt_lib.detector import Detector
 from odtrt_lib.evaluate import coco_results, map_drop
 from odtrt_lib.folder import seal
@@ -53,18 +58,20 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "int8.cpu.json"
 FOLDER = ROOT / "out" / "int8" / "parts"
 EVERY, STEM, KERNEL = "every convolution", "without the stem", "one scale a kernel"
+APART = "naive: batch normalisation apart"
 CORRECTED, TRAINED, SIZES = "corrected biases", "trained", (16, 256, 512)
 ORT, BLACK, UNSCALED = "naive: every operation", "naive: a black picture", "naive: pixels from 0 to 255"
 ROWS: Tuple[Tuple[str, str], ...] = (
     ("single precision", ""),
     *((EVERY, rule) for rule in calibrate.RULES),
     (STEM, "mse"),
-    ("without the worst 4", "mse"),
-    ("without the worst 12", "mse"),
+    *((f"without the worst {count}", "mse") for count in (4, 12, 24, 48)),
     (KERNEL, "mse"),
     *((f"calibrated on {size} scenes", "mse") for size in SIZES),
     (CORRECTED, "mse"),
     (TRAINED, "mse"),
+    (APART, "mse"),
+    (APART, "minmax"),
     (ORT, "minmax"),
     (BLACK, "minmax"),
     (UNSCALED, "minmax"),
@@ -190,6 +197,8 @@ class Networks:
             model = self.by_onnxruntime()
         elif strategy in (BLACK, UNSCALED):
             model = qdq.quantised(self.model, self.where, self.wrong_ranges(strategy))
+        elif strategy == APART:
+            model = self.with_batch_norms_apart(rule)
         elif strategy == TRAINED:
             model = onnx.load(str(trained() / "heads_int8.onnx"))
         elif strategy == CORRECTED:
@@ -222,6 +231,18 @@ class Networks:
             images = [255 * (one - low) / (high - low) for one in self.inputs(CALIBRATION[:8])]
         found = calibrate.histograms(self.model, self.where.tensors, lambda: images)
         return {tensor: calibrate.amax(one, "minmax") for tensor, one in found.items()}
+
+    def with_batch_norms_apart(self, rule: str) -> onnx.ModelProto:
+        with mock.patch("odtrt_lib.convert.rewrite._fold_batch_norms"):
+            model = to_onnx(load_frozen(self.path.with_name("frozen.pb")), 17)
+        where = qdq.placement(model)
+        norms = [node for node in model.graph.node if node.op_type == "BatchNormalization"]
+        more = tuple(qdq.Edge(node.name, 0, node.input[0]) for node in norms)
+        where = qdq.Placement(where.convs, where.edges + more)
+        images = self.inputs(CALIBRATION)
+        found = calibrate.histograms(model, where.tensors, lambda: images)
+        ranges = {tensor: calibrate.amax(one, rule) for tensor, one in found.items()}
+        return qdq.quantised(model, where, ranges, per_channel=rule != "minmax")
 
     def with_corrected_biases(self) -> onnx.ModelProto:
         images = self.inputs(CALIBRATION[:8])

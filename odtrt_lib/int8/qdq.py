@@ -125,9 +125,9 @@ def quantised(
 
     def pair(tensor: str, scale: np.ndarray, node: str, axis: Sequence[int] = ()) -> str:
         if tensor not in ready:
-            constants[f"{tensor}/scale"] = scale.astype(np.float32)
-            constants[f"{tensor}/zero_point"] = np.zeros(scale.shape, np.int8)
-            parameters = [f"{tensor}/scale", f"{tensor}/zero_point"]
+            parameters = [f"{tensor}/quantized/scale", f"{tensor}/quantized/zero_point"]
+            constants[parameters[0]] = scale.astype(np.float32)
+            constants[parameters[1]] = np.zeros(scale.shape, np.int8)
             attributes: Dict[str, Any] = {"axis": axis[0]} if axis else {}
             before.setdefault(node, []).extend(
                 onnx.helper.make_node(kind, [source, *parameters], [target], name=target, **attributes)
