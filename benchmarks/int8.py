@@ -1,13 +1,15 @@
 """What INT8 costs in mAP, by strategy and calibrator, with ONNX Runtime on this CPU.
 
-    python benchmarks/int8.py [--scenes 500] [NUMBER ...]      writes results/int8.cpu.json, row by row
+    python benchmarks/int8.py [--model parts] [NUMBER ...]      writes results/int8.cpu.json, row by row
 
-Model: models/parts. NUMBER: rows of :data:`ROWS`, unasked all; rows of as many scenes that are there already
-stay. Calibration: the first 64 training scenes. mAP: pycocotools, on unseen scenes (TEST_SEEDS).
-``map_drop_points``: against single precision on the same scenes, from ``drop_low`` to ``drop_high`` with 95 %
-confidence (:func:`odtrt_lib.evaluate.map_drop`). ``box_sqnr_db``, ``class_sqnr_db``: signal over noise of the
-raw heads on 24 other training scenes. ``int8_convolutions``: of ``convolutions``; ``in_float``: the names of
-the rest. ``p50_ms``: of ``Detector.detect`` while the scenes are measured; it counts on an idle machine only.
+Models: ``parts`` (models/parts) on 500 unseen scenes (TEST_SEEDS); ``coco_ssd_mnv1`` of the corpus (the
+folder that ODTRT_CORPUS names) on its 128 pictures of val2017. NUMBER: rows of :data:`ROWS`, unasked all that
+fit the model; rows that are there already stay. Calibration: the first 64 training pictures. mAP: pycocotools.
+``map_drop_points``: against single precision on the same pictures, from ``drop_low`` to ``drop_high`` with
+95 % confidence (:func:`odtrt_lib.evaluate.map_drop`). ``box_sqnr_db``, ``class_sqnr_db``: signal over noise of
+the raw heads on 24 other training pictures. ``int8_convolutions``: of ``convolutions``; ``in_float``: the
+names of the rest. ``p50_ms``: of ``Detector.detect`` while the pictures are measured; it counts on an idle
+machine only.
 Strategies:
 
 * ``every convolution``: as `odtrt quantise` has it. ``without the stem``: the first convolution stays in
@@ -27,7 +29,9 @@ Strategies:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -35,7 +39,7 @@ import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Sequence, Tuple
 from unittest import mock
 
 import numpy as np
@@ -50,13 +54,13 @@ from odtrt_lib.evaluate import coco_results, map_drop
 from odtrt_lib.folder import seal
 from odtrt_lib.int8 import calibrate, qat, qdq, sensitivity
 from odtrt_lib.int8.stage import network_inputs
+from odtrt_lib.preprocess import load_image
 from odtrt_lib.results import write_results
 from odtrt_lib.scenes import PARTS_CLASSES, TEST_SEEDS, TRAIN_SEEDS, render_scene
 from odtrt_lib.spec import load_spec
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "int8.cpu.json"
-FOLDER = ROOT / "out" / "int8" / "parts"
 EVERY, STEM, KERNEL = "every convolution", "without the stem", "one scale a kernel"
 APART = "naive: batch normalisation apart"
 CORRECTED, TRAINED, SIZES = "corrected biases", "trained", (16, 256, 512)
@@ -76,32 +80,101 @@ ROWS: Tuple[Tuple[str, str], ...] = (
     (BLACK, "minmax"),
     (UNSCALED, "minmax"),
 )
-CALIBRATION, HELD_OUT, SENSITIVE = TRAIN_SEEDS[:64], TRAIN_SEEDS[64:88], TRAIN_SEEDS[88:92]
-QAT_SCENES, QAT_STEPS = TRAIN_SEEDS[92:1116], 600
-PARTS, QAT_MODEL = ROOT / "models" / "parts", ROOT / "out" / "int8" / "parts_trained"
+FOR_PARTS_ONLY = (
+    CORRECTED,
+    TRAINED,
+    APART,
+    BLACK,
+    UNSCALED,
+    *(f"calibrated on {size} scenes" for size in SIZES),
+)
+CALIBRATION, HELD_OUT, SENSITIVE = range(64), range(64, 88), range(88, 92)
+QAT_SCENES, QAT_STEPS = range(92, 1116), 600
+SCENES = 500
 
 Row = Dict[str, Any]
 Found = List[Dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model and its pictures.
+
+    source: the OD API model. truth: COCO annotations. picture: image id -> uint8 ``[height, width, 3]``.
+    training: numbers of training pictures -> these pictures.
+    """
+
+    name: str
+    source: Path
+    truth: Dict[str, Any]
+    picture: Callable[[int], np.ndarray]
+    training: Callable[[Iterable[int]], List[np.ndarray]]
+
+    @property
+    def ids(self) -> List[int]:
+        return [image["id"] for image in self.truth["images"]]
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "out" / "int8" / self.name
+
+
+def parts() -> Subject:
+    seeds = TEST_SEEDS[:SCENES]
+    truth = {
+        "images": [{"id": seed, "height": 480, "width": 640} for seed in seeds],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(PARTS_CLASSES, 1)],
+        "annotations": [one for seed in seeds for one in truth_of(render_scene(seed), seed)],
+    }
+    return Subject(
+        "parts",
+        ROOT / "models" / "parts",
+        truth,
+        lambda seed: render_scene(seed).image,
+        lambda numbers: [render_scene(TRAIN_SEEDS[number]).image for number in numbers],
+    )
+
+
+def coco_ssd_mnv1() -> Subject:
+    corpus = Path(os.environ["ODTRT_CORPUS"])
+    truth = json.loads((corpus / "coco128" / "instances_val128.json").read_text())
+    files = {path.name: path for path in sorted((corpus / "coco128").rglob("*.jpg"))}
+    names = {image["id"]: image["file_name"] for image in truth["images"]}
+    training = sorted(path for path in files.values() if path.parent.name == "train2017")
+    return Subject(
+        "coco_ssd_mnv1",
+        corpus / "coco_ssd_mnv1",
+        truth,
+        lambda number: load_image(files[names[number]]),
+        lambda numbers: [load_image(training[number]) for number in numbers],
+    )
+
+
+SUBJECTS = {"parts": parts, "coco_ssd_mnv1": coco_ssd_mnv1}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--model", choices=SUBJECTS, default="parts")
     parser.add_argument("rows", nargs="*", type=int, metavar="NUMBER")
     options = parser.parse_args()
-    if not (FOLDER / "heads.onnx").is_file():
-        make_folder(PARTS, FOLDER)
+    subject = SUBJECTS[options.model]()
+    if not (subject.folder / "heads.onnx").is_file():
+        make_folder(subject.source, subject.folder)
     rows: List[Row] = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-    chosen = [ROWS[number] for number in options.rows] or list(ROWS)
-    known = {(row["strategy"], row["calibrator"]) for row in rows if row["scenes"] == options.scenes}
-    for row in measured([one for one in chosen if one not in known], options.scenes):
+    fitting = [one for one in ROWS if subject.name == "parts" or one[0] not in FOR_PARTS_ONLY]
+    wanted = [ROWS[number] for number in options.rows] or fitting
+    known = {(row["model"], row["strategy"], row["calibrator"]) for row in rows}
+    for row in measured(subject, [one for one in wanted if (subject.name, *one) not in known]):
         print(json.dumps(row), flush=True)
-        key = (row["strategy"], row["calibrator"])
-        rows = [one for one in rows if (one["strategy"], one["calibrator"]) != key] + [row]
-        rows.sort(key=lambda one: ROWS.index((one["strategy"], one["calibrator"])))
+        rows = sorted([*rows, row], key=place_of)
         write_results(RESULTS, "int8", "python benchmarks/int8.py", rows)
+
+
+def place_of(row: Row) -> Tuple[int, int]:
+    return list(SUBJECTS).index(row["model"]), ROWS.index((row["strategy"], row["calibrator"]))
 
 
 def make_folder(source: Path, folder: Path) -> None:
@@ -110,30 +183,26 @@ def make_folder(source: Path, folder: Path) -> None:
     subprocess.run([*odtrt, "convert", str(folder)], check=True)
 
 
-def measured(wanted: Sequence[Tuple[str, str]], count: int) -> Iterator[Row]:
+def measured(subject: Subject, wanted: Sequence[Tuple[str, str]]) -> Iterator[Row]:
     """The rows, in turn; single precision is measured first whether or not it is wanted."""
-    seeds = TEST_SEEDS[:count]
-    truth = {
-        "images": [{"id": seed, "height": 480, "width": 640} for seed in seeds],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(PARTS_CLASSES, 1)],
-        "annotations": [one for seed in seeds for one in truth_of(render_scene(seed), seed)],
-    }
-    heads = Networks(FOLDER)
-    exact, exact_ms = detections(FOLDER, "fp32", seeds)
+    heads = Networks(subject)
+    exact, exact_ms = detections(subject.folder, "fp32", subject)
     for strategy, calibrator in wanted:
-        about = {"model": "parts", "strategy": strategy, "calibrator": calibrator, "scenes": count}
         found, p50, figures = exact, exact_ms, {"int8_convolutions": 0}
         if calibrator:
             model, figures = heads.made(strategy, calibrator)
             with tempfile.TemporaryDirectory() as work:
-                folder = Path(work) / "parts"
-                shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("frozen.pb", "plans"))
+                folder = Path(work) / subject.name
+                shutil.copytree(subject.folder, folder, ignore=shutil.ignore_patterns("frozen.pb", "plans"))
                 onnx.save(model, folder / "heads_int8.onnx")
                 seal(folder)
-                found, p50 = detections(folder, "int8", seeds)
-        drop = map_drop(truth, exact, found)
+                found, p50 = detections(folder, "int8", subject)
+        drop = map_drop(subject.truth, exact, found)
         yield {
-            **about,
+            "model": subject.name,
+            "strategy": strategy,
+            "calibrator": calibrator,
+            "scenes": len(subject.ids),
             "map": round(drop.candidate_map, 4),
             "map_drop_points": round(drop.points, 2),
             "drop_low": round(drop.low, 2),
@@ -146,27 +215,28 @@ def measured(wanted: Sequence[Tuple[str, str]], count: int) -> Iterator[Row]:
         }
 
 
-def detections(folder: Path, precision: str, seeds: Sequence[int]) -> Tuple[Found, float]:
+def detections(folder: Path, precision: str, subject: Subject) -> Tuple[Found, float]:
     """What is found, in COCO's form, and the median milliseconds of ``detect``."""
     found: Found = []
     seconds = []
     with Detector.open(folder, "onnxruntime", precision=precision) as detector:
-        for seed in seeds:
-            image = render_scene(seed).image
+        for number in subject.ids:
+            image = subject.picture(number)
             started = time.perf_counter()
             seen = detector.detect(image)
             seconds.append(time.perf_counter() - started)
-            found += coco_results(seed, seen)
+            found += coco_results(number, seen)
     return found, 1000 * float(np.median(seconds))
 
 
 class Networks:
     """The quantised networks of one model folder; what several rows need is measured once."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "heads.onnx"
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.path = subject.folder / "heads.onnx"
         self.model = onnx.load(str(self.path))
-        self.spec = load_spec(folder / "spec.json")
+        self.spec = load_spec(subject.folder / "spec.json")
         self.convs = qdq.placement(self.model).convs
         self.where = qdq.placement(self.model)
         self.images = self.inputs(HELD_OUT)
@@ -174,12 +244,12 @@ class Networks:
         self._histograms: Dict[int, Any] = {}
         self._worst: List[str] = []
 
-    def inputs(self, seeds: Sequence[int]) -> List[np.ndarray]:
-        return list(network_inputs([render_scene(seed).image for seed in seeds], self.spec.input))
+    def inputs(self, numbers: Iterable[int]) -> List[np.ndarray]:
+        return list(network_inputs(self.subject.training(numbers), self.spec.input))
 
     def ranges(self, rule: str, size: int = len(CALIBRATION)) -> Dict[str, float]:
         if size not in self._histograms:
-            images = self.inputs(TRAIN_SEEDS[:size])
+            images = self.inputs(range(size))
             found = calibrate.histograms(self.model, self.where.tensors, lambda: images)
             self._histograms[size] = found
         return {tensor: calibrate.amax(one, rule) for tensor, one in self._histograms[size].items()}
@@ -200,7 +270,7 @@ class Networks:
         elif strategy == APART:
             model = self.with_batch_norms_apart(rule)
         elif strategy == TRAINED:
-            model = onnx.load(str(trained() / "heads_int8.onnx"))
+            model = onnx.load(str(trained(self.subject) / "heads_int8.onnx"))
         elif strategy == CORRECTED:
             model = self.with_corrected_biases()
         elif strategy.startswith("calibrated on"):
@@ -301,14 +371,21 @@ def channel_means(
     }
 
 
-def trained() -> Path:
+def trained(subject: Subject) -> Path:
     """The model folder of the trained detector; a training that was begun goes on."""
-    int8.quantise(FOLDER, [render_scene(seed).image for seed in CALIBRATION])
-    scenes = [render_scene(seed).image for seed in QAT_SCENES]
-    qat.train(PARTS, FOLDER, scenes, QAT_MODEL, steps=QAT_STEPS, report=lambda made: print(made, flush=True))
-    folder = QAT_MODEL.with_name("parts_qat")
-    make_folder(QAT_MODEL, folder)
-    int8.quantise(folder, ranges=QAT_MODEL / qat.RANGES)
+    int8.quantise(subject.folder, subject.training(CALIBRATION))
+    model = subject.folder.with_name(f"{subject.name}_trained")
+    qat.train(
+        subject.source,
+        subject.folder,
+        subject.training(QAT_SCENES),
+        model,
+        steps=QAT_STEPS,
+        report=lambda made: print(made, flush=True),
+    )
+    folder = subject.folder.with_name(f"{subject.name}_qat")
+    make_folder(model, folder)
+    int8.quantise(folder, ranges=model / qat.RANGES)
     return folder
 
 
