@@ -90,12 +90,15 @@ def write_report(
     return folder / REPORT
 
 
-def page(title: str, body: str) -> str:
-    """A page of the form that all reports have, which needs no other file. body: HTML."""
+def page(title: str, body: str, style: str = "") -> str:
+    """A page in this module's style that needs no other file. The browser may load nothing for it.
+
+    title: text. body: HTML. style: CSS after the common one.
+    """
     return _PAGE.format(
         title=_text(f"{title} · odtrt"),
         policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
-        style=_STYLE,
+        style=_STYLE + style,
         body=body,
     )
 

@@ -270,6 +270,7 @@ def test_every_command_of_an_unpacked_bundle(tmp_path):
         (["profile", "model", "--frames", "2"], 0, "noise"),
         (["doctor"], 0, "ONNX Runtime"),
         (["zoo", "list"], 0, "efficientdet_d0"),
+        (["soak", "model", "--minutes", "0.01"], 1, "no source; name a folder of pictures"),
         (evaluation, 1, "pycocotools"),
         (["with", "pycocotools", "matplotlib"], None, ""),
         (evaluation, 0, "mAP"),

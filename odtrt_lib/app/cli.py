@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -68,11 +69,13 @@ if TYPE_CHECKING:
     from odtrt_lib.folder import StageResult
     from odtrt_lib.latency.profile import Profile
     from odtrt_lib.sources import Source
+    from odtrt_lib.latency.worker import Job
 
 _OUT = Path("out")
 _MIN_SCORE = 0.3
 _PROFILED_SCENES = 4
 _MAX_UNREADABLE_NAMED = 10
+_SOAK_HOURS, _SOAK_SCENES = 72.0, 16
 _INTERRUPTED = ("interrupted; nothing half-written is left", 130)
 _PYTHON_OF_TENSORFLOW = (3, 10)
 _TENSORFLOW_LOG = (
@@ -284,6 +287,29 @@ Sha256Option = typer.Option(
 ForceOption = typer.Option(False, "--force", help="Do it again even if nothing changed.")
 OverwriteOption = typer.Option(
     False, "--force", help="Over a bundle that was unpacked there before; your own files there stay."
+)
+SoakFolderArgument = typer.Argument(
+    _OUT / "parts", metavar="FOLDER", help="A model folder that `odtrt export` or `odtrt run` wrote."
+)
+CameraArgument = typer.Argument(
+    None,
+    metavar="SOURCE",
+    help="A folder of pictures, shown 30 times a second; a camera: `0`, `/dev/video0` or `csi:0`; or "
+    "`rtsp://...`. Default: for a model of the shipped parts, rendered scenes.",
+    show_default=False,
+)
+HoursOption = typer.Option(None, "--hours", min=0.0, metavar="H", help="How long. Default: 72 hours.")
+MinutesOption = typer.Option(None, "--minutes", min=0.0, metavar="M", help="How long, in minutes.")
+FaultsOption = typer.Option(
+    None,
+    "--faults",
+    metavar="SCHEDULE",
+    help="Faults of the camera: `standard`, or such as `drop=100,stall=5000,seed=3`: one of 100 frames is "
+    "dropped. Also late, corrupt, resize and disconnect.",
+)
+ResumeOption = typer.Option(False, "--resume", help="Go on with a soak that was interrupted.")
+SoakOption = typer.Option(
+    None, "-o", "--output", metavar="DIR", help="Where the report goes. Default: `FOLDER/soak`."
 )
 MinScoreOption = typer.Option(
     _MIN_SCORE, "--min-score", min=0.0, max=1.0, help="Show detections with at least this score."
@@ -1201,6 +1227,96 @@ def doctor() -> None:
         _out().print(table)
 
 
+@app.command()
+def soak(
+    folder: Path = SoakFolderArgument,
+    source: Optional[str] = CameraArgument,
+    hours: Optional[float] = HoursOption,
+    minutes: Optional[float] = MinutesOption,
+    faults: Optional[str] = FaultsOption,
+    resume: bool = ResumeOption,
+    output: Optional[Path] = SoakOption,
+    backend: BackendName = BackendOption,
+    plugin: Optional[Path] = PlanPluginOption,
+) -> None:
+    """Chapter 7: the detector on a camera for days: does memory grow, do results drift, does anything stall?
+
+    **Reads** the model folder and the source. **Writes** report.html and soak.json, and while it runs a
+    checkpoint each minute, from which `--resume` goes on.
+
+    The detector runs in a process of its own, which is started again if it hangs or dies. The exit status is
+    1 unless the verdict is `steady`.
+
+    **Example:** `odtrt soak out/parts --minutes 20 --faults standard`, or `odtrt soak out/parts csi:0`
+    """
+    from odtrt_lib.latency import soak as soaking
+    from odtrt_lib.latency.soak_report import write_soak
+    from odtrt_lib.latency.verdict import checks_of, overall
+
+    require_folder(folder)
+    seconds = _soak_seconds(hours, minutes)
+    output = output or folder / "soak"
+    job = _soak_job(folder, source, faults, output, backend.value, plugin)
+    settings = {
+        "model": folder.resolve().name,
+        "source": source or "rendered scenes",
+        "faults": faults or "",
+        "backend": backend.value,
+    }
+    with _build_progress("soak") as progress:
+        tools = soaking.Tools(progress=progress, say=_say)
+        record = soaking.soak(job, output, seconds, settings, resume=resume, tools=tools)
+    page = write_soak(record, output)
+    checks = checks_of(record)
+    table = Table("judged", "verdict", "figures", title_justify="left", highlight=False)
+    for one in checks:
+        table.add_row(
+            one.name, f"[{_VERDICT_COLOURS.get(one.verdict, 'red')}]{one.verdict}[/]", escape(one.text)
+        )
+    _out().print(table)
+    _say(record.description, style="dim")
+    verdict = overall(checks)
+    _say(f"{verdict}; report: {page}")
+    if verdict != "steady":
+        raise typer.Exit(1)
+
+
+def _soak_seconds(hours: Optional[float], minutes: Optional[float]) -> float:
+    if hours is not None and minutes is not None:
+        raise InputError("--hours and --minutes: expected one of the two")
+    seconds = 60 * minutes if minutes is not None else 3600 * (_SOAK_HOURS if hours is None else hours)
+    if not seconds:
+        raise InputError("0 minutes: expected more")
+    return seconds
+
+
+def _soak_job(
+    folder: Path,
+    source: Optional[str],
+    faults: Optional[str],
+    output: Path,
+    backend: str,
+    plugin: Optional[Path],
+) -> Job:
+    """What the soak's worker process does; pictures are rendered if no source is named."""
+    from odtrt_lib.app import demonstration
+    from odtrt_lib.detector import Detector
+    from odtrt_lib.latency import belt
+    from odtrt_lib.latency.soak import CANARY
+    from odtrt_lib.latency.worker import Job
+
+    schedule = None if faults is None else belt.parse_faults(faults)
+    if source is None:
+        scenes = demonstration.unseen_scenes(folder, _SOAK_SCENES) if _is_workstation() else []
+        if not scenes:
+            raise InputError(
+                "no source; name a folder of pictures, a camera such as 0 or csi:0, or rtsp://..."
+            )
+        source = str(demonstration.keep(output, scenes))
+    recipe = functools.partial(Detector.open, folder, backend, plugin=plugin)
+    return Job(recipe, belt.source_of(source), output / CANARY, faults=schedule)
+
+
 @zoo_app.command(name="list")
 def zoo_list() -> None:
     """The models that can be had, with the accuracy that the zoo publishes for them.
@@ -1242,7 +1358,14 @@ def zoo_get(
     _say_next(f"odtrt run {shell_word(download.path)}")
 
 
-_VERDICT_COLOURS = {"ok": "green", "rebuild": "yellow", "not here": "yellow", "refuse": "red"}
+_VERDICT_COLOURS = {
+    "steady": "green",
+    "undecided": "yellow",
+    "ok": "green",
+    "rebuild": "yellow",
+    "not here": "yellow",
+    "refuse": "red",
+}
 _METRICS = {
     "map": "mAP (IoU 0.50:0.95)",
     "map50": "mAP at IoU 0.50",
@@ -1333,9 +1456,13 @@ def _printable_usage_errors() -> Iterator[None]:
         raise
 
 
+def _is_workstation() -> bool:
+    return (Path(IMPORT_PATH) / "odtrt_lib" / "export").is_dir()
+
+
 def _require_workstation() -> None:
     package = Path(IMPORT_PATH) / "odtrt_lib"
-    if not (package / "export").is_dir():
+    if not _is_workstation():
         raise MissingDependencyError(
             f"{package}: the device side of odtrt, without export, convert and qat: run them on a "
             "workstation, from a checkout of odtrt; build, detect and eval work here"
