@@ -68,8 +68,8 @@ if TYPE_CHECKING:
     from odtrt_lib.evaluate import Picture as EvaluatedPicture
     from odtrt_lib.folder import StageResult
     from odtrt_lib.latency.profile import Profile
-    from odtrt_lib.sources import Source
     from odtrt_lib.latency.worker import Job
+    from odtrt_lib.sources import Source
 
 _OUT = Path("out")
 _MIN_SCORE = 0.3
