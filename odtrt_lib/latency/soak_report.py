@@ -71,7 +71,7 @@ _STYLE = """
 .bad{background:var(--bad-bg);color:var(--bad)}
 :root{--bad:#a3231f;--bad-bg:#fde8e6}
 @media (prefers-color-scheme:dark){:root{--bad:#ff9d94;--bad-bg:#44201d}}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:18px}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,460px),1fr));gap:18px}
 .judged td{text-align:left;width:auto;white-space:normal;padding-left:14px;overflow-wrap:anywhere}
 .judged th{white-space:nowrap}.judged .badge{white-space:nowrap}
 .numbers td{width:auto;padding-left:20px}
