@@ -15,6 +15,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -813,6 +814,29 @@ class TestSensors:
         assert after["open_files"] == before["open_files"] + 1
         for name in ("rss_mb", "pss_mb", "own_mb"):
             assert after[name] - before[name] == pytest.approx(len(kept) / 2**20, abs=8)
+
+    @pytest.mark.parametrize(("reasons", "throttled"), [(0x1, 0.0), (0x20, 1.0), (0x1 | 0x8, 1.0)])
+    def test_nvml(self, monkeypatch, reasons, throttled):
+        """Idle (1) is no throttling; a thermal or a hardware slowdown is. What is not supported is absent."""
+
+        def gives(value: int, status: int = 0):
+            def function(*arguments: object) -> int:
+                arguments[-1]._obj.value = value
+                return status
+
+            return function
+
+        library = SimpleNamespace(
+            nvmlInit_v2=lambda: 0,
+            nvmlDeviceGetHandleByIndex_v2=gives(1),
+            nvmlDeviceGetTemperature=gives(51),
+            nvmlDeviceGetClockInfo=gives(1980, 3),  # NVML_ERROR_NOT_SUPPORTED
+            nvmlDeviceGetPowerUsage=gives(75_500),
+            nvmlDeviceGetCurrentClocksThrottleReasons=gives(reasons),
+        )
+        monkeypatch.setattr(sensors.ctypes, "CDLL", lambda name: library)
+        found = {name: read() for name, read in sensors._nvml().items()}
+        assert found == {"gpu_temperature_c": 51, "power_w": 75.5, "throttled": throttled}
 
     def test_the_share_of_other_programs(self):
         """200 ticks pass: 60 idle, 20 stolen, 50 the worker's, 10 this process's; so 80 are elsewhere."""
