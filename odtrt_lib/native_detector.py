@@ -1,8 +1,8 @@
 """The C++ detector, ``libodtrt_detector.so``, from Python: what a C or C++ program does, in the same library.
 
-``make plugin`` builds it. This module is ``plugins/detector/odtrt_detector.h`` in Python; that header says what
-each function does. :class:`odtrt_lib.detector.Detector` is what most Python programs want: it rebuilds plans and
-falls back to ONNX Runtime. This one is for measuring and testing the C ABI.
+``make plugin`` builds it. This module is ``plugins/detector/odtrt_detector.h`` in Python; that header says
+what each function does. :class:`odtrt_lib.detector.Detector` is what most Python programs want: it rebuilds
+plans and falls back to ONNX Runtime. This one is for measuring and testing the C ABI.
 """
 
 from __future__ import annotations
@@ -73,10 +73,9 @@ class Result(_Struct):
 
     _fields_ = (
         ("struct_size", _SIZE),
+        ("detections", _POINTER),
+        ("capacity", _INT),
         ("num_detections", _INT),
-        ("boxes", _FLOATS),
-        ("scores", _FLOATS),
-        ("class_ids", ctypes.POINTER(_INT)),
         ("ticket", ctypes.c_uint64),
     )
 
@@ -95,6 +94,9 @@ class Shape(_Struct):
         ("max_detections", _INT),
     )
 
+
+DETECTION = np.dtype([("box", np.float32, 4), ("score", np.float32), ("class_id", np.int32)])
+"""``odtrt_detection``."""
 
 _ERROR = (ctypes.c_char_p, _SIZE)
 _TICKET = ctypes.POINTER(ctypes.c_uint64)
@@ -198,32 +200,33 @@ class NativeDetector:
 
     def detect(self, image: np.ndarray) -> Detections:
         """The detections in an RGB image, uint8 [height, width, 3]."""
-        result = Result()
+        result, found = self._room()
         self._call("odtrt_detector_infer", ctypes.byref(_image(image)), ctypes.byref(result))
-        return self._detections(result)
+        return self._detections(found[: result.num_detections])
 
     def submit(self, image: np.ndarray) -> Optional[int]:
         """Begins to detect and returns a ticket; None if all slots are in use, so that this image may be
         dropped."""
         ticket = ctypes.c_uint64()
         given = ctypes.byref(_image(image)), ctypes.byref(ticket)
-        return None if self._call("odtrt_detector_infer_async", *given) == _BUSY else ticket.value
+        return None if self._call("odtrt_detector_infer_async", *given, allowed=_BUSY) else ticket.value
 
     def result(self, ticket: int, timeout: Optional[float] = None) -> Optional[Detections]:
         """The detections of a ticket; None if they are not there after ``timeout`` seconds."""
         microseconds = -1 if timeout is None else int(timeout * 1e6)
-        result = Result()
-        status = self._call("odtrt_detector_result", ticket, microseconds, ctypes.byref(result))
-        return None if status == _TIMEOUT else self._detections(result)
+        result, found = self._room()
+        if self._call("odtrt_detector_result", ticket, microseconds, ctypes.byref(result), allowed=_TIMEOUT):
+            return None
+        return self._detections(found[: result.num_detections])
 
     def slot(self, height: int, width: int) -> Optional[np.ndarray]:
         """Memory to write an image into, uint8 [height, width, 3], that is not copied when it is submitted;
         None if all slots are in use."""
         image = Image()
-        if self._call("odtrt_detector_slot", height, width, ctypes.byref(image)) == _BUSY:
+        if self._call("odtrt_detector_slot", height, width, ctypes.byref(image), allowed=_BUSY):
             return None
         memory = (ctypes.c_uint8 * (3 * height * width)).from_address(image.data)
-        return np.frombuffer(memory, np.uint8).reshape(height, width, 3)
+        return np.ctypeslib.as_array(memory).reshape(height, width, 3)
 
     def release(self, slot: np.ndarray) -> None:
         """Gives a slot back that was not submitted."""
@@ -251,18 +254,23 @@ class NativeDetector:
             raise InputError("this detector is closed; open the folder again")
         return self._detector
 
-    def _call(self, name: str, *arguments: Any) -> int:
+    def _call(self, name: str, *arguments: Any, allowed: int = _OK) -> int:
+        """The status: 0, or ``allowed``. Raises an error for others."""
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         status: int = getattr(self._library, name)(self._open(), *arguments, error, len(error))
-        return status if status in (_BUSY, _TIMEOUT) else _check(status, error)
+        return status if status == allowed else _check(status, error)
 
-    def _detections(self, result: Result) -> Detections:
-        count = result.num_detections
-        ids = np.array(result.class_ids[:count], np.int64)
+    def _room(self) -> Tuple[Result, np.ndarray]:
+        """An empty result, and the memory for its detections."""
+        found = np.zeros(self.shape.max_detections, DETECTION)
+        return Result(detections=found.ctypes.data, capacity=len(found)), found
+
+    def _detections(self, found: np.ndarray) -> Detections:
+        ids = found["class_id"].astype(np.int64)
         names = (self._library.odtrt_detector_class_name(self._open(), int(one)) for one in ids)
         return Detections(
-            boxes=np.array(result.boxes[: 4 * count], np.float32).reshape(count, 4),
-            scores=np.array(result.scores[:count], np.float32),
+            boxes=np.ascontiguousarray(found["box"]),
+            scores=np.ascontiguousarray(found["score"]),
             class_ids=ids,
             names=tuple(name.decode() for name in names),
         )

@@ -12,10 +12,6 @@
 namespace odtrt {
 namespace {
 
-void require_ok(odtrt_status status, const char *step) {
-  if (status != ODTRT_OK) fail(status, std::string(step) + ": " + odtrt_error_string(status));
-}
-
 class CpuBackend final : public Backend {
  public:
   CpuBackend(const Model &model, odtrt_network network, void *context, int num_slots)

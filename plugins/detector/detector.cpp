@@ -1,5 +1,6 @@
 // The C ABI: slots, tickets and results around a backend.
 #include <algorithm>
+#include <condition_variable>
 #include <cstring>
 #include <mutex>
 #include <string_view>
@@ -22,18 +23,18 @@ constexpr int32_t kMaxSlots = 16, kUsualSlots = 2;
 constexpr size_t kLargestStruct = 4096;
 constexpr int64_t kLongestTimeout = int64_t{1} << 50;  // 35 years; a longer one is none
 
-enum class State { kFree, kLent, kBusy, kDone };
+// kFilling: a picture is being copied into it.
+enum class State { kFree, kLent, kFilling, kBusy, kDone };
 
 struct Slot {
   State state = State::kFree;
-  uint64_t ticket = 0;  // of a busy or done picture
+  uint64_t ticket = 0;      // of a busy or done picture
+  bool is_awaited = false;  // its call of odtrt_detector_infer has not returned yet
   uint8_t *data = nullptr;
   size_t size = 0;
   Frame frame{};
   Failure failure{ODTRT_OK, ""};
-  int32_t count = 0;
-  std::vector<float> boxes, scores;
-  std::vector<int32_t> class_ids;
+  std::vector<odtrt_detection> detections;
 };
 
 void write_text(std::string_view text, char *to, size_t size) {
@@ -105,6 +106,7 @@ struct odtrt_detector {
   std::unique_ptr<Backend> backend;  // uses the model, so it is destroyed first
   std::vector<Slot> slots;
   std::mutex mutex;  // of slots and last_ticket, and of the backend's picture and start
+  std::condition_variable changed;  // a slot is no longer being filled or awaited
   uint64_t last_ticket = 0;
 
   int index_of(const Slot &slot) const { return static_cast<int>(&slot - slots.data()); }
@@ -115,7 +117,7 @@ struct odtrt_detector {
     for (Slot &slot : slots) {
       if (slot.state == State::kFree) return &slot;
       if (slot.state == State::kBusy && backend->wait(index_of(slot), std::chrono::steady_clock::now())) finish(slot);
-      if (slot.state == State::kDone && (oldest == nullptr || slot.ticket < oldest->ticket)) oldest = &slot;
+      if (slot.state == State::kDone && !slot.is_awaited && (oldest == nullptr || slot.ticket < oldest->ticket)) oldest = &slot;
     }
     return oldest;
   }
@@ -123,33 +125,33 @@ struct odtrt_detector {
   // Takes over the result of a busy slot whose work is done.
   void finish(Slot &slot) {
     slot.failure = {ODTRT_OK, ""};
-    slot.count = 0;
+    slot.detections.clear();
     try {
       const Found found = backend->found(index_of(slot));
       if (found.count < 0 || found.count > model.postprocess.max_total_detections) {
         fail(ODTRT_NETWORK_FAILED, "the post-processing counted " + std::to_string(found.count) + " detections");
       }
-      const auto count = static_cast<size_t>(found.count);
-      slot.boxes.resize(4 * count);
-      boxes_to_pixels(model, slot.frame, found.boxes, found.count, slot.boxes.data());
-      slot.scores.assign(found.scores, found.scores + count);
-      slot.class_ids.resize(count);
-      for (size_t i = 0; i < count; ++i) slot.class_ids[i] = found.classes[i] + 1;
-      slot.count = found.count;
+      slot.detections.resize(static_cast<size_t>(found.count));
+      for (size_t i = 0; i < slot.detections.size(); ++i) {
+        odtrt_detection &one = slot.detections[i];
+        box_to_pixels(model, slot.frame, found.boxes + 4 * i, one.box);
+        one.score = found.scores[i];
+        one.class_id = found.classes[i] + 1;
+      }
     } catch (const Failure &failure) {
       slot.failure = failure;
     }
     slot.state = State::kDone;
   }
 
-  void make_room(Slot &slot, size_t size) {
+  void make_room(Slot &slot, size_t size, State state) {
     slot.state = State::kFree;
     if (slot.size < size) {
       slot.size = 0;
       slot.data = backend->picture(index_of(slot), size);
       slot.size = size;
     }
-    slot.state = State::kLent;
+    slot.state = state;
   }
 
   Slot *lent_with(const uint8_t *data) {
@@ -159,19 +161,21 @@ struct odtrt_detector {
     return nullptr;
   }
 
-  odtrt_status submit(const odtrt_image *pointer, bool waits, uint64_t *ticket) {
+  // is_awaited: waits for a slot, and keeps the result until result() was called.
+  uint64_t submit(const odtrt_image *pointer, bool is_awaited) {
     odtrt_image image = given(pointer, "image");
     if (image.pitch == 0) image.pitch = int64_t{3} * image.width;
     check(image);
     const Frame frame = frame_of(model.input, image.height, image.width);
     std::unique_lock<std::mutex> lock(mutex);
     Slot *slot = lent_with(image.data);
-    const bool is_own = slot != nullptr;
-    if (is_own) {
+    const bool is_lent = slot != nullptr;
+    if (is_lent) {
       check_slot(image, *slot);
     } else {
-      slot = free_slot(lock, waits);
-      make_room(*slot, size_t{3} * static_cast<size_t>(image.width) * static_cast<size_t>(image.height));
+      slot = free_slot(lock, is_awaited);
+      make_room(*slot, size_t{3} * static_cast<size_t>(image.width) * static_cast<size_t>(image.height),
+                State::kFilling);
       lock.unlock();
       copy(image, slot->data);
       image.pitch = int64_t{3} * image.width;
@@ -181,13 +185,15 @@ struct odtrt_detector {
     try {
       backend->start(index_of(*slot), {frame, image.pitch, image.format == ODTRT_BGR8});
     } catch (...) {
-      if (!is_own) slot->state = State::kFree;
+      if (!is_lent) slot->state = State::kFree;
+      changed.notify_all();
       throw;
     }
     slot->ticket = ++last_ticket;
+    slot->is_awaited = is_awaited;
     slot->state = State::kBusy;
-    *ticket = slot->ticket;
-    return ODTRT_OK;
+    changed.notify_all();
+    return slot->ticket;
   }
 
   odtrt_status result(uint64_t ticket, Deadline deadline, odtrt_result *out) {
@@ -204,9 +210,24 @@ struct odtrt_detector {
         finish(*slot);
       }
     }
+    if (slot->is_awaited) {
+      slot->is_awaited = false;
+      changed.notify_all();
+    }
     if (slot->failure.status != ODTRT_OK) throw slot->failure;
-    give(odtrt_result{0, slot->count, slot->boxes.data(), slot->scores.data(), slot->class_ids.data(), ticket}, out);
+    std::copy(slot->detections.begin(), slot->detections.end(), out->detections);
+    out->num_detections = static_cast<int32_t>(slot->detections.size());
+    out->ticket = ticket;
     return ODTRT_OK;
+  }
+
+  void require_room(const odtrt_result *out) const {
+    ::require_room(out, "result");
+    const int32_t needed = model.postprocess.max_total_detections;
+    if (out->detections == nullptr || !is_aligned(out->detections) || out->capacity < needed) {
+      fail(ODTRT_INVALID_ARGUMENT, "result: detections is null or misaligned, or capacity is " +
+                                       std::to_string(out->capacity) + ", expected at least " + std::to_string(needed));
+    }
   }
 
   odtrt_status lend(int32_t height, int32_t width, odtrt_image *out) {
@@ -219,7 +240,7 @@ struct odtrt_detector {
     frame_of(model.input, height, width);
     std::unique_lock<std::mutex> lock(mutex);
     Slot *slot = free_slot(lock, false);
-    make_room(*slot, size_t{3} * static_cast<size_t>(width) * static_cast<size_t>(height));
+    make_room(*slot, size_t{3} * static_cast<size_t>(width) * static_cast<size_t>(height), State::kLent);
     image.data = slot->data;
     give(image, out);
     return ODTRT_OK;
@@ -272,6 +293,11 @@ struct odtrt_detector {
       for (const Slot &one : slots) {
         if (one.state == State::kBusy && (busy == nullptr || one.ticket < busy->ticket)) busy = &one;
       }
+      const auto passes = [](const Slot &one) { return one.state == State::kFilling || one.is_awaited; };
+      if (waits && busy == nullptr && std::any_of(slots.begin(), slots.end(), passes)) {
+        changed.wait(lock);
+        continue;
+      }
       if (!waits || busy == nullptr) {
         fail(ODTRT_BUSY, "all " + std::to_string(slots.size()) +
                              " slots are lent or busy: fetch a result, release a slot, or drop this picture");
@@ -318,19 +344,18 @@ odtrt_status odtrt_detector_infer(odtrt_detector *detector, const odtrt_image *i
                                   size_t error_size) {
   return guarded(error, error_size, [&] {
     require(detector);
-    require_room(result, "result");
-    uint64_t ticket = 0;
-    detector->submit(image, true, &ticket);
-    return detector->result(ticket, std::nullopt, result);
+    detector->require_room(result);
+    return detector->result(detector->submit(image, true), std::nullopt, result);
   });
 }
 
 odtrt_status odtrt_detector_infer_async(odtrt_detector *detector, const odtrt_image *image, uint64_t *ticket,
                                         char *error, size_t error_size) {
-  return guarded(error, error_size, [&] {
+  return guarded(error, error_size, [&]() -> odtrt_status {
     require(detector);
     if (ticket == nullptr) fail(ODTRT_INVALID_ARGUMENT, "ticket: null, expected a place for the ticket");
-    return detector->submit(image, false, ticket);
+    *ticket = detector->submit(image, false);
+    return ODTRT_OK;
   });
 }
 
@@ -338,7 +363,7 @@ odtrt_status odtrt_detector_result(odtrt_detector *detector, uint64_t ticket, in
                                    char *error, size_t error_size) {
   return guarded(error, error_size, [&] {
     require(detector);
-    require_room(result, "result");
+    detector->require_room(result);
     Deadline deadline;
     if (timeout_us >= 0 && timeout_us <= kLongestTimeout) {
       deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(timeout_us);

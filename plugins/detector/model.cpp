@@ -234,6 +234,7 @@ void read_heads(const Fields &spec, int64_t schema, Model &model) {
   for (const Json &item : labels) {
     const int64_t id = static_cast<int64_t>(model.class_names.size()) + 1;
     const Fields label(item, spec.where() + ".labels[" + std::to_string(id - 1) + "]", kExportAgain);
+    label.only({"id", "name"});
     label.whole("id", id, id);
     model.class_names.push_back(label.text("name"));
   }
@@ -374,6 +375,14 @@ Model read_model(const std::string &folder) {
   } else {
     spec.only({"schema", "name", "source", "input", "heads", "nms", "labels"});
   }
+  spec.text("name");
+  const Fields source = spec.object("source");
+  source.only({"pipeline_sha256", "checkpoint", "checkpoint_sha256", "feature_extractor", "odapi_version",
+               "tensorflow_version"});
+  for (const char *name : {"pipeline_sha256", "checkpoint", "checkpoint_sha256", "feature_extractor", "odapi_version",
+                           "tensorflow_version"}) {
+    source.text(name);
+  }
   model.input = read_input(spec);
   read_heads(spec, schema, model);
   read_nms(spec, model.postprocess);
@@ -423,14 +432,14 @@ odtrt_preprocess_params preprocess_params(const Input &input, const Frame &frame
   return params;
 }
 
-void boxes_to_pixels(const Model &model, const Frame &frame, const float *boxes, int32_t count, float *pixels) {
+void box_to_pixels(const Model &model, const Frame &frame, const float box[4], float pixels[4]) {
   double height = frame.image_height, width = frame.image_width;
   if (!model.postprocess.change_coordinate_frame) {
     height *= static_cast<double>(model.input.height) / frame.true_height;
     width *= static_cast<double>(model.input.width) / frame.true_width;
   }
-  for (int32_t i = 0; i < 4 * count; ++i) {
-    pixels[i] = static_cast<float>(boxes[i] * (i % 2 == 0 ? height : width));
+  for (int i = 0; i < 4; ++i) {
+    pixels[i] = static_cast<float>(box[i] * (i % 2 == 0 ? height : width));
   }
 }
 

@@ -61,7 +61,7 @@ Frame frame_of(const Input &input, int32_t image_height, int32_t image_width);
 
 odtrt_preprocess_params preprocess_params(const Input &input, const Frame &frame, int64_t pitch, bool is_bgr);
 
-// Writes the boxes in pixels of the picture; boxes: [count, 4], as post-processing gives them.
-void boxes_to_pixels(const Model &model, const Frame &frame, const float *boxes, int32_t count, float *pixels);
+// A box as post-processing gives it, in pixels of the picture.
+void box_to_pixels(const Model &model, const Frame &frame, const float box[4], float pixels[4]);
 
 }  // namespace odtrt

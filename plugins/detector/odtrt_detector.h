@@ -69,15 +69,20 @@ typedef struct {
   int32_t format; /* odtrt_pixel_format */
 } odtrt_image;
 
-/* Best score first. The arrays belong to the detector. They stay as they are until num_slots - 1 further pictures have
- * been submitted or slots lent. */
+typedef struct {
+  float box[4]; /* ymin, xmin, ymax, xmax, in pixels of the picture */
+  float score;
+  int32_t class_id; /* as in the label map */
+} odtrt_detection;
+
+/* The caller sets `detections` and `capacity`; at least max_detections of odtrt_detector_shape, so that none is ever left
+ * out. The memory is the caller's, so results of several threads cannot meet. */
 typedef struct {
   size_t struct_size;
-  int32_t num_detections;
-  const float *boxes;       /* [num_detections, 4]: ymin, xmin, ymax, xmax, in pixels of the picture */
-  const float *scores;      /* [num_detections] */
-  const int32_t *class_ids; /* [num_detections], as in the label map */
-  uint64_t ticket;          /* of the picture */
+  odtrt_detection *detections; /* filled, best score first */
+  int32_t capacity;
+  int32_t num_detections; /* filled */
+  uint64_t ticket;        /* filled: of the picture */
 } odtrt_result;
 
 /* What the network's input and outputs look like. */
@@ -105,7 +110,8 @@ ODTRT_API odtrt_status odtrt_detector_infer(odtrt_detector *detector, const odtr
 ODTRT_API odtrt_status odtrt_detector_infer_async(odtrt_detector *detector, const odtrt_image *image,
                                                   uint64_t *ticket, char *error, size_t error_size);
 
-/* The result of a ticket, which can be fetched more than once. timeout_us: how long to wait; 0: not at all; negative:
+/* The result of a ticket. It can be fetched more than once, and stays until num_slots - 1 further pictures have been
+ * submitted or slots lent, at least. timeout_us: how long to wait; 0: not at all; negative:
  * without limit. A picture whose network failed gives ODTRT_NETWORK_FAILED. */
 ODTRT_API odtrt_status odtrt_detector_result(odtrt_detector *detector, uint64_t ticket, int64_t timeout_us,
                                              odtrt_result *result, char *error, size_t error_size);

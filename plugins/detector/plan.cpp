@@ -239,8 +239,8 @@ std::string read_plan(const std::string &folder, const Passport &passport) {
                           content.compare(4, 4, std::string(4, '\0')) == 0;
   const Version built = version_order(passport.version);
   if (has_header && compare(built, {8, 6}) >= 0) {
-    const Version header = {static_cast<unsigned char>(content[24]), static_cast<unsigned char>(content[25]),
-                            static_cast<unsigned char>(content[26])};
+    Version header;
+    for (size_t at = 24; at < 28; ++at) header.push_back(static_cast<unsigned char>(content[at]));
     if (compare(header, built) != 0) {
       fail(ODTRT_NO_PLAN, path + ": its header and its passport name different versions of TensorRT; " + kBuildAgain);
     }
