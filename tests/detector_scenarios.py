@@ -400,6 +400,9 @@ def scenario_damaged_plans_never_reach_tensorrt(folder: Path) -> None:
     refusal(lambda: opened(case), made.fingerprint)
 
 
+ALPHABET = b'"{}[],:0123456789.eE-+ntf\\u\xc3\xb6 '
+
+
 def scenario_what_python_refuses_is_refused(folder: Path) -> None:
     """Random damage to spec.json, sealed: nothing that Python refuses may be accepted."""
     case = make_case(folder / "case", spec_of("padded"))
@@ -410,9 +413,7 @@ def scenario_what_python_refuses_is_refused(folder: Path) -> None:
         text = bytearray(original)
         for _ in range(rng.randint(1, 3)):
             at = rng.randrange(len(text))
-            text[at : at + rng.randint(0, 3)] = bytes(
-                rng.choices(b'"{}[],:0123456789.eE-+ntf\\u\xc3\xb6 ', k=rng.randint(0, 3))
-            )
+            text[at : at + rng.randint(0, 3)] = bytes(rng.choices(ALPHABET, k=rng.randint(0, 3)))
         write_spec(case.folder, bytes(text))
         (case.folder / "log.jsonl").unlink()
         seal(case.folder)
