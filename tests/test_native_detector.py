@@ -382,10 +382,10 @@ def test_structs_of_a_newer_header(case):
 
 
 def test_a_short_error_buffer_is_not_overrun(case):
-    options, error = Options(folder=b"/nothing/at/all"), ctypes.create_string_buffer(b"x" * 64)
+    options, error = Options(folder=b"/absent/folder"), ctypes.create_string_buffer(b"x" * 64)
     opened = ctypes.c_void_p()
     load_library().odtrt_detector_open(ctypes.byref(options), ctypes.byref(opened), error, 8)
-    assert error.raw[:9] == b"/nothin\0x"
+    assert error.raw[:9] == b"/absent\0x"
 
 
 def test_without_cuda_the_library_says_so(case):

@@ -170,7 +170,8 @@ Machine machine_with_gpu() {
 
 bool is_integrated() {
   int value = 0;
-  return cudaDeviceGetAttribute(&value, cudaDevAttrIntegrated, 0) == cudaSuccess && value != 0;
+  require(cudaDeviceGetAttribute(&value, cudaDevAttrIntegrated, 0), "cudaDeviceGetAttribute");
+  return value != 0;
 }
 
 // The network in TensorRT.
@@ -576,7 +577,7 @@ class CudaBackend final : public Backend {
     if (recorded != nullptr) cudaGraphDestroy(recorded);
     require(ended, "cudaStreamEndCapture");
     require(made, "cudaGraphInstantiateWithFlags");
-    cudaGraphUpload(executable, stream_.handle);  // only saves time at the first launch
+    if (cudaGraphUpload(executable, stream_.handle) != cudaSuccess) cudaGetLastError();  // it only saves time later
     return executable;
   }
 
