@@ -24,7 +24,7 @@ from odtrt_lib.preprocess import check_image
 ABI_VERSION = 1
 FILE_NAME = "libodtrt_detector.so"
 
-_OK, _TIMEOUT, _BUSY = 0, -5, -6
+_OK, _NO_CUDA, _TIMEOUT, _BUSY = 0, -3, -5, -6
 _OF_THE_CALLER = (-1, -6, -7, -8, -9)  # invalid argument, busy, unknown ticket, bad model, no plan
 _ERROR_BYTES = 1024
 _RGB8, _BGR8 = 0, 1
@@ -180,8 +180,8 @@ class NativeDetector:
         ``Detector.open(folder, "onnxruntime").backend.infer``. plugin, plan, num_slots: see
         ``odtrt_detector_options``. library: see :func:`load_library`.
 
-        Raises InputError if the folder or its plans cannot be used, MissingDependencyError without the
-        library, NativeError if TensorRT or CUDA fails.
+        Raises InputError if the folder or its plans cannot be used; MissingDependencyError without the
+        library, and without a GPU for a plan; NativeError if CUDA fails.
         """
         loaded, shape = load_library(library), Shape()
         network = _NETWORK() if infer is None else _NETWORK(functools.partial(_run, infer, shape))
@@ -286,10 +286,12 @@ def _path(path: Union[str, Path, None]) -> Optional[bytes]:
 
 
 def _check(status: int, error: Any) -> int:
-    if status != _OK:
-        text = printable(error.value.decode("utf-8", "replace"))
-        raise (InputError if status in _OF_THE_CALLER else native.NativeError)(text)
-    return status
+    if status == _OK:
+        return status
+    text = printable(error.value.decode("utf-8", "replace"))
+    if status == _NO_CUDA:
+        raise MissingDependencyError(text)
+    raise (InputError if status in _OF_THE_CALLER else native.NativeError)(text)
 
 
 def _image(image: np.ndarray) -> Image:

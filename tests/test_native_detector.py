@@ -391,7 +391,7 @@ def test_a_short_error_buffer_is_not_overrun(case):
 def test_without_cuda_the_library_says_so(case):
     if native.load().cuda_architectures:
         pytest.skip("this library was built with CUDA")
-    with pytest.raises(native.NativeError, match="built without CUDA, so it runs no plan"):
+    with pytest.raises(MissingDependencyError, match="built without CUDA, so it runs no plan"):
         NativeDetector.open(case.folder)
 
 
