@@ -185,6 +185,25 @@ def scenario_tickets_overlap(folder: Path) -> None:
         assert_same(detector.result(detector.submit(slot)), case.detect(images[0]))
 
 
+def scenario_a_graph_is_of_one_size_pitch_and_order_of_channels(folder: Path) -> None:
+    case = make_case(folder / "case", spec_of("stretched"))
+    add_plan(case)
+    image = pictures("stretched")[0]
+    with opened(case, num_slots=1) as detector:
+        for _ in range(3):
+            for width in (64, 60):
+                slot = detector.slot(48, 64)
+                slot[:] = image
+                assert_same(detector.detect(slot[:, :width]), case.detect(image[:, :width]))
+            slot = detector.slot(48, 60)
+            slot[:] = image[:, :60]
+            assert_same(detector.detect(slot), case.detect(image[:, :60]))
+            for one in (image, image[..., ::-1]):
+                assert_same(detector.detect(one), case.detect(one))
+            for height in range(20, 30):  # more sizes than graphs are kept
+                assert_same(detector.detect(image[:height]), case.detect(image[:height]))
+
+
 # ---- CUDA graphs that cannot be had -----------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
-// A plan of TensorRT with preprocessing before and post-processing behind it, on one stream. The first picture of a size
-// in a slot runs call by call. Then the calls are recorded as a CUDA graph, which is kept if its first launch gives the
-// same bits; later pictures of that size are one launch.
+// A plan of TensorRT with preprocessing before and post-processing behind it, on one stream. The first picture of a
+// size in a slot runs call by call. Then the calls are recorded as a CUDA graph, which is kept if its first launch gives
+// the same bits; later pictures of that size are one launch.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
@@ -192,7 +192,8 @@ class Engine {
   // The batch to run: the plan's own, or the smallest that it takes.
   int64_t batch(const std::string &input) {
     const odtrt_engine_tensor found = named(input);
-    const int64_t batch = found.dimensions[0] == -1 ? functions_.min_batch(engine_, input.c_str()) : found.dimensions[0];
+    const bool is_dynamic = found.dimensions[0] == -1;
+    const int64_t batch = is_dynamic ? functions_.min_batch(engine_, input.c_str()) : found.dimensions[0];
     if (batch < 1 || batch > 1 << 16) refuse("has no batch that can be used");
     return batch;
   }
@@ -527,8 +528,8 @@ class CudaBackend final : public Backend {
 
   // Records the picture that has just been enqueued, and keeps the graph if a launch gives the same bits.
   //
-  // A step that refuses to be recorded would be missing, and the graph would give an earlier picture's results for ever.
-  // So all that the steps write is overwritten before this launch.
+  // A step that refuses to be recorded would be missing, and the graph would give an earlier picture's results for
+  // ever. So all that the steps write is overwritten before this launch.
   void record(Slot &slot, const Picture &picture) {
     require(cudaStreamSynchronize(stream_.handle), "a picture's work");
     const std::string expected = layout_.content(slot.results.host<char>());

@@ -117,7 +117,8 @@ struct odtrt_detector {
     for (Slot &slot : slots) {
       if (slot.state == State::kFree) return &slot;
       if (slot.state == State::kBusy && backend->wait(index_of(slot), std::chrono::steady_clock::now())) finish(slot);
-      if (slot.state == State::kDone && !slot.is_awaited && (oldest == nullptr || slot.ticket < oldest->ticket)) oldest = &slot;
+      if (slot.state != State::kDone || slot.is_awaited) continue;
+      if (oldest == nullptr || slot.ticket < oldest->ticket) oldest = &slot;
     }
     return oldest;
   }
@@ -334,7 +335,8 @@ odtrt_status odtrt_detector_open(const odtrt_detector_options *options, odtrt_de
     made->backend =
         wanted.network != nullptr
             ? odtrt::make_cpu_backend(made->model, wanted.network, wanted.network_context, num_slots)
-            : odtrt::make_cuda_backend(made->model, text_or_empty(wanted.plugin), text_or_empty(wanted.plan), num_slots);
+            : odtrt::make_cuda_backend(made->model, text_or_empty(wanted.plugin), text_or_empty(wanted.plan),
+                                       num_slots);
     *detector = made.release();
     return ODTRT_OK;
   });
@@ -397,8 +399,9 @@ odtrt_status odtrt_detector_get_shape(const odtrt_detector *detector, odtrt_dete
     require_room(shape, "shape");
     const Model &model = detector->model;
     const odtrt_postprocess_params &heads = model.postprocess;
-    give(odtrt_detector_shape{0, model.input.batch, model.input.height, model.input.width, heads.num_anchors, heads.num_columns,
-                              static_cast<int32_t>(model.class_names.size()), heads.max_total_detections},
+    give(odtrt_detector_shape{0, model.input.batch, model.input.height, model.input.width, heads.num_anchors,
+                              heads.num_columns, static_cast<int32_t>(model.class_names.size()),
+                              heads.max_total_detections},
          shape);
     return ODTRT_OK;
   });

@@ -2,8 +2,8 @@
  * version of TensorRT, because the tables of virtual functions differ between them. libodtrt_engine8.so, 10 and 11 each
  * export odtrt_engine_functions.
  *
- * All texts are NUL-terminated. A function that can fail returns 0 or a null pointer then, and writes TensorRT's reasons
- * into `error`. Not for several threads at a time. */
+ * All texts are NUL-terminated. A function that can fail returns 0 or a null pointer then, and writes TensorRT's
+ * reasons into `error`. Not for several threads at a time. */
 #ifndef ODTRT_ENGINE_H
 #define ODTRT_ENGINE_H
 

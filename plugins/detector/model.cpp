@@ -147,8 +147,8 @@ std::string read_sealed(const std::string &folder, const std::string &name, size
   const std::string content = read_file(path, largest, kExportAgain);
   const auto known = recorded.find(name);
   if (known == recorded.end()) {
-    fail(ODTRT_BAD_MODEL, path + ": not sealed, log.jsonl has no record of it; run `odtrt export` again, or, if it is " +
-                              "your own file, call odtrt_lib.folder.seal on the folder");
+    fail(ODTRT_BAD_MODEL, path + ": not sealed, log.jsonl has no record of it; run `odtrt export` again, or, if it is" +
+                              " your own file, call odtrt_lib.folder.seal on the folder");
   }
   const std::string digest = sha256(content);
   if (digest != known->second.sha256) {

@@ -10,9 +10,9 @@
  * those of odtrt_lib.detector.Detector in Python.
  *
  * Every function that can fail returns an odtrt_status, and on failure writes one line about it into `error`:
- * what was found, where, what was expected, what to do. It writes at most error_size bytes, the final 0 included; a null
- * `error` is allowed. No exception leaves a function. Each struct begins with its size, sizeof of the caller's struct, so
- * that later versions can add fields at its end.
+ * what was found, where, what was expected, what to do. It writes at most error_size bytes, the final 0 included; a
+ * null `error` is allowed. No exception leaves a function. Each struct but odtrt_detection begins with its size, sizeof
+ * of the caller's struct, so that later versions can add fields at its end.
  *
  * A detector may be used from several threads. odtrt_detector_close must be its last call. It must not be used in the
  * child of a fork.
@@ -75,8 +75,8 @@ typedef struct {
   int32_t class_id; /* as in the label map */
 } odtrt_detection;
 
-/* The caller sets `detections` and `capacity`; at least max_detections of odtrt_detector_shape, so that none is ever left
- * out. The memory is the caller's, so results of several threads cannot meet. */
+/* The caller sets `detections` and `capacity`, at least max_detections of odtrt_detector_shape, so that none is ever
+ * left out. The memory is the caller's, so results of several threads cannot meet. */
 typedef struct {
   size_t struct_size;
   odtrt_detection *detections; /* filled, best score first */
