@@ -25,7 +25,8 @@ NUM_ANCHORS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model folder, and heads for it: the network adds the first number of its input to them."""
+    """A model folder, and heads for it. The network adds the first number of its input to box_encodings, and
+    the one in the middle to class_logits."""
 
     folder: Path
     spec: DetectorSpec
@@ -34,8 +35,8 @@ class Case:
     class_logits: np.ndarray
 
     def infer(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        first = batch[:, :1, 0, 0][:, :, None]
-        return self.box_encodings + first, self.class_logits + first
+        flat = batch.reshape(len(batch), 1, -1)
+        return self.box_encodings + flat[..., :1], self.class_logits + flat[..., [flat.shape[2] // 2]]
 
     def detect(self, image: np.ndarray) -> Detections:
         """The detections of the oracle."""

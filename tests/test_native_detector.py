@@ -593,7 +593,7 @@ int32_t network(void *context, const float *input, float *boxes, float *logits, 
   size_t read = fread(boxes, 4, BOXES, file) + fread(logits, 4, LOGITS, file);
   fclose(file);
   for (int i = 0; i < BOXES; ++i) boxes[i] += input[0];
-  for (int i = 0; i < LOGITS; ++i) logits[i] += input[0];
+  for (int i = 0; i < LOGITS; ++i) logits[i] += input[MIDDLE];
   return read == BOXES + LOGITS ? 0 : 1;
 }
 """
@@ -635,7 +635,11 @@ def test_the_c_example_finds_what_python_finds(case, library, compiler, tmp_path
         check=True,
     )  # fmt: skip
     (tmp_path / "network.c").write_text(NETWORK)
-    sizes = (f"-DBOXES={case.box_encodings.size}", f"-DLOGITS={case.class_logits.size}")
+    sizes = (
+        f"-DBOXES={case.box_encodings.size}",
+        f"-DLOGITS={case.class_logits.size}",
+        f"-DMIDDLE={3 * 24 * 32 // 2}",
+    )
     command = ["gcc", "-shared", "-fPIC", *sizes, tmp_path / "network.c", "-o", tmp_path / "network.so"]
     subprocess.run(command, check=True)
     (tmp_path / "heads").write_bytes(case.box_encodings.tobytes() + case.class_logits.tobytes())

@@ -1,6 +1,6 @@
 // A plan of TensorRT with preprocessing before and post-processing behind it, on one stream. The first picture of a
-// size in a slot runs call by call. Then the calls are recorded as a CUDA graph, which is kept if its first launch gives
-// the same bits; later pictures of that size are one launch.
+// size in a slot runs call by call. Then the calls are recorded as a CUDA graph, which is kept if its first launch
+// gives the same bits; later pictures of that size are one launch.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 

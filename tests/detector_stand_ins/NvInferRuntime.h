@@ -1,6 +1,6 @@
 // The part of TensorRT that plugins/detector/engine_tensorrt.cpp uses, with the names and types that NVIDIA's
-// headers give it in the version STAND_IN_TENSORRT, major * 100 + minor; nvinfer.cpp implements it. It is no copy: its tables of
-// virtual functions are others. What the real headers make of the source, test_native_detector.py finds where they are.
+// headers give it in the version STAND_IN_TENSORRT, major * 100 + minor; nvinfer.cpp implements it. It is no copy: its
+// tables of virtual functions are others. test_native_detector.py also compiles with the real headers, where they are.
 #pragma once
 
 #include <cstddef>

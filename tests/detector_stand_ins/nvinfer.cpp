@@ -1,5 +1,5 @@
-// A TensorRT whose plans hold raw heads. Its network adds the first number of the input to them: the plan of
-// test_native_detector.py is a Header, the anchors, box_encodings and class_logits of one picture.
+// A TensorRT whose plans hold raw heads. Its network adds the first number of the input to box_encodings, and the one
+// in the middle to class_logits. A plan is a Header, the anchors, box_encodings and class_logits of one picture.
 #include <dlfcn.h>
 
 #include <cstring>
@@ -120,7 +120,7 @@ class Context final : public IExecutionContext {
     std::vector<float> encodings, logits;
     for (size_t i = 0; i < batch_; ++i) {
       for (const float value : plan_.encodings) encodings.push_back(value + image[i * image_size]);
-      for (const float value : plan_.logits) logits.push_back(value + image[i * image_size]);
+      for (const float value : plan_.logits) logits.push_back(value + image[i * image_size + image_size / 2]);
     }
     if (!header.is_fused) {
       std::memcpy(reach<float>("box_encodings"), encodings.data(), 4 * encodings.size());
