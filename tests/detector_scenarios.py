@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import struct
 import sys
 import tempfile
@@ -252,6 +253,17 @@ def scenario_failures_name_their_reason(folder: Path) -> None:
         with set_to(gpu_fails="1"):
             refusal(lambda: detector.detect(image), "CUDA error 719")
         assert_same(detector.detect(image), case.detect(image))
+
+
+def scenario_the_engine_of_this_tensorrt_is_missing(folder: Path) -> None:
+    case = make_case(folder / "case", spec_of("stretched"))
+    add_plan(case)
+    opened(case).close()
+    alone = Path(shutil.copy(LIBRARY, folder))
+    refusal(
+        lambda: NativeDetector.open(case.folder, library=alone),
+        f"libnvinfer.so.10 is loaded in this process, and there is no libodtrt_engine10.so in {folder}: run",
+    )
 
 
 def scenario_a_hanging_gpu_times_out(folder: Path) -> None:
