@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -50,18 +50,20 @@ class Calibration:
 
 def quantise(
     folder: Union[str, Path],
-    images: Sequence[Picture],
+    images: Sequence[Picture] = (),
     *,
     rule: str = "mse",
     in_float: Sequence[str] = (),
+    ranges: Optional[Path] = None,
     force: bool = False,
 ) -> folders.StageResult:
     """Writes ``heads_int8.onnx``: every convolution in INT8 but those named in ``in_float``.
 
     images: pictures as the detector will see them, as files or as uint8 ``[height, width, 3]``, RGB; 64 of
-    them suffice, fewer than FEWEST_IMAGES are refused. rule: a key of :data:`calibrate.RULES`. force: write
-    even if the file is up to date. The same inputs give the same bytes on one machine. The result's note
-    warns of pictures that are far from those of the training.
+    them suffice, fewer than FEWEST_IMAGES are refused. rule: a key of :data:`calibrate.RULES`. ranges: a file
+    that has the ranges already, for which no images are needed (:func:`read_ranges`). force: write even if
+    the file is up to date. The same inputs give the same bytes on one machine. The result's note warns of
+    pictures that are far from those of the training.
 
     Raises InputError if a file of the model is missing or damaged, if it is quantised already, for too few or
     unreadable pictures, one that has one colour only, and a tensor that is not finite or always 0 on them;
@@ -73,16 +75,20 @@ def quantise(
     spec = load_spec(folder / "spec.json", files["spec.json"])
     model = onnx_model.load(folder / "heads.onnx", files["heads.onnx"], "quantise")
     where = qdq.placement(model, in_float)
-    pictures = [_pixels(one, number) for number, one in enumerate(images, 1)]
-    if len(pictures) < FEWEST_IMAGES:
+    pictures = [pixels(one, number) for number, one in enumerate(images, 1)]
+    if ranges is None and len(pictures) < FEWEST_IMAGES:
         raise InputError(f"{len(pictures)} calibration pictures; at least {FEWEST_IMAGES} are needed")
-    settings = {"rule": rule, "in_float": sorted(in_float), "images": _digest(pictures)}
+    given = None if ranges is None else read_ranges(ranges, where)
+    settings = {"rule": rule, "in_float": sorted(in_float), "images": _digest(pictures), "ranges": given}
     stage = folders.Stage(folder, MODEL.model.stage, folders.made_from(MODEL.file, files), settings)
     record = stage.finished(force)
     if record is not None:
         return folders.StageResult(record, is_up_to_date=True)
 
-    found = calibrated(model, spec, where, pictures, rule, _training_statistics(folder))
+    if given is None:
+        found = calibrated(model, spec, where, pictures, rule, _training_statistics(folder))
+    else:
+        found = Calibration("given", given, 0, None)
     result = qdq.quantised(model, where, found.ranges)
     onnx_model.require_valid(folder / MODEL.file, result)
     with folders.staging(folder) as staged:
@@ -93,14 +99,7 @@ def quantise(
             staged,
             outputs=[MODEL.file],
             versions={each: importlib.metadata.version(each) for each in ("onnx", "onnxruntime")},
-            checks={
-                "onnx_checker": "full check passed",
-                "int8_convolutions": len(where.convs),
-                "float_convolutions": len(in_float),
-                "calibrated_tensors": len(found.ranges),
-                "images": found.images,
-                "drift_from_training": found.drift,
-            },
+            checks=_checks(where, in_float, found),
         )
     return folders.StageResult(record, is_up_to_date=False, note=_note(found))
 
@@ -131,6 +130,17 @@ def network_inputs(pictures: Sequence[np.ndarray], spec: InputSpec) -> Iterator[
         yield preprocess(picture, spec)[0][None]
 
 
+def _checks(where: qdq.Placement, in_float: Sequence[str], found: Calibration) -> Dict[str, Any]:
+    return {
+        "onnx_checker": "full check passed",
+        "int8_convolutions": len(where.convs),
+        "float_convolutions": len(in_float),
+        "calibrated_tensors": len(found.ranges),
+        "images": found.images,
+        "drift_from_training": found.drift,
+    }
+
+
 def _note(found: Calibration) -> str:
     if found.drift is None or found.drift <= drift.LIMIT:
         return ""
@@ -141,7 +151,38 @@ def _note(found: Calibration) -> str:
     )
 
 
-# ---- TensorRT's calibration table --------------------------------------------------------------------------
+# ---- Ranges in files ---------------------------------------------------------------------------------------
+
+
+def read_ranges(path: Path, where: qdq.Placement) -> Dict[str, float]:
+    """The ranges of ``where``'s tensors: of ``int8/calibration.json``, or a calibration table of TensorRT.
+
+    Raises InputError if the file is missing or is neither, and if it is another model's.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); expected ranges") from error
+    if text.startswith("TRT-"):
+        return read_table(text, where)
+    try:
+        found = json.loads(text)["ranges"]
+        ranges = {tensor: float(found[tensor]) for tensor in where.tensors if tensor in found}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{path}: neither {CALIBRATION} of a model folder nor TensorRT's calibration table"
+        ) from error
+    return _complete(str(path), ranges, where)
+
+
+def _complete(name: str, ranges: Mapping[str, float], where: qdq.Placement) -> Dict[str, float]:
+    missing = [tensor for tensor in where.tensors if tensor not in ranges]
+    if missing:
+        raise InputError(
+            f"{name}: {len(missing)} of {len(where.tensors)} tensors are not in it, among them "
+            f"{missing[0]!r}; it is another model's"
+        )
+    return {tensor: ranges[tensor] for tensor in where.tensors}
 
 
 def write_table(ranges: Mapping[str, float], version: Tuple[int, int, int]) -> str:
@@ -175,13 +216,7 @@ def read_table(text: str, where: qdq.Placement) -> Dict[str, float]:
                 f"calibration table, line {number}: expected `NAME: 8 hexadecimal digits`"
             ) from error
         found[name] = scale * qdq.LEVELS
-    missing = [tensor for tensor in where.tensors if tensor not in found]
-    if missing:
-        raise InputError(
-            f"calibration table: {len(missing)} of {len(where.tensors)} tensors are not in it, among them "
-            f"{missing[0]!r}; it is another model's"
-        )
-    return {tensor: found[tensor] for tensor in where.tensors}
+    return _complete("calibration table", found, where)
 
 
 # ---- Input -------------------------------------------------------------------------------------------------
@@ -197,12 +232,16 @@ def _training_statistics(folder: Path) -> Dict[str, drift.Channels]:
     return drift.training_statistics(load_frozen(folder / FROZEN, content))
 
 
-def _pixels(picture: Picture, number: int) -> np.ndarray:
-    pixels = picture if isinstance(picture, np.ndarray) else load_image(picture)
-    if int(pixels.max()) == int(pixels.min()):
+def pixels(picture: Picture, number: int) -> np.ndarray:
+    """The picture as uint8 ``[height, width, 3]``. number: its place, for the error's text.
+
+    Raises InputError if the file cannot be read, and if the picture has one colour only.
+    """
+    found = picture if isinstance(picture, np.ndarray) else load_image(picture)
+    if int(found.max()) == int(found.min()):
         name = f"calibration picture {number}" if isinstance(picture, np.ndarray) else str(picture)
         raise InputError(f"{name}: one colour only, which shows nothing of what the detector will see")
-    return pixels
+    return found
 
 
 def _digest(pictures: Sequence[np.ndarray]) -> str:
@@ -212,8 +251,8 @@ def _digest(pictures: Sequence[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def pictures_in(folder: Path, count: int) -> List[Path]:
-    """``count`` pictures of a folder, evenly spaced in the order of their names.
+def pictures_in(folder: Path, count: Optional[int] = None) -> List[Path]:
+    """The pictures of a folder in the order of their names; with ``count``, so many of them, evenly spaced.
 
     Raises InputError if the folder is missing or has none.
     """
@@ -221,5 +260,7 @@ def pictures_in(folder: Path, count: int) -> List[Path]:
     every = sorted(one for one in folder.iterdir() if one.suffix.lower() in PICTURE_SUFFIXES)
     if not every:
         raise InputError(f"{folder}: no pictures in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    if count is None:
+        return every
     chosen = np.unique(np.linspace(0, len(every) - 1, min(count, len(every))).astype(int))
     return [every[i] for i in chosen]
