@@ -43,7 +43,7 @@ plugin:
 	[ "$$architectures" != here ] || architectures=$$($(or $(PYTHON),python3) scripts/gpu_architectures.py) || exit 1; \
 	case "$$architectures" in \
 	  "") echo "no NVIDIA GPU here: without CUDA (make plugin ARCH=all compiles for every GPU)"; \
-	    rm -f plugins/build/libodtrt_tensorrt.so; set -- -DODTRT_CUDA=OFF ;; \
+	    rm -f plugins/build/libodtrt_tensorrt.so plugins/build/libodtrt_engine*.so; set -- -DODTRT_CUDA=OFF ;; \
 	  all) echo "compiling CUDA for every architecture: about half a minute each"; set -- -DODTRT_CUDA=ON -UCMAKE_CUDA_ARCHITECTURES ;; \
 	  *) set -- -DODTRT_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$$(echo $$architectures | tr ' ' ';')" ;; \
 	esac; \

@@ -13,7 +13,7 @@ PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 def build_library(folder: Path, *cmake_options: str, sources: Path = PLUGINS) -> Path:
     """libodtrt.so, without CUDA, built in ``folder``."""
     _run("cmake", "-S", sources, "-B", folder, "--log-level=ERROR", "-DODTRT_CUDA=OFF", *cmake_options)
-    _run("cmake", "--build", folder, "--parallel", "2")
+    _run("cmake", "--build", folder, "--target", "odtrt", "--parallel", "2")
     return folder / "libodtrt.so"
 
 

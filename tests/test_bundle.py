@@ -178,7 +178,7 @@ def test_what_travels_and_what_stays(folder, unpacked):
         if path.startswith(("odtrt_lib/", "plugins/")) or path == "LICENSE":
             assert content == (ROOT / path).read_bytes()
     sources = {path for path in found if path.startswith("plugins/")}
-    for kind in ("kernels/*", "tensorrt/*.*", "deepstream/*.*"):
+    for kind in ("kernels/*", "tensorrt/*.*", "detector/*", "deepstream/*.*"):
         assert sources >= {
             p.relative_to(ROOT).as_posix() for p in (ROOT / "plugins").glob(kind) if p.is_file()
         }

@@ -45,6 +45,7 @@ LAYERS = [
     "fuse",
     "portability",
     "detector",
+    "native_detector",
     "plots",
     "latency",
     "live",

@@ -29,7 +29,7 @@ from odtrt_lib.machine import Machine
 PREBUILT = "prebuilt"
 DESCRIPTION = "target.json"
 LIBRARIES = ("libodtrt.so", "libodtrt_tensorrt.so")
-COMPILED_SOURCES = ("CMakeLists.txt", "kernels/*", "tensorrt/*.cpp", "tensorrt/*.map")
+COMPILED_SOURCES = ("CMakeLists.txt", "kernels/*", "tensorrt/*.cpp", "tensorrt/*.map", "detector/*")
 
 # The plugin's interface since this version serves all newer ones; that before serves one minor version.
 _FIRST_WITH_LASTING_INTERFACE = 10
