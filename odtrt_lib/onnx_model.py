@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from odtrt_lib.errors import CheckError, InputError, MissingDependencyError, one_line
 
@@ -43,11 +43,14 @@ def require_valid(path: Path, model: Union[onnx.ModelProto, Path]) -> None:
         raise CheckError(f"{path}: not a valid ONNX model: {one_line(error)}; nothing was written") from error
 
 
-def session(model: Union[bytes, str], optimisation: str = "ORT_ENABLE_EXTENDED") -> Any:
+def session(
+    model: Union[bytes, str], optimisation: str = "ORT_ENABLE_EXTENDED", threads: Optional[int] = None
+) -> Any:
     """An ``onnxruntime.InferenceSession`` on the CPU, for the bytes or the file name of a model.
 
     optimisation: a name of ``GraphOptimizationLevel``. At ``ORT_ENABLE_ALL``, ONNX Runtime's blocked
-    convolutions round 15 to 20 times as coarsely as TensorFlow (EfficientDet-D0).
+    convolutions round 15 to 20 times as coarsely as TensorFlow (EfficientDet-D0). threads: None: one for each
+    core. The last bits of the outputs depend on their number, because they divide the sums.
 
     Raises MissingDependencyError without ONNX Runtime, and what it raises itself for a model that it cannot
     read: its exceptions have no common base but Exception.
@@ -62,4 +65,5 @@ def session(model: Union[bytes, str], optimisation: str = "ORT_ENABLE_EXTENDED")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, optimisation)
+    options.intra_op_num_threads = threads or 0
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -19,7 +19,7 @@ import numpy as np
 from odtrt_lib import folder as folders
 from odtrt_lib import onnx_model
 from odtrt_lib.errors import InputError, one_line
-from odtrt_lib.int8 import calibrate, drift, qdq
+from odtrt_lib.int8 import calibrate, drift, qdq, sensitivity
 from odtrt_lib.preprocess import load_image, preprocess
 from odtrt_lib.sources import PICTURE_SUFFIXES
 from odtrt_lib.spec import DetectorSpec, InputSpec, load_spec
@@ -54,14 +54,17 @@ def quantise(
     *,
     rule: str = "mse",
     in_float: Sequence[str] = (),
+    min_box_sqnr_db: Optional[float] = None,
     force: bool = False,
 ) -> folders.StageResult:
     """Writes ``heads_int8.onnx``: every convolution in INT8 but those named in ``in_float``.
 
     images: pictures as the detector will see them, as files or as uint8 ``[height, width, 3]``, RGB; 64 of
-    them suffice, fewer than FEWEST_IMAGES are refused. rule: a key of :data:`calibrate.RULES`. force: write
-    even if the file is up to date. The same inputs give the same bytes on one machine. The result's note
-    warns of pictures that are far from those of the training.
+    them suffice, fewer than FEWEST_IMAGES are refused. rule: a key of :data:`calibrate.RULES`.
+    min_box_sqnr_db: more convolutions stay in floating point, those first that disturb the boxes most
+    according to ``int8/sensitivity.json``, until the boxes' predicted signal over noise is that many
+    decibels; the record also has what was measured on the pictures. force: write even if the file is up to date. The same inputs give the same bytes on one
+    machine. The result's note warns of pictures that are far from those of the training.
 
     Raises InputError if a file of the model is missing or damaged, if it is quantised already, for too few or
     unreadable pictures, one that has one colour only, and a tensor that is not finite or always 0 on them;
@@ -72,11 +75,14 @@ def quantise(
     files = folders.sealed(folder, "heads.onnx", "spec.json")
     spec = load_spec(folder / "spec.json", files["spec.json"])
     model = onnx_model.load(folder / "heads.onnx", files["heads.onnx"], "quantise")
+    checks: Dict[str, float] = {}
+    if min_box_sqnr_db is not None:
+        report = sensitivity.read_report(folder, hashlib.sha256(files["heads.onnx"]).hexdigest())
+        in_float = report.quiet_enough(min_box_sqnr_db, in_float)
+        checks["predicted_box_sqnr_db"] = sensitivity.sqnr_db(report.predicted(in_float).box)
     where = qdq.placement(model, in_float)
-    pictures = [_pixels(one, number) for number, one in enumerate(images, 1)]
-    if len(pictures) < FEWEST_IMAGES:
-        raise InputError(f"{len(pictures)} calibration pictures; at least {FEWEST_IMAGES} are needed")
-    settings = {"rule": rule, "in_float": sorted(in_float), "images": _digest(pictures)}
+    pictures = calibration_pictures(images)
+    settings = {"rule": rule, "in_float": sorted(in_float), "images": digest(pictures)}
     stage = folders.Stage(folder, MODEL.model.stage, folders.made_from(MODEL.file, files), settings)
     record = stage.finished(force)
     if record is not None:
@@ -85,6 +91,8 @@ def quantise(
     found = calibrated(model, spec, where, pictures, rule, _training_statistics(folder))
     result = qdq.quantised(model, where, found.ranges)
     onnx_model.require_valid(folder / MODEL.file, result)
+    if checks:
+        checks["box_sqnr_db"] = _box_sqnr_db(model, result, list(network_inputs(pictures, spec.input)))
     with folders.staging(folder) as staged:
         (staged / MODEL.file).write_bytes(result.SerializeToString(deterministic=True))
         (staged / CALIBRATION).parent.mkdir()
@@ -100,6 +108,7 @@ def quantise(
                 "calibrated_tensors": len(found.ranges),
                 "images": found.images,
                 "drift_from_training": found.drift,
+                **{name: round(figure, 2) for name, figure in checks.items()},
             },
         )
     return folders.StageResult(record, is_up_to_date=False, note=_note(found))
@@ -123,6 +132,11 @@ def calibrated(
     ranges = {tensor: calibrate.amax(histogram, rule) for tensor, histogram in found.items()}
     distance = drift.measured(model, statistics, network_inputs(pictures, spec.input))
     return Calibration(rule, ranges, len(pictures), distance)
+
+
+def _box_sqnr_db(model: onnx.ModelProto, result: onnx.ModelProto, inputs: Sequence[np.ndarray]) -> float:
+    wanted = sensitivity.heads_of(model, inputs)
+    return sensitivity.sqnr_db(sensitivity.noise(wanted, sensitivity.heads_of(result, inputs))[0])
 
 
 def network_inputs(pictures: Sequence[np.ndarray], spec: InputSpec) -> Iterator[np.ndarray]:
@@ -197,6 +211,14 @@ def _training_statistics(folder: Path) -> Dict[str, drift.Channels]:
     return drift.training_statistics(load_frozen(folder / FROZEN, content))
 
 
+def calibration_pictures(images: Sequence[Picture]) -> List[np.ndarray]:
+    """Each uint8 ``[height, width, 3]``, RGB. Raises InputError for too few, and as :func:`quantise` says."""
+    pictures = [_pixels(one, number) for number, one in enumerate(images, 1)]
+    if len(pictures) < FEWEST_IMAGES:
+        raise InputError(f"{len(pictures)} calibration pictures; at least {FEWEST_IMAGES} are needed")
+    return pictures
+
+
 def _pixels(picture: Picture, number: int) -> np.ndarray:
     pixels = picture if isinstance(picture, np.ndarray) else load_image(picture)
     if int(pixels.max()) == int(pixels.min()):
@@ -205,11 +227,12 @@ def _pixels(picture: Picture, number: int) -> np.ndarray:
     return pixels
 
 
-def _digest(pictures: Sequence[np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def digest(pictures: Sequence[np.ndarray]) -> str:
+    """The SHA-256 of their pixels."""
+    found = hashlib.sha256()
     for picture in pictures:
-        digest.update(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes())
-    return digest.hexdigest()
+        found.update(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes())
+    return found.hexdigest()
 
 
 def pictures_in(folder: Path, count: int) -> List[Path]:
