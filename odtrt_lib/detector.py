@@ -197,9 +197,8 @@ class Detector:
         ``auto`` a plan that no longer fits (another library, GPU, ONNX file or spec.json) starts one process
         that rebuilds it in the background; :attr:`status` says so, and the other backends never do. plugin:
         ``libodtrt_tensorrt.so``; with it a fused plan is preferred to a split one, without it not looked at.
-        precision: only plans of this one (ONNX Runtime has int8 and fp32); None: of any. switches: how a plan
-        gets its pictures and gives its detections back, see :class:`odtrt_lib.engine.pipeline.Switches`.
-        threads: ONNX Runtime's, see :func:`odtrt_lib.onnx_model.session`.
+        precision: only plans of this one (ONNX Runtime has int8 and fp32); None: of any. switches: of a plan,
+        see :class:`odtrt_lib.engine.pipeline.Switches`. threads: see :func:`odtrt_lib.onnx_model.session`.
 
         Close it, or use it in a ``with`` block, to give the GPU's memory back::
 

@@ -253,6 +253,11 @@ def detect_shard(recipe: Recipe, pictures: Sequence[Picture]) -> List[PictureRes
         return list(detect_pictures(detector, pictures))
 
 
+def detect_item(item: Tuple[Recipe, Sequence[Picture]]) -> List[PictureResult]:
+    """:func:`detect_shard` of a pair, for :func:`odtrt_lib.distribute.mapped`."""
+    return detect_shard(*item)
+
+
 def detect_pictures(
     detector: Detector, pictures: Iterable[Picture], advance: Callable[[], None] = lambda: None
 ) -> Iterator[PictureResult]:

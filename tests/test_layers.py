@@ -20,6 +20,7 @@ LAYERS = [
     "machine",
     "boards",
     "requirements",
+    "distribute",
     "spec",
     "folder",
     "anchors",

@@ -5,6 +5,7 @@
 follows from that, and ``blocks`` in which part of the network a convolution is.
 """
 
+from odtrt_lib.int8.sensitivity import read_report as read_report
 from odtrt_lib.int8.stage import Calibration as Calibration
 from odtrt_lib.int8.stage import pictures_in as pictures_in
 from odtrt_lib.int8.stage import quantise as quantise

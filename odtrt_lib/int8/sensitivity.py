@@ -100,8 +100,8 @@ class Report:
                 kept.append(one.conv)
         if all(one.conv in kept for one in self.ranking if one.alone.box > 0):
             raise InputError(
-                f"{box_sqnr_db:g} dB of signal over noise leaves no convolution in front of the boxes in INT8; "
-                f"with all of them in INT8 there are {sqnr_db(self.every.box):.1f} dB: ask for less"
+                f"{box_sqnr_db:g} dB of signal over noise leaves no convolution in front of the boxes in "
+                f"INT8; all of them in INT8 have {sqnr_db(self.every.box):.1f} dB: ask for less"
             )
         return kept
 

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -63,8 +63,9 @@ def quantise(
     them suffice, fewer than FEWEST_IMAGES are refused. rule: a key of :data:`calibrate.RULES`.
     min_box_sqnr_db: more convolutions stay in floating point, those first that disturb the boxes most
     according to ``int8/sensitivity.json``, until the boxes' predicted signal over noise is that many
-    decibels; the record also has what was measured on the pictures. force: write even if the file is up to date. The same inputs give the same bytes on one
-    machine. The result's note warns of pictures that are far from those of the training.
+    decibels; the record also has what was measured on the pictures. force: write even if the file is up to
+    date. The same inputs give the same bytes on one machine. The result's note warns of pictures that are far
+    from those of the training.
 
     Raises InputError if a file of the model is missing or damaged, if it is quantised already, for too few or
     unreadable pictures, one that has one colour only, and a tensor that is not finite or always 0 on them;
@@ -75,14 +76,14 @@ def quantise(
     files = folders.sealed(folder, "heads.onnx", "spec.json")
     spec = load_spec(folder / "spec.json", files["spec.json"])
     model = onnx_model.load(folder / "heads.onnx", files["heads.onnx"], "quantise")
-    checks: Dict[str, float] = {}
+    target: Dict[str, float] = {}
     if min_box_sqnr_db is not None:
         report = sensitivity.read_report(folder, hashlib.sha256(files["heads.onnx"]).hexdigest())
         in_float = report.quiet_enough(min_box_sqnr_db, in_float)
-        checks["predicted_box_sqnr_db"] = sensitivity.sqnr_db(report.predicted(in_float).box)
+        target = {"predicted_box_sqnr_db": sensitivity.sqnr_db(report.predicted(in_float).box)}
     where = qdq.placement(model, in_float)
     pictures = calibration_pictures(images)
-    settings = {"rule": rule, "in_float": sorted(in_float), "images": digest(pictures)}
+    settings = {"rule": rule, "in_float": sorted(in_float), "images": digest(pictures), **target}
     stage = folders.Stage(folder, MODEL.model.stage, folders.made_from(MODEL.file, files), settings)
     record = stage.finished(force)
     if record is not None:
@@ -91,8 +92,8 @@ def quantise(
     found = calibrated(model, spec, where, pictures, rule, _training_statistics(folder))
     result = qdq.quantised(model, where, found.ranges)
     onnx_model.require_valid(folder / MODEL.file, result)
-    if checks:
-        checks["box_sqnr_db"] = _box_sqnr_db(model, result, list(network_inputs(pictures, spec.input)))
+    if target:
+        target["box_sqnr_db"] = _box_sqnr_db(model, result, list(network_inputs(pictures, spec.input)))
     with folders.staging(folder) as staged:
         (staged / MODEL.file).write_bytes(result.SerializeToString(deterministic=True))
         (staged / CALIBRATION).parent.mkdir()
@@ -101,15 +102,7 @@ def quantise(
             staged,
             outputs=[MODEL.file],
             versions={each: importlib.metadata.version(each) for each in ("onnx", "onnxruntime")},
-            checks={
-                "onnx_checker": "full check passed",
-                "int8_convolutions": len(where.convs),
-                "float_convolutions": len(in_float),
-                "calibrated_tensors": len(found.ranges),
-                "images": found.images,
-                "drift_from_training": found.drift,
-                **{name: round(figure, 2) for name, figure in checks.items()},
-            },
+            checks={**_checks(found, where, in_float), **target},
         )
     return folders.StageResult(record, is_up_to_date=False, note=_note(found))
 
@@ -132,6 +125,17 @@ def calibrated(
     ranges = {tensor: calibrate.amax(histogram, rule) for tensor, histogram in found.items()}
     distance = drift.measured(model, statistics, network_inputs(pictures, spec.input))
     return Calibration(rule, ranges, len(pictures), distance)
+
+
+def _checks(found: Calibration, where: qdq.Placement, in_float: Sequence[str]) -> Dict[str, Any]:
+    return {
+        "onnx_checker": "full check passed",
+        "int8_convolutions": len(where.convs),
+        "float_convolutions": len(in_float),
+        "calibrated_tensors": len(found.ranges),
+        "images": found.images,
+        "drift_from_training": found.drift,
+    }
 
 
 def _box_sqnr_db(model: onnx.ModelProto, result: onnx.ModelProto, inputs: Sequence[np.ndarray]) -> float:
