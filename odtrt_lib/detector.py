@@ -217,9 +217,8 @@ class Detector:
             return cls(*_open_onnxruntime(folder, precision, threads))
         here = _here(backend, plugin)
         if here is None:
-            has_plans = any((folder / PLANS).glob("*.json"))
             detector = cls(*_open_onnxruntime(folder, precision, threads))
-            detector._serving.reasons = (_NO_GPU,) if has_plans else ()
+            detector._serving.reasons = (_NO_GPU,) if any((folder / PLANS).glob("*.json")) else ()
             return detector
         wanted = _Wanted(folder, here, plugin, precision, switches)
         spec, anchors = _read_contract(folder)

@@ -1,7 +1,9 @@
 """Maps a function over items: in this process, or as tasks of a Ray cluster.
 
 Ray (https://docs.ray.io) does the scheduling, the transport and the retries. It is imported only if a cluster
-is asked for. It sends no usage statistics, unless ``RAY_USAGE_STATS_ENABLED=1`` is in the environment.
+is asked for. It sends no usage statistics, unless ``RAY_USAGE_STATS_ENABLED=1`` is in the environment. Who
+reaches a port of a Ray cluster can run code there; the cluster of :data:`LOCAL` asks for a token, which Ray
+does since 2.52.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import socket
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional, Sequence, TypeVar
@@ -53,12 +56,25 @@ def mapped(
             results.append(work(item))
             advance()
         return results
-    ray = _imported_ray()
+    ray = require_cluster(ray_address)
     with _connected(ray, ray_address):
         task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_work_there)
         here = str(Path.cwd())
         pending = [task.remote(here, work, item) for item in items]
         return [_awaited(ray, one, advance) for one in pending]
+
+
+def require_cluster(address: str) -> Any:
+    """Finds out in a moment what would be the end of :func:`mapped`. Returns the module ``ray``.
+
+    Raises what ``mapped`` raises if there is no Ray, or nobody at the address.
+    """
+    if not re.fullmatch(rf"|{_RUNNING}|\[?[\w.:-]+\]?:\d{{1,5}}", address):
+        raise InputError(f"Ray cluster {address!r}: expected `auto`, or HOST:PORT as `ray start` printed it")
+    ray = _imported_ray(address)
+    if address not in (LOCAL, _RUNNING):
+        _require_answer(address)
+    return ray
 
 
 def _work_there(folder: str, work: Callable[[Item], Result], item: Item) -> Result:
@@ -72,6 +88,10 @@ def _awaited(ray: Any, pending: Any, advance: Callable[[], None]) -> Any:
     try:
         result = ray.get(pending)
     except ray.exceptions.RayTaskError as error:
+        if "failed to import on the worker" in str(error.cause):
+            raise ClusterError(
+                "Ray's workers cannot import odtrt_lib: install this odtrt on every machine of the cluster"
+            ) from error
         if isinstance(error.cause, Exception):
             raise error.cause from None
         raise _failed(error) from error
@@ -89,8 +109,13 @@ def _shortened(error: Exception) -> str:
     return one_line(error)[:_LONGEST_MESSAGE]
 
 
-def _imported_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
+def _imported_ray(address: str) -> Any:
+    """Ray reads these variables when it is imported, and its processes inherit them."""
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    if address == LOCAL:
+        settings.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError as error:
@@ -105,7 +130,6 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _require_answer(address)
     options: Any = {"address": address or "local", "log_to_driver": False, "logging_level": "error"}
     if address == LOCAL:
         options.update(
@@ -115,9 +139,11 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         try:
             ray.init(**options)
         except Exception as error:  # of ten kinds, all of them about the cluster
+            if address == LOCAL:
+                raise ClusterError(f"Ray starts no cluster on this machine: {_shortened(error)}") from error
             raise ClusterError(
-                f"Ray cluster {address or 'on this machine'}: no connection ({_shortened(error)}); is it "
-                "running, with the same versions of Ray and Python?"
+                f"Ray cluster {address}: no connection ({_shortened(error)}); is it running, with the same "
+                "versions of Ray and Python?"
             ) from error
         yield
     finally:
@@ -126,14 +152,10 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
 
 def _require_answer(address: str) -> None:
     """Ray itself would try for minutes, and write to the terminal meanwhile."""
-    if address in (LOCAL, _RUNNING):
-        return
-    match = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d{1,5})", address)
-    if match is None or int(match[2]) > 65535:
-        raise InputError(f"Ray cluster {address!r}: expected `auto`, or HOST:PORT as `ray start` printed it")
+    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((match[1], int(match[2])), _CONNECT_SECONDS).close()
-    except OSError as error:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
         raise ClusterError(
             f"Ray cluster {address}: nobody answers there ({one_line(error)}); `ray start --head` starts one"
         ) from error

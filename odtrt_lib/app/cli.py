@@ -598,6 +598,7 @@ def sensitivity(
     """
     from odtrt_lib import int8
 
+    cluster = _ray_address(ray, ray_address)
     pictures = int8.pictures_in(images, count)
     with _build_progress("sensitivity") as progress:
         result = int8.measure_sensitivity(
@@ -605,7 +606,7 @@ def sensitivity(
             pictures,
             rule=calibrator.value,
             measured=measured,
-            ray_address=_ray_address(ray, ray_address),
+            ray_address=cluster,
             force=force,
             progress=lambda done, total: progress(f"{done} of {total}", done / total),
         )
@@ -617,10 +618,13 @@ def sensitivity(
 
 
 def _ray_address(is_local: bool, address: Optional[str]) -> Optional[str]:
-    """As :func:`odtrt_lib.distribute.mapped` takes it."""
-    from odtrt_lib.distribute import LOCAL
+    """As :func:`odtrt_lib.distribute.mapped` takes it. Refuses a cluster that does not work."""
+    from odtrt_lib.distribute import LOCAL, require_cluster
 
-    return LOCAL if address is None and is_local else address
+    if address is None and not is_local:
+        return None
+    require_cluster(address or LOCAL)
+    return address or LOCAL
 
 
 def _print_ranking(report: Report) -> None:
@@ -914,6 +918,7 @@ def evaluate(
     from odtrt_lib.coco import load_coco
     from odtrt_lib.evaluate import Recipe, require_limit
 
+    cluster = _ray_address(ray, ray_address)
     recipes = [Recipe(folder, backend.value, plugin, _value(precision), threads=1)]
     if (gate, against, against_backend, against_precision) != (None,) * 4:
         by, of = _value(against_backend) or "onnxruntime", _value(against_precision) or "fp32"
@@ -929,7 +934,7 @@ def evaluate(
     pictures = _pictures_of(coco, limit, is_compared=len(recipes) > 1)
     detectors = [recipe.open() for recipe in recipes]
     _require_comparable(recipes, detectors, coco)
-    found = _detect_by_each(recipes, detectors, pictures, _ray_address(ray, ray_address))
+    found = _detect_by_each(recipes, detectors, pictures, cluster)
     figures = _print_figures(found, detectors, coco)
     drop, verdict = _compare_maps(found, coco, gate) if len(found) > 1 else (None, None)
     if drop is not None:

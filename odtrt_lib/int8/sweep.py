@@ -20,7 +20,7 @@ import numpy as np
 
 from odtrt_lib import folder as folders
 from odtrt_lib import onnx_model
-from odtrt_lib.distribute import mapped
+from odtrt_lib.distribute import mapped, require_cluster
 from odtrt_lib.errors import InputError
 from odtrt_lib.int8 import qdq, stage
 from odtrt_lib.int8.blocks import blocks
@@ -77,6 +77,8 @@ def measure_sensitivity(
     """
     if measured < 1:
         raise InputError(f"noise measured on {measured} pictures; expected one at least")
+    if ray_address is not None:
+        require_cluster(ray_address)
     folder = Path(folder)
     files = folders.sealed(folder, "heads.onnx", "spec.json")
     model = onnx_model.load(folder / "heads.onnx", files["heads.onnx"], "measure what INT8 costs")
