@@ -121,6 +121,36 @@ def test_the_quantised_network_computes_what_its_codes_say():
     assert model.SerializeToString() == residual_network().SerializeToString()
 
 
+def test_a_batch_norm_that_was_not_folded_keeps_its_parameters():
+    """Chapter 2 calls them by the node's name and ``/scale``, and the node's output has that name too."""
+    random = np.random.default_rng(8)
+    shapes = {"kernel": (4, 3, 3, 3), "last": (4, 4, 1, 1)}
+    shapes.update(dict.fromkeys(("norm/scale", "norm/bias", "norm/mean", "norm/variance"), (4,)))
+    constants = [
+        numpy_helper.from_array(random.uniform(0.5, 1, shape).astype(np.float32), name)
+        for name, shape in shapes.items()
+    ]
+    nodes = [
+        helper.make_node("Conv", ["image", "kernel"], ["first"], "first", pads=[1] * 4),
+        helper.make_node("BatchNormalization", ["first", *list(shapes)[2:]], ["norm"], "norm"),
+        helper.make_node("Conv", ["norm", "last"], ["out"], "out"),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, channels, 12, 12])
+        for name, channels in (("image", 3), ("out", 4))
+    ]
+    graph = helper.make_graph(nodes, "norm", ends[:1], ends[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (image,) = images(1)
+    (wanted,) = run(model, image)
+    quantised = qdq.quantised(
+        model, qdq.placement(model), {"image": 4.0, "norm": float(np.abs(wanted).max())}
+    )
+    onnx.checker.check_model(quantised, full_check=True)
+    (found,) = run(quantised, image)
+    assert np.square(found - wanted).sum() < 1e-3 * np.square(wanted).sum()
+
+
 def test_tensorrt_takes_it(tmp_path):
     model = heads_model()
     where = qdq.placement(model)
@@ -244,6 +274,40 @@ def test_a_picture_that_cannot_be_read_is_named(tiny, tmp_path):
     with pytest.raises(InputError, match="no pictures in it"):
         (tmp_path / "empty").mkdir()
         int8.pictures_in(tmp_path / "empty", 8)
+
+
+def test_ranges_that_exist_already(tiny, tmp_path):
+    """Of another calibration.json or of TensorRT's table: the same file comes out, without pictures."""
+    int8.quantise(tiny, pictures())
+    content = (tiny / "heads_int8.onnx").read_bytes()
+    mine = shutil.copy(tiny / "int8" / "calibration.json", tmp_path / "mine.json")
+    ranges = json.loads(mine.read_text())["ranges"]
+    (tmp_path / "table").write_text(write_table(ranges, (8, 5, 2)))
+    for source in (mine, tmp_path / "table"):
+        found = int8.quantise(tiny, ranges=source, force=True)
+        assert found.record["checks"]["images"] == 0
+        new = onnx.load(tiny / "heads_int8.onnx")
+        if source is mine:
+            assert (tiny / "heads_int8.onnx").read_bytes() == content
+        scales = {
+            one.name: numpy_helper.to_array(one) for one in new.graph.initializer if "/scale" in one.name
+        }
+        for tensor, amax in ranges.items():
+            assert scales[f"{tensor}/quantized/scale"] == pytest.approx(amax / 127, rel=1e-6)
+    wrong = {
+        "other.json": (json.dumps({"ranges": {"elsewhere": 1.0}}), "it is another model's"),
+        "other.table": (write_table({"elsewhere": 1.0}, (8, 5, 2)), "it is another model's"),
+        "none.json": ("[1, 2]", "neither int8/calibration.json"),
+        "text.json": (json.dumps({"ranges": dict.fromkeys(ranges, "wide")}), "neither int8/calibration.json"),
+        "zero.json": (json.dumps({"ranges": dict.fromkeys(ranges, 0.0)}), "expected a positive number"),
+    }
+    for name, (text, reason) in wrong.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match=reason) as caught:
+            int8.quantise(tiny, ranges=tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="cannot be read"):
+        int8.quantise(tiny, ranges=tmp_path / "absent.json")
 
 
 def test_a_model_that_is_quantised_already_is_refused(tiny):

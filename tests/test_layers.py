@@ -149,8 +149,8 @@ def test_no_circles():
 
 def test_the_device_side_needs_nothing_of_the_workstation():
     """Only the command line and the notebooks do what a workstation can; on a device they say so. Quantising
-    reads the frozen graph if there is one, which a bundle never brings."""
-    allowed = {"app.cli", "app.demonstration", "notebooks", "int8.stage"}
+    reads the frozen graph if there is one, which a bundle never brings; training is a workstation's."""
+    allowed = {"app.cli", "app.demonstration", "notebooks", "int8.stage", "int8.qat"}
     away = {name.partition(".")[0] for name in WORKSTATION}
     found = {
         (importer, imported)

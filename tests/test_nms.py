@@ -566,10 +566,11 @@ def test_heads_about_the_limits_of_float32_are_the_odapis(number: int, way: Call
 
 
 def assert_near(found: np.ndarray, expected: np.ndarray, sizes: np.ndarray) -> None:
-    """Within 2e-6 of ``sizes``; infinities and zeros are the same."""
+    """Within 2e-6 of ``sizes``; infinities are the same. On some processors TensorFlow's softmax gives 0 for
+    what is below 2^-125, a normal number still."""
     with np.errstate(invalid="ignore"):
         is_near = (found == expected) | (np.isnan(found) & np.isnan(expected))
-        assert np.all(is_near | (np.abs(found - expected) <= 2e-6 * sizes))
+        assert np.all(is_near | (np.abs(found - expected) <= np.maximum(2e-6 * sizes, 2.0**-125)))
 
 
 def test_the_odapis_count_may_hang_on_the_last_bit_of_a_score() -> None:

@@ -163,6 +163,7 @@ def test_no_command_and_no_module_reaches_the_network(parts, parts_folder, offli
     from odtrt_lib.app import cli
 
     model, bundle = str(shutil.copytree(parts_folder, tmp_path / "parts")), str(tmp_path / "a.odtrt.zip")
+    trained = str(tmp_path / "trained")
     labels = load_spec(parts_folder / "spec.json").labels
     annotations = coco_of_one_scene(tmp_path / "coco", {label.id: label.name for label in labels})
     (tmp_path / "pictures").mkdir()
@@ -174,6 +175,7 @@ def test_no_command_and_no_module_reaches_the_network(parts, parts_folder, offli
         ["fuse", model],
         ["quantise", model, "--images", str(tmp_path / "pictures")],
         ["sensitivity", str(model_folder(tmp_path / "tiny")), "--images", str(tmp_path / "pictures")],
+        ["qat", str(parts), model, "--images", str(tmp_path / "pictures"), "-o", trained, "--steps", "1"],
         ["build", model],
         ["plans", model],
         ["pack", model, "-o", bundle],

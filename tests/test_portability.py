@@ -184,6 +184,25 @@ def test_the_best_plan_is_the_newest_that_may_be_used(folder):
     assert portability.best_plan(folder / "nowhere", HERE) is None
 
 
+def test_a_plan_that_was_away_while_it_was_looked_at_is_found(folder, monkeypatch):
+    """Replaced and put back, so that the folder looks as if nothing had happened."""
+    one, aside = install(folder, 1), folder / "aside"
+    real, calls = policy._verdict, []
+
+    def away_meanwhile(case, rules):
+        calls.append(1)
+        if len(calls) > 1:
+            return real(case, rules)
+        plan = folder / "plans" / one.plan
+        plan.rename(aside)
+        verdict = real(case, policy.POLICY)
+        aside.rename(plan)
+        return verdict
+
+    monkeypatch.setattr(policy, "_verdict", away_meanwhile)
+    assert portability.best_plan(folder, HERE) == one
+
+
 def test_a_plan_that_is_replaced_while_it_is_looked_at_is_looked_at_again(folder, monkeypatch):
     install(folder, 1)
     real, calls = policy._verdict, []

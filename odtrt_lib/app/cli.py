@@ -88,6 +88,7 @@ _SHOWN_CHECKS = {
         "logits: times noise",
     ),
     "engine": ("inputs and outputs", "layers", "half precision"),
+    "quantise": ("convolutions", "images", "drift"),
     "fuse": ("ONNX checker", "nodes"),
 }
 
@@ -152,6 +153,12 @@ ModelArgument = typer.Argument(
 FolderArgument = typer.Argument(
     ..., metavar="FOLDER", help="A model folder that `odtrt export` or `odtrt run` wrote.", show_default=False
 )
+QuantisedArgument = typer.Argument(
+    ..., metavar="FOLDER", help="Its model folder, after `odtrt quantise`.", show_default=False
+)
+TrainedOption = typer.Option(
+    ..., "-o", "--output", metavar="NEW", help="The folder of the new model.", show_default=False
+)
 OutputOption = typer.Option(
     None,
     "-o",
@@ -184,7 +191,16 @@ FormOption = typer.Option(
     help="The plugin's node, or ONNX's own NonMaxSuppression, which has limits.",
 )
 CalibrationOption = typer.Option(
+    None, "--images", metavar="FOLDER", help="Pictures as the detector will see them.", show_default=False
+)
+TrainingOption = typer.Option(
     ..., "--images", metavar="FOLDER", help="Pictures as the detector will see them.", show_default=False
+)
+RangesOption = typer.Option(
+    None,
+    "--ranges",
+    metavar="FILE",
+    help="Ranges, in place of pictures: a calibration.json, or TensorRT's calibration table.",
 )
 CalibratorOption = typer.Option("mse", "--calibrator", help="How the ranges of activations are chosen.")
 InFloatOption = typer.Option(
@@ -539,8 +555,9 @@ def convert(
 @app.command()
 def quantise(
     folder: Path = FolderArgument,
-    images: Path = CalibrationOption,
+    images: Optional[Path] = CalibrationOption,
     calibrator: Calibrator = CalibratorOption,
+    ranges: Optional[Path] = RangesOption,
     in_float: List[str] = InFloatOption,
     min_box_sqnr: Optional[float] = MinBoxSqnrOption,
     count: int = CountOption,
@@ -555,7 +572,9 @@ def quantise(
     """
     from odtrt_lib import int8
 
-    pictures = int8.pictures_in(images, count)
+    if (images is None) == (ranges is None):
+        raise InputError("expected either --images FOLDER or --ranges FILE")
+    pictures = int8.pictures_in(images, count) if images is not None else []
     result = _work_on(
         "quantise",
         lambda: int8.quantise(
@@ -563,6 +582,7 @@ def quantise(
             pictures,
             rule=calibrator.value,
             in_float=in_float,
+            ranges=ranges,
             min_box_sqnr_db=min_box_sqnr,
             force=force,
         ),
@@ -570,10 +590,10 @@ def quantise(
     _print_stages(folder, {"quantise": result})
     if min_box_sqnr is not None:
         checks = result.record["checks"]
+        found = f", {checks['box_sqnr_db']:.1f} dB measured" if "box_sqnr_db" in checks else ""
         _say(
             f"{_plural(checks['float_convolutions'], 'convolution')} in floating point; signal over noise of "
-            f"the boxes: {checks['predicted_box_sqnr_db']:.1f} dB predicted, "
-            f"{checks['box_sqnr_db']:.1f} dB measured"
+            f"the boxes: {checks['predicted_box_sqnr_db']:.1f} dB predicted{found}"
         )
     _say_next(f"odtrt build {shell_word(folder)} --precision int8")
 
@@ -641,6 +661,55 @@ def _print_ranking(report: Report) -> None:
         f"signal over noise in INT8 on {_plural(report.measured_on, 'picture')}, the worst {shown} of "
         f"{_plural(len(report.ranking), 'convolution')}; all of them in INT8: boxes {boxes:.1f} dB, "
         f"classes {classes:.1f} dB"
+    )
+
+
+@app.command()
+def qat(
+    model: Path = ModelArgument,
+    folder: Path = QuantisedArgument,
+    images: Path = TrainingOption,
+    output: Path = TrainedOption,
+    steps: int = typer.Option(600, "--steps", min=1, help="So many steps of training."),
+    batch: int = typer.Option(8, "--batch", min=1, help="So many pictures in each step."),
+    learning_rate: float = typer.Option(1e-4, "--learning-rate", min=0.0, help="Adam's, at its highest."),
+) -> None:
+    """Chapter 6: trains the checkpoint with the rounding of INT8 in the network, so that it loses less.
+
+    **Reads** the checkpoint, the model folder that was made from it, with heads_int8.onnx, and pictures; no
+    labels. **Writes** a new model with pipeline.config and checkpoint/. When interrupted, the same command
+    goes on.
+
+    **Example:** `odtrt qat my_model out/my_model --images pictures --output my_model_qat`
+    """
+    _require_workstation()
+    from odtrt_lib.int8 import pictures_in
+    from odtrt_lib.int8 import qat as training
+
+    pictures = pictures_in(images)
+    with _progress("qat", total=steps) as advance:
+
+        def report(progress: training.Progress) -> None:
+            advance(progress.made)
+            if not _out().is_terminal:
+                _say(f"step {progress.step} of {steps}{progress.losses}")
+
+        trained = training.train(
+            model,
+            folder,
+            pictures,
+            output,
+            steps=steps,
+            batch=batch,
+            learning_rate=learning_rate,
+            report=report,
+        )
+    if trained.first_loss is not None:
+        _say(f"loss: {trained.first_loss:.4f} in the first steps, {trained.last_loss:.4f} in the last")
+    target = shell_word(Path("out") / output.name)
+    _say_next(
+        f"odtrt export {shell_word(output)}, odtrt convert {target}, "
+        f"odtrt quantise {target} --ranges {shell_word(output / training.RANGES)}"
     )
 
 
@@ -1255,7 +1324,7 @@ def _require_workstation() -> None:
     package = Path(IMPORT_PATH) / "odtrt_lib"
     if not (package / "export").is_dir():
         raise MissingDependencyError(
-            f"{package}: the device side of odtrt, without export and convert: run them on a "
+            f"{package}: the device side of odtrt, without export, convert and qat: run them on a "
             "workstation, from a checkout of odtrt; build, detect and eval work here"
         )
     if sys.version_info < _PYTHON_OF_TENSORFLOW:
@@ -1419,15 +1488,15 @@ def _without_tensorflow_log() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(title: str, total: Optional[int] = None) -> Iterator[Callable[[], None]]:
+def _progress(title: str, total: Optional[int] = None) -> Iterator[Callable[..., None]]:
     """A spinner with the time that passed or, with a total, a bar; a plain line where nobody watches.
 
-    Yields a function that moves the bar by one.
+    Yields a function that moves the bar by one, or by the number that it is given.
     """
     console = _out()
     if not console.is_terminal:
         console.print(f"{title} ...", markup=False, highlight=False)
-        yield lambda: None
+        yield lambda steps=1: None
         return
     columns = (BarColumn(), MofNCompleteColumn()) if total else ()
     progress = Progress(
@@ -1440,7 +1509,7 @@ def _progress(title: str, total: Optional[int] = None) -> Iterator[Callable[[], 
     )
     with progress:
         task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
+        yield lambda steps=1: progress.advance(task, steps)
 
 
 @contextlib.contextmanager

@@ -242,6 +242,49 @@ def _make_network(
     return _Network(model, predictions[0], graph, batch, size, anchors, scale, offset, checks)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainableNetwork:
+    """The OD API's model of a checkpoint, and its network as a graph.
+
+    graph: the GraphDef of ``frozen.pb``, for any batch. variables: a constant of the graph -> the model's
+    variable from which it was made. size: ``(height, width)`` of the network input. label_map: None if the
+    model has none.
+    """
+
+    files: ModelFiles
+    label_map: Path | None
+    model: Any
+    graph: Any
+    variables: dict[str, Any]
+    size: tuple[int, int]
+
+
+def trainable_network(source: str | Path, spec: DetectorSpec) -> TrainableNetwork:
+    """The network of the checkpoint ``source``, from which ``spec`` was exported.
+
+    Raises InputError if that is another checkpoint, and what :func:`export` raises for a bad one.
+    """
+    files = find_model(source)
+    settings = read_pipeline(files.pipeline)
+    if _checkpoint_sha256(files.checkpoint) != spec.source.checkpoint_sha256:
+        raise InputError(
+            f"{files.checkpoint}: not the checkpoint of the model folder, which was made from another "
+            f"{spec.source.checkpoint!r}; name that one, or run `odtrt export` again"
+        )
+    size = (spec.input.height, spec.input.width)
+    model = odapi.build_model(settings.path, settings.message)
+    with odapi.call_errors(settings.path, settings.message, size):
+        concrete = _trace(model, None, size)
+    _restore(model, files, settings)
+    by_handle = {id(variable.handle): variable for variable in concrete.variables}
+    variables = {
+        placeholder.op.name: by_handle[id(handle)]
+        for handle, placeholder in concrete.graph.captures
+        if id(handle) in by_handle
+    }
+    return TrainableNetwork(files, settings.label_map, model, _freeze(concrete), variables, size)
+
+
 def _find_kept(
     folder: Path, inputs: dict[str, str], options: dict[str, Any], versions: dict[str, str]
 ) -> _Kept | None:

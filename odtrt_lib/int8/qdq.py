@@ -88,6 +88,17 @@ def placement(model: onnx.ModelProto, in_float: Iterable[str] = ()) -> Placement
     return Placement(tuple(name for name in every if name in chosen), tuple(edges))
 
 
+def in_float(model: onnx.ModelProto, quantised_model: onnx.ModelProto) -> List[str]:
+    """The Convs of ``model`` that have no pair on their kernel in ``quantised_model``, made from it."""
+    rounded = {node.output[0] for node in quantised_model.graph.node if node.op_type == QUANTISERS[1]}
+    int8 = {
+        node.name
+        for node in quantised_model.graph.node
+        if node.op_type == "Conv" and node.input[1] in rounded
+    }
+    return [name for name in placement(model).convs if name not in int8]
+
+
 def quantised(
     model: onnx.ModelProto, where: Placement, ranges: Mapping[str, float], per_channel: bool = True
 ) -> onnx.ModelProto:
@@ -114,9 +125,9 @@ def quantised(
 
     def pair(tensor: str, scale: np.ndarray, node: str, axis: Sequence[int] = ()) -> str:
         if tensor not in ready:
-            constants[f"{tensor}/scale"] = scale.astype(np.float32)
-            constants[f"{tensor}/zero_point"] = np.zeros(scale.shape, np.int8)
-            parameters = [f"{tensor}/scale", f"{tensor}/zero_point"]
+            parameters = [f"{tensor}/quantized/scale", f"{tensor}/quantized/zero_point"]
+            constants[parameters[0]] = scale.astype(np.float32)
+            constants[parameters[1]] = np.zeros(scale.shape, np.int8)
             attributes: Dict[str, Any] = {"axis": axis[0]} if axis else {}
             before.setdefault(node, []).extend(
                 onnx.helper.make_node(kind, [source, *parameters], [target], name=target, **attributes)

@@ -50,22 +50,23 @@ class Calibration:
 
 def quantise(
     folder: Union[str, Path],
-    images: Sequence[Picture],
+    images: Sequence[Picture] = (),
     *,
     rule: str = "mse",
     in_float: Sequence[str] = (),
+    ranges: Optional[Path] = None,
     min_box_sqnr_db: Optional[float] = None,
     force: bool = False,
 ) -> folders.StageResult:
     """Writes ``heads_int8.onnx``: every convolution in INT8 but those named in ``in_float``.
 
     images: pictures as the detector will see them, as files or as uint8 ``[height, width, 3]``, RGB; 64 of
-    them suffice, fewer than FEWEST_IMAGES are refused. rule: a key of :data:`calibrate.RULES`.
-    min_box_sqnr_db: more convolutions stay in floating point, those first that disturb the boxes most
-    according to ``int8/sensitivity.json``, until the boxes' predicted signal over noise is that many
-    decibels; the record also has what was measured on the pictures. force: write even if the file is up to
-    date. The same inputs give the same bytes on one machine. The result's note warns of pictures that are far
-    from those of the training.
+    them suffice, fewer than FEWEST_IMAGES are refused. rule: a key of :data:`calibrate.RULES`. ranges: a file
+    that has the ranges already, for which no images are needed (:func:`read_ranges`). min_box_sqnr_db: more
+    convolutions stay in floating point, those first that disturb the boxes most according to
+    ``int8/sensitivity.json``, until the boxes' predicted signal over noise is that many decibels; the record
+    also has it as measured on the images. force: write even if the file is up to date. The same inputs give
+    the same bytes on one machine. The result's note warns of pictures that are far from training's.
 
     Raises InputError if a file of the model is missing or damaged, if it is quantised already, for too few or
     unreadable pictures, one that has one colour only, and a tensor that is not finite or always 0 on them;
@@ -76,23 +77,30 @@ def quantise(
     files = folders.sealed(folder, "heads.onnx", "spec.json")
     spec = load_spec(folder / "spec.json", files["spec.json"])
     model = onnx_model.load(folder / "heads.onnx", files["heads.onnx"], "quantise")
-    target: Dict[str, float] = {}
+    target: Dict[str, Any] = {}
     if min_box_sqnr_db is not None:
-        report = sensitivity.read_report(folder, hashlib.sha256(files["heads.onnx"]).hexdigest())
-        in_float = report.quiet_enough(min_box_sqnr_db, in_float)
-        target = {"predicted_box_sqnr_db": sensitivity.sqnr_db(report.predicted(in_float).box)}
+        in_float, target = _quiet_enough(folder, files["heads.onnx"], min_box_sqnr_db, in_float)
     where = qdq.placement(model, in_float)
-    pictures = calibration_pictures(images)
-    settings = {"rule": rule, "in_float": sorted(in_float), "images": digest(pictures), **target}
+    pictures = calibration_pictures(images, fewest=FEWEST_IMAGES if ranges is None else 0)
+    given = None if ranges is None else read_ranges(ranges, where)
+    settings: Dict[str, Any] = {
+        "rule": rule,
+        "in_float": sorted(in_float),
+        "images": digest(pictures),
+        "ranges": given,
+    }
+    settings = {**settings, **target}
     stage = folders.Stage(folder, MODEL.model.stage, folders.made_from(MODEL.file, files), settings)
     record = stage.finished(force)
     if record is not None:
         return folders.StageResult(record, is_up_to_date=True)
 
-    found = calibrated(model, spec, where, pictures, rule, _training_statistics(folder))
+    found = Calibration("given", given or {}, 0, None)
+    if given is None:
+        found = calibrated(model, spec, where, pictures, rule, _training_statistics(folder))
     result = qdq.quantised(model, where, found.ranges)
     onnx_model.require_valid(folder / MODEL.file, result)
-    if target:
+    if target and pictures:
         target["box_sqnr_db"] = _box_sqnr_db(model, result, list(network_inputs(pictures, spec.input)))
     with folders.staging(folder) as staged:
         (staged / MODEL.file).write_bytes(result.SerializeToString(deterministic=True))
@@ -102,7 +110,7 @@ def quantise(
             staged,
             outputs=[MODEL.file],
             versions={each: importlib.metadata.version(each) for each in ("onnx", "onnxruntime")},
-            checks={**_checks(found, where, in_float), **target},
+            checks={**_checks(where, in_float, found), **target},
         )
     return folders.StageResult(record, is_up_to_date=False, note=_note(found))
 
@@ -127,15 +135,13 @@ def calibrated(
     return Calibration(rule, ranges, len(pictures), distance)
 
 
-def _checks(found: Calibration, where: qdq.Placement, in_float: Sequence[str]) -> Dict[str, Any]:
-    return {
-        "onnx_checker": "full check passed",
-        "int8_convolutions": len(where.convs),
-        "float_convolutions": len(in_float),
-        "calibrated_tensors": len(found.ranges),
-        "images": found.images,
-        "drift_from_training": found.drift,
-    }
+def _quiet_enough(
+    folder: Path, heads: bytes, min_box_sqnr_db: float, in_float: Sequence[str]
+) -> Tuple[List[str], Dict[str, Any]]:
+    """What stays in floating point, and the prediction for the record."""
+    report = sensitivity.read_report(folder, hashlib.sha256(heads).hexdigest())
+    kept = report.quiet_enough(min_box_sqnr_db, in_float)
+    return kept, {"predicted_box_sqnr_db": sensitivity.sqnr_db(report.predicted(kept).box)}
 
 
 def _box_sqnr_db(model: onnx.ModelProto, result: onnx.ModelProto, inputs: Sequence[np.ndarray]) -> float:
@@ -149,6 +155,17 @@ def network_inputs(pictures: Sequence[np.ndarray], spec: InputSpec) -> Iterator[
         yield preprocess(picture, spec)[0][None]
 
 
+def _checks(where: qdq.Placement, in_float: Sequence[str], found: Calibration) -> Dict[str, Any]:
+    return {
+        "onnx_checker": "full check passed",
+        "int8_convolutions": len(where.convs),
+        "float_convolutions": len(in_float),
+        "calibrated_tensors": len(found.ranges),
+        "images": found.images,
+        "drift_from_training": found.drift,
+    }
+
+
 def _note(found: Calibration) -> str:
     if found.drift is None or found.drift <= drift.LIMIT:
         return ""
@@ -159,7 +176,38 @@ def _note(found: Calibration) -> str:
     )
 
 
-# ---- TensorRT's calibration table --------------------------------------------------------------------------
+# ---- Ranges in files ---------------------------------------------------------------------------------------
+
+
+def read_ranges(path: Path, where: qdq.Placement) -> Dict[str, float]:
+    """The ranges of ``where``'s tensors: of ``int8/calibration.json``, or a calibration table of TensorRT.
+
+    Raises InputError if the file is missing or is neither, and if it is another model's.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); expected ranges") from error
+    if text.startswith("TRT-"):
+        return read_table(text, where)
+    try:
+        found = json.loads(text)["ranges"]
+        ranges = {tensor: float(found[tensor]) for tensor in where.tensors if tensor in found}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{path}: neither {CALIBRATION} of a model folder nor TensorRT's calibration table"
+        ) from error
+    return _complete(str(path), ranges, where)
+
+
+def _complete(name: str, ranges: Mapping[str, float], where: qdq.Placement) -> Dict[str, float]:
+    missing = [tensor for tensor in where.tensors if tensor not in ranges]
+    if missing:
+        raise InputError(
+            f"{name}: {len(missing)} of {len(where.tensors)} tensors are not in it, among them "
+            f"{missing[0]!r}; it is another model's"
+        )
+    return {tensor: ranges[tensor] for tensor in where.tensors}
 
 
 def write_table(ranges: Mapping[str, float], version: Tuple[int, int, int]) -> str:
@@ -193,13 +241,7 @@ def read_table(text: str, where: qdq.Placement) -> Dict[str, float]:
                 f"calibration table, line {number}: expected `NAME: 8 hexadecimal digits`"
             ) from error
         found[name] = scale * qdq.LEVELS
-    missing = [tensor for tensor in where.tensors if tensor not in found]
-    if missing:
-        raise InputError(
-            f"calibration table: {len(missing)} of {len(where.tensors)} tensors are not in it, among them "
-            f"{missing[0]!r}; it is another model's"
-        )
-    return {tensor: found[tensor] for tensor in where.tensors}
+    return _complete("calibration table", found, where)
 
 
 # ---- Input -------------------------------------------------------------------------------------------------
@@ -215,20 +257,24 @@ def _training_statistics(folder: Path) -> Dict[str, drift.Channels]:
     return drift.training_statistics(load_frozen(folder / FROZEN, content))
 
 
-def calibration_pictures(images: Sequence[Picture]) -> List[np.ndarray]:
+def calibration_pictures(images: Sequence[Picture], fewest: int = FEWEST_IMAGES) -> List[np.ndarray]:
     """Each uint8 ``[height, width, 3]``, RGB. Raises InputError for too few, and as :func:`quantise` says."""
-    pictures = [_pixels(one, number) for number, one in enumerate(images, 1)]
-    if len(pictures) < FEWEST_IMAGES:
-        raise InputError(f"{len(pictures)} calibration pictures; at least {FEWEST_IMAGES} are needed")
+    pictures = [pixels(one, number) for number, one in enumerate(images, 1)]
+    if len(pictures) < fewest:
+        raise InputError(f"{len(pictures)} calibration pictures; at least {fewest} are needed")
     return pictures
 
 
-def _pixels(picture: Picture, number: int) -> np.ndarray:
-    pixels = picture if isinstance(picture, np.ndarray) else load_image(picture)
-    if int(pixels.max()) == int(pixels.min()):
+def pixels(picture: Picture, number: int) -> np.ndarray:
+    """The picture as uint8 ``[height, width, 3]``. number: its place, for the error's text.
+
+    Raises InputError if the file cannot be read, and if the picture has one colour only.
+    """
+    found = picture if isinstance(picture, np.ndarray) else load_image(picture)
+    if int(found.max()) == int(found.min()):
         name = f"calibration picture {number}" if isinstance(picture, np.ndarray) else str(picture)
         raise InputError(f"{name}: one colour only, which shows nothing of what the detector will see")
-    return pixels
+    return found
 
 
 def digest(pictures: Sequence[np.ndarray]) -> str:
@@ -239,8 +285,8 @@ def digest(pictures: Sequence[np.ndarray]) -> str:
     return found.hexdigest()
 
 
-def pictures_in(folder: Path, count: int) -> List[Path]:
-    """``count`` pictures of a folder, evenly spaced in the order of their names.
+def pictures_in(folder: Path, count: Optional[int] = None) -> List[Path]:
+    """The pictures of a folder in the order of their names; with ``count``, so many of them, evenly spaced.
 
     Raises InputError if the folder is missing or has none.
     """
@@ -248,5 +294,7 @@ def pictures_in(folder: Path, count: int) -> List[Path]:
     every = sorted(one for one in folder.iterdir() if one.suffix.lower() in PICTURE_SUFFIXES)
     if not every:
         raise InputError(f"{folder}: no pictures in it ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    if count is None:
+        return every
     chosen = np.unique(np.linspace(0, len(every) - 1, min(count, len(every))).astype(int))
     return [every[i] for i in chosen]

@@ -27,7 +27,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from odtrt_lib.engine import passport as passports
 from odtrt_lib.engine.bindings import TF32_OVERRIDE, available_runtimes
-from odtrt_lib.engine.passport import Passport, PluginIdentity
+from odtrt_lib.engine.passport import PLANS, Passport, PluginIdentity
 from odtrt_lib.errors import InputError
 from odtrt_lib.folder import (
     SPEC_PARTS,
@@ -35,12 +35,10 @@ from odtrt_lib.folder import (
     known_sha256,
     part_sha256,
     recorded,
+    undisturbed,
 )
 from odtrt_lib.machine import Machine, this_machine
 from odtrt_lib.variants import RUNTIME_LIBRARIES
-
-# How often best_plan reads the folder again while plans are being replaced. Three times were too few.
-_MAX_LOOKS = 20
 
 
 class Action(str, enum.Enum):
@@ -694,23 +692,30 @@ def best_plan(
 ) -> Optional[Passport]:
     """The newest plan of the folder whose verdict is OK, None if there is none.
 
-    model: ``heads.onnx`` or ``detector.onnx``; precision: ``fp32``, ...; None takes any.
+    model: ``heads.onnx`` or ``detector.onnx``; precision: ``fp32``, ...; None takes any. Plans may be
+    replaced meanwhile: only a second search, during which nobody can install one, says that there is none.
     """
     folder = Path(folder)
+    found = _best_plan(folder, here, model, precision)
+    if found is None:
+        with undisturbed(folder / PLANS):
+            found = _best_plan(folder, here, model, precision)
+    return found
+
+
+def _best_plan(
+    folder: Path, here: Environment, model: Optional[str], precision: Optional[str]
+) -> Optional[Passport]:
     quick = tuple(rule for rule in POLICY if not rule.reads_plan)
-    for _ in range(_MAX_LOOKS):
-        found = passports.passports(folder)
-        for one in found:
-            case = PlanCheck(folder, one, here)
-            is_wanted = model in (None, one.model) and precision in (None, one.precision)
-            if (
-                is_wanted
-                and _verdict(case, quick).action is Action.OK
-                and _verdict(case, POLICY).action is Action.OK
-            ):
-                return one
-        if passports.passports(folder) == found:  # otherwise a plan was replaced in the meantime
-            break
+    for one in passports.passports(folder):
+        case = PlanCheck(folder, one, here)
+        is_wanted = model in (None, one.model) and precision in (None, one.precision)
+        if (
+            is_wanted
+            and _verdict(case, quick).action is Action.OK
+            and _verdict(case, POLICY).action is Action.OK
+        ):
+            return one
     return None
 
 
