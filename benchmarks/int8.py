@@ -4,13 +4,13 @@
 
 Models: ``parts`` (models/parts) on 500 unseen scenes (TEST_SEEDS); ``coco_ssd_mnv1`` of the corpus (the
 folder that ODTRT_CORPUS names) on its 128 pictures of val2017. NUMBER: rows of :data:`ROWS`, unasked all that
-fit the model; rows that are there already stay. Calibration: the first 64 training pictures. mAP: pycocotools.
-``map_drop_points``: against single precision on the same pictures, from ``drop_low`` to ``drop_high`` with
-95 % confidence (:func:`odtrt_lib.evaluate.map_drop`). ``box_sqnr_db``, ``class_sqnr_db``: signal over noise of
-the raw heads on 24 other training pictures. ``int8_convolutions``: of ``convolutions``; ``in_float``: the
-names of the rest. ``p50_ms``: of ``Detector.detect`` while the pictures are measured; it counts on an idle
-machine only.
-Strategies:
+fit the model; rows that are there already stay. Calibration: the first 64 training pictures.
+
+mAP: pycocotools. ``map_drop_points``: against single precision on the same pictures, from ``drop_low`` to
+``drop_high`` with 95 % confidence (:func:`odtrt_lib.evaluate.map_drop`). ``box_sqnr_db``, ``class_sqnr_db``:
+signal over noise of the raw heads on 24 other training pictures. ``int8_convolutions``: of ``convolutions``;
+``in_float``: the names of the rest. ``p50_ms``: of ``Detector.detect`` while the pictures are measured; it
+counts on an idle machine only. Strategies:
 
 * ``every convolution``: as `odtrt quantise` has it. ``without the stem``: the first convolution stays in
   floating point; ``without the worst 4`` and so on: those that lose most when they alone are quantised

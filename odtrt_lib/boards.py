@@ -178,3 +178,70 @@ def tensorrt_line(version: str) -> TensorRTLine:
     if not lines:
         raise ValueError(f"{version!r}: expected a TensorRT version from {TENSORRT[0].name} on")
     return lines[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """The GPU of a Jetson module at the highest clock of its fastest power mode.
+
+    module: its name at NVIDIA. board: in :attr:`JetPack.boards`. sms: streaming multiprocessors. max_mhz:
+    the GPU's clock. bandwidth_gbs: the memory's peak, in 10^9 bytes a second. l2_kib: the L2 cache, None if
+    no source is known. source: of the figures. DLAs are not part of it.
+    """
+
+    module: str
+    board: str
+    compute_capability: str
+    sms: int
+    max_mhz: float
+    bandwidth_gbs: float
+    l2_kib: Optional[int]
+    source: str
+
+    def peak(self, precision: str) -> Optional[float]:
+        """Dense operations a second at most, a multiplication and an addition each one; None if the GPU has
+        no such arithmetic. precision: ``fp32`` (TF32 counts, where there is it), ``fp16`` or ``int8``."""
+        operations = OPERATIONS_PER_CLOCK[self.compute_capability].get(precision)
+        return None if operations is None else operations * self.sms * self.max_mhz * 1e6
+
+
+OPERATIONS_PER_CLOCK: Dict[str, Dict[str, int]] = {
+    "5.3": {"fp32": 256, "fp16": 512},
+    "6.2": {"fp32": 256, "fp16": 512},
+    "7.2": {"fp32": 128, "fp16": 1024, "int8": 2048},
+    "8.7": {"fp32": 1024, "fp16": 2048, "int8": 4096},
+    "11.0": {"fp32": 4096, "fp16": 8192, "int8": 16384},
+}
+"""Dense operations of one streaming multiprocessor in a clock: compute capability -> precision -> number.
+
+From the architectures' white papers: Maxwell and Pascal by half2, the others by tensor cores, fp32 from 8.7
+on in TF32. Those of 11.0 follow from the 2,070 sparse FP4 TFLOPS that NVIDIA states for the T5000.
+"""
+
+_SHEET = "data sheet of the module"
+_MODULES = "data sheet of the module; L2 by deviceQuery"
+
+GPUS: Tuple[Gpu, ...] = (
+    Gpu("Nano", "Nano", "5.3", 1, 921.6, 25.6, 256, _MODULES),
+    Gpu("TX2", "TX2", "6.2", 2, 1300, 59.7, 512, _MODULES),
+    Gpu("Xavier NX", "Xavier", "7.2", 6, 1100, 59.7, 512, _MODULES),
+    Gpu("AGX Xavier", "Xavier", "7.2", 8, 1377, 136.5, 512, _MODULES),
+    Gpu("Orin Nano 4 GB", "Orin", "8.7", 4, 625, 34, None, _SHEET),
+    Gpu("Orin Nano 8 GB", "Orin", "8.7", 8, 625, 68, None, _SHEET),
+    Gpu("Orin Nano 8 GB Super", "Orin", "8.7", 8, 1020, 102, None, _SHEET),
+    Gpu("Orin NX 8 GB", "Orin", "8.7", 8, 765, 102.4, 2048, _MODULES),
+    Gpu("Orin NX 16 GB", "Orin", "8.7", 8, 918, 102.4, 2048, _MODULES),
+    Gpu("Orin NX 16 GB Super", "Orin", "8.7", 8, 1173, 102.4, 2048, _MODULES),
+    Gpu("AGX Orin 32 GB", "Orin", "8.7", 14, 930, 204.8, 4096, _MODULES),
+    Gpu("AGX Orin 64 GB", "Orin", "8.7", 16, 1300, 204.8, 4096, _MODULES),
+    Gpu("AGX Thor T5000", "Thor", "11.0", 20, 1575, 273, 32768, _MODULES),
+)
+"""Jetson modules, for bounds. NVIDIA's "TOPS" are not here: they count zeros (sparsity) and the DLAs."""
+
+
+def gpu(module: str) -> Gpu:
+    """The row of :data:`GPUS` with this name. Raises ValueError if there is none."""
+    for one in GPUS:
+        if one.module == module:
+            return one
+    raise ValueError(f"{module!r}: expected one of {', '.join(one.module for one in GPUS)}")

@@ -22,6 +22,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
+from odtrt_lib import spans
 from odtrt_lib.errors import CudaError as CudaError
 from odtrt_lib.errors import InputError, MissingDependencyError, one_line
 
@@ -33,6 +34,8 @@ _HOST_ALLOC_PORTABLE, _HOST_ALLOC_MAPPED = 1, 2
 _COPY_DEFAULT = 4  # from the addresses CUDA sees which side each is on
 _STREAM_NON_BLOCKING = 1
 _CAPTURE_THREAD_LOCAL = 1
+_EVENT_RECORD_EXTERNAL = 1
+_SIDES = ("pageable", "pinned", "device", "managed")  # cudaMemoryType
 
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 _OUT = ctypes.POINTER(_POINTER)
@@ -44,6 +47,7 @@ _SIGNATURES: Dict[str, Sequence[Any]] = {
     "cudaHostGetDevicePointer": (_OUT, _POINTER, ctypes.c_uint),
     "cudaMemcpyAsync": (_POINTER, _POINTER, _SIZE, _INT, _POINTER),
     "cudaMemsetAsync": (_POINTER, _INT, _SIZE, _POINTER),
+    "cudaPointerGetAttributes": (_POINTER, _POINTER),
     "cudaMemGetInfo": (ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE)),
     "cudaStreamCreateWithFlags": (_OUT, ctypes.c_uint),
     "cudaStreamDestroy": (_POINTER,),
@@ -53,6 +57,7 @@ _SIGNATURES: Dict[str, Sequence[Any]] = {
     "cudaEventCreate": (_OUT,),
     "cudaEventDestroy": (_POINTER,),
     "cudaEventRecord": (_POINTER, _POINTER),
+    "cudaEventRecordWithFlags": (_POINTER, _POINTER, ctypes.c_uint),
     "cudaEventSynchronize": (_POINTER,),
     "cudaEventElapsedTime": (ctypes.POINTER(ctypes.c_float), _POINTER, _POINTER),
     "cudaGraphInstantiateWithFlags": (_OUT, _POINTER, ctypes.c_ulonglong),
@@ -289,6 +294,10 @@ class Event(_Handle):
     def record(self, stream: Stream) -> None:
         _call("cudaEventRecord", self.handle, stream.handle)
 
+    def record_in_graph(self, stream: Stream) -> None:
+        """As :meth:`record`, while a graph is recorded: it happens anew whenever the graph is launched."""
+        _call("cudaEventRecordWithFlags", self.handle, stream.handle, _EVENT_RECORD_EXTERNAL)
+
     def synchronize(self) -> None:
         """Waits until the stream has come to it."""
         _call("cudaEventSynchronize", self.handle)
@@ -305,15 +314,18 @@ class Graph(_Handle):
 
     The function is called by the constructor and runs nothing then. The recorded work uses the addresses and
     sizes of that moment for ever. Whatever the function raises comes through; the stream is usable after it.
+    steps: those in it whose times a recorder wants, see :func:`odtrt_lib.spans.capture`.
     """
 
     _destroy = "cudaGraphExecDestroy"
 
     def __init__(self, stream: Stream, enqueue: Any) -> None:
         recorded = _POINTER()
+        self.steps: List[Any] = []
         _call("cudaStreamBeginCapture", stream.handle, _CAPTURE_THREAD_LOCAL)
         try:
-            enqueue()
+            with spans.capture() as self.steps:
+                enqueue()
             _call("cudaStreamEndCapture", stream.handle, ctypes.byref(recorded))
         except BaseException:
             if not recorded.value:
@@ -333,6 +345,7 @@ class Graph(_Handle):
         _call("cudaGraphUpload", self.handle, stream.handle)
 
     def launch(self, stream: Stream) -> None:
+        spans.launching(self.steps, stream)
         _call("cudaGraphLaunch", self.handle, stream.handle)
 
 
@@ -347,6 +360,20 @@ def copy(destination: int, source: int, size: int, stream: Stream) -> None:
 def fill(address: int, byte: int, size: int, stream: Stream) -> None:
     """Enqueues a fill: sets ``size`` bytes of memory that the GPU can access to ``byte``."""
     _call("cudaMemsetAsync", address, byte, size, stream.handle)
+
+
+class _PointerAttributes(ctypes.Structure):
+    _fields_ = (("type", _INT), ("device", _INT), ("device_pointer", _POINTER), ("host_pointer", _POINTER))
+
+
+def side_of(address: int) -> str:
+    """What memory lies at an address: ``pageable``, ``pinned`` (or mapped), ``device``, ``managed`` or
+    ``unknown``. Never raises."""
+    found, loaded = _PointerAttributes(), library()
+    if loaded.cudaPointerGetAttributes(ctypes.byref(found), address):
+        loaded.cudaGetLastError()
+        return "unknown"
+    return _SIDES[found.type] if 0 <= found.type < len(_SIDES) else "unknown"
 
 
 def memory_info() -> Tuple[int, int]:
@@ -381,6 +408,15 @@ def _made(name: str, *arguments: Any) -> int:
 
 
 def _call(name: str, *arguments: Any) -> None:
+    listener = spans.listener()
+    if listener is None:
+        _call_unheard(name, *arguments)
+    else:
+        with listener.cuda_call(name, arguments):
+            _call_unheard(name, *arguments)
+
+
+def _call_unheard(name: str, *arguments: Any) -> None:
     loaded = library()
     status = getattr(loaded, name)(*arguments)
     if status:

@@ -39,6 +39,7 @@ from odtrt_lib.folder import sealed
 from odtrt_lib.machine import this_machine
 from odtrt_lib.nms import Postprocessed, postprocess
 from odtrt_lib.preprocess import boxes_to_pixels, frame_of, preprocess
+from odtrt_lib.spans import span
 from odtrt_lib.spec import DetectorSpec, load_spec
 from odtrt_lib.tensors import Tensor, heads_tensors
 from odtrt_lib.variants import PRECISIONS, RUNTIME_LIBRARIES, Variant, form_of
@@ -85,7 +86,9 @@ class Backend:
     3, height, width] -> (box_encodings float32 [B, N, 4], class_logits float32 [B, N, columns]), see
     :class:`odtrt_lib.spec.SsdHeads`; B is ``InputSpec.batch`` if that is fixed. A fused plan has no heads
     to give and raises UnsupportedError. close: gives its memory back. description: what runs, for people.
-    plan: the fingerprint, if it is a plan. notes: which switches were turned off up to now, and why.
+    plan: the fingerprint, if it is a plan. notes: which switches were turned off up to now, and why. layers:
+    runs the network some times, and gives the name and the median time, in microseconds, of each layer;
+    nothing if the runtime does not tell.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Backend:
     description: str = ""
     plan: Optional[str] = None
     notes: Callable[[], Sequence[str]] = tuple
+    layers: Callable[[], Sequence[Tuple[str, float]]] = tuple
 
 
 def host_backend(
@@ -111,11 +115,14 @@ def host_backend(
 
     def run(images: Sequence[np.ndarray]) -> Postprocessed:
         network, count = spec.input, len(images)
-        batch = np.zeros((network.batch or count, 3, network.height, network.width), np.float32)
-        frames = [preprocess(image, network, out=out)[1] for image, out in zip(images, batch)]
+        with span("preprocess"):
+            batch = np.zeros((network.batch or count, 3, network.height, network.width), np.float32)
+            frames = [preprocess(image, network, out=out)[1] for image, out in zip(images, batch)]
         windows = np.array([frame.clip_window for frame in frames], np.float32)
-        box_encodings, class_logits = infer(batch)
-        return postprocess(box_encodings[:count], class_logits[:count], anchors, spec, windows)
+        with span("engine"):
+            box_encodings, class_logits = infer(batch)
+        with span("postprocess"):
+            return postprocess(box_encodings[:count], class_logits[:count], anchors, spec, windows)
 
     return Backend(name, run, infer, description=description)
 
@@ -424,7 +431,10 @@ def _run_by_onnxruntime(
         return box_encodings, class_logits
 
     said = f"ONNX Runtime {onnxruntime.__version__} on the CPU"
-    return host_backend("onnxruntime", infer, spec, anchors, said)
+    backend = host_backend("onnxruntime", infer, spec, anchors, said)
+    black = np.zeros(tensors.inputs[0].with_batch(spec.input.batch or 1), np.float32)
+    layers = functools.partial(onnx_model.layer_times, model, {spec.input.name: black})
+    return dataclasses.replace(backend, layers=layers)
 
 
 def _check_tensors(path: Path, kind: str, found: Sequence[Any], tensors: Sequence[Tensor]) -> None:
@@ -650,6 +660,7 @@ def _open_plan(wanted: _Wanted, one: Passport, spec: DetectorSpec, anchors: np.n
         f"{one.precision}, post-processing {plan.postprocessing}",
         one.fingerprint,
         lambda: plan.notes,
+        plan.layer_times,
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from odtrt_lib import fonts
 from odtrt_lib.detector import Detections
+from odtrt_lib.spans import span
 
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/) without black. They can be told apart with any
 # kind of colour vision.
@@ -45,6 +46,11 @@ def draw_detections(image: np.ndarray, detections: Detections, min_score: float 
     font of this machine has a name's letters, another spelling is drawn, see
     :func:`odtrt_lib.fonts.spelling`.
     """
+    with span("draw"):
+        return _drawn(image, detections, min_score)
+
+
+def _drawn(image: np.ndarray, detections: Detections, min_score: float) -> np.ndarray:
     from PIL import Image, ImageDraw
 
     height, width = image.shape[:2]

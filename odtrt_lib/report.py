@@ -85,15 +85,22 @@ def write_report(
     if spec:
         sections.append(_contract(spec))
     sections.append(_footer(records))
-    page = _PAGE.format(
+    with atomic_write(folder / REPORT) as temporary:
+        temporary.write_text(page(title, "\n".join(filter(None, sections))), encoding="utf-8")
+    return folder / REPORT
+
+
+def page(title: str, body: str, style: str = "") -> str:
+    """A page in this module's style that needs no other file. The browser may load nothing for it.
+
+    title: text. body: HTML. style: CSS after the common one.
+    """
+    return _PAGE.format(
         title=_text(f"{title} · odtrt"),
         policy="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
-        style=_STYLE,
-        body="\n".join(filter(None, sections)),
+        style=_STYLE + style,
+        body=body,
     )
-    with atomic_write(folder / REPORT) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return folder / REPORT
 
 
 def figures(checks: Mapping[str, Any]) -> List[Tuple[str, str]]:

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from odtrt_lib.errors import InputError, MissingDependencyError, one_line
+from odtrt_lib.preprocess import load_image
+from odtrt_lib.spans import span
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 
@@ -133,6 +135,32 @@ def pictures(places: Sequence[Path]) -> List[Path]:
     return found
 
 
+def open_source(place: str) -> Source:
+    """Opens what ``place`` names: the address of a stream, a camera, a picture, a folder of pictures, or a
+    video file. For errors see the other functions."""
+    if is_stream(place):
+        return open_stream(place)
+    if re.fullmatch("[0-9]{1,3}|csi:.*|/dev/.+", place):
+        return open_camera(place)
+    path = Path(place)
+    return open_pictures([path]) if path.is_dir() or is_picture(path) else open_video(path)
+
+
+def open_pictures(places: Sequence[Path]) -> Source:
+    """The pictures of :func:`pictures`, one after the other."""
+    found = pictures(places)
+    remaining = iter(found)
+
+    def read() -> Optional[np.ndarray]:
+        path = next(remaining, None)
+        if path is None:
+            return None
+        with span("decode"):
+            return load_image(path)
+
+    return Source(", ".join(map(str, places)), read, False, len(found))
+
+
 def open_video(path: Path) -> Source:
     """Opens a video file.
 
@@ -236,7 +264,12 @@ def _live(name: str, capture: Any) -> Source:
 
 
 def _next_frame(capture: Any) -> Optional[np.ndarray]:
-    is_there, frame = capture.read()
+    with span("capture"):
+        is_there = capture.grab()
+    if not is_there:
+        return None
+    with span("decode"):
+        is_there, frame = capture.retrieve()
     return frame[..., ::-1] if is_there else None
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ class Host:
         self.capture: list[Callable[[], None]] | None = None
         self.streams: set[int] = set()
         self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.events: dict[int, float | None] = {}
         self.free_bytes: int | None = None
         self.refuses: dict[str, int] = {}
         self.calls: list[str] = []
@@ -71,7 +73,7 @@ class Host:
         (self.pending if self.capture is None else self.capture).append(work)
 
     def is_empty(self) -> bool:
-        return not (self.memory or self.pinned or self.streams or self.graphs)
+        return not (self.memory or self.pinned or self.streams or self.graphs or self.events)
 
     def _where(self, address: int) -> tuple[str, np.ndarray] | None:
         """The kind of memory at an address, and its bytes from there on; None if it is pageable."""
@@ -171,6 +173,52 @@ class Host:
         assert stream in self.streams and self.capture is None
         while self.pending:
             self.pending.pop(0)()
+        return 0
+
+    def cudaEventCreate(self, out: Any) -> int:
+        out._obj.value = next(self.numbers)
+        self.events[out._obj.value] = None
+        return 0
+
+    def cudaEventDestroy(self, event: int) -> int:
+        del self.events[event]
+        return 0
+
+    def cudaEventRecord(self, event: int, stream: int) -> int:
+        if self.capture is not None:
+            return UNSUPPORTED_IN_CAPTURE  # such an event has no time
+        self._record(event, stream)
+        return 0
+
+    def cudaEventRecordWithFlags(self, event: int, stream: int, flags: int) -> int:
+        if flags != 1 or self.capture is None:
+            return INVALID_VALUE
+        self._record(event, stream)
+        return 0
+
+    def _record(self, event: int, stream: int) -> None:
+        assert event in self.events
+
+        def happen() -> None:
+            self.events[event] = time.perf_counter()
+
+        self.enqueue(stream, happen)
+
+    def cudaEventSynchronize(self, event: int) -> int:
+        while self.pending:
+            self.pending.pop(0)()
+        return 0
+
+    def cudaEventElapsedTime(self, out: Any, start: int, end: int) -> int:
+        times = self.events[start], self.events[end]
+        if None in times:
+            return INVALID_VALUE
+        out._obj.value = 1e3 * (times[1] - times[0])
+        return 0
+
+    def cudaPointerGetAttributes(self, out: Any, address: int) -> int:
+        found = self._where(address)
+        out._obj.type = 0 if found is None else 2 if found[0] == "device" else 1
         return 0
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> int:

@@ -861,7 +861,10 @@ class TestErrors:
 class TestSurroundings:
     @pytest.mark.parametrize(
         "command",
-        ["run", "export", "convert", "fuse", "build", "sensitivity", "detect", "eval", "doctor", "zoo get"],
+        [
+            *("run", "export", "convert", "fuse", "build", "sensitivity", "detect", "eval", "soak", "doctor"),
+            "zoo get",
+        ],
     )
     def test_help_says_what_is_read_and_written_with_an_example(self, capsys, monkeypatch, command):
         monkeypatch.setenv("COLUMNS", "200")
@@ -873,7 +876,7 @@ class TestSurroundings:
     def test_the_overview_names_all_commands(self, capsys):
         status, out, _ = odtrt(capsys, "--help")
         assert status == 0
-        for command in ("run", "export", "convert", "build", "detect", "eval", "doctor", "zoo"):
+        for command in ("run", "export", "convert", "build", "detect", "eval", "soak", "doctor", "zoo"):
             assert command in out
 
     def test_heavy_packages_wait_for_the_command_that_needs_them(self):

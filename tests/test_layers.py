@@ -16,6 +16,7 @@ PACKAGE = Path(odtrt_lib.__file__).parent
 LAYERS = [
     "__init__",
     "errors",
+    "spans",
     "variants",
     "machine",
     "boards",
@@ -28,7 +29,6 @@ LAYERS = [
     "onnx_model",
     "written_files",
     "results",
-    "latency",
     "fonts",
     "cuda",
     "native",
@@ -47,6 +47,7 @@ LAYERS = [
     "portability",
     "detector",
     "plots",
+    "latency",
     "live",
     "evaluate",
     "notebooks",

@@ -168,8 +168,11 @@ class FakeOpenCV(SimpleNamespace):
             def isOpened(capture):
                 return bool(frames)
 
-            def read(capture):
-                return (True, capture.left.pop(0)) if capture.left else (False, None)
+            def grab(capture):
+                return bool(capture.left)
+
+            def retrieve(capture):
+                return True, capture.left.pop(0)
 
             def get(capture, what):
                 return 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -62,16 +63,22 @@ if TYPE_CHECKING:
     from odtrt_lib.app.demonstration import Picture
     from odtrt_lib.coco import CocoFolder, Identity
     from odtrt_lib.detector import Detections, Detector
+    from odtrt_lib.engine.pipeline import Switches
     from odtrt_lib.evaluate import MapDrop, Merged, Recipe, Verdict
     from odtrt_lib.evaluate import Picture as EvaluatedPicture
     from odtrt_lib.folder import StageResult
     from odtrt_lib.int8.sensitivity import Report
+    from odtrt_lib.latency.profile import Profile
+    from odtrt_lib.latency.worker import Job
+    from odtrt_lib.sources import Source
 
 _OUT = Path("out")
 _MIN_SCORE = 0.3
+_PROFILED_SCENES = 4
 _MAX_UNREADABLE_NAMED = 10
 _MAX_CONVOLUTIONS_SHOWN = 20
 _PICTURES_A_TASK = 16
+_SOAK_HOURS, _SOAK_SCENES = 72.0, 16
 _INTERRUPTED = ("interrupted; nothing half-written is left", 130)
 _PYTHON_OF_TENSORFLOW = (3, 10)
 _TENSORFLOW_LOG = (
@@ -300,6 +307,29 @@ ForceOption = typer.Option(False, "--force", help="Do it again even if nothing c
 OverwriteOption = typer.Option(
     False, "--force", help="Over a bundle that was unpacked there before; your own files there stay."
 )
+SoakFolderArgument = typer.Argument(
+    _OUT / "parts", metavar="FOLDER", help="A model folder that `odtrt export` or `odtrt run` wrote."
+)
+CameraArgument = typer.Argument(
+    None,
+    metavar="SOURCE",
+    help="A folder of pictures, shown 30 times a second; a camera: `0`, `/dev/video0` or `csi:0`; or "
+    "`rtsp://...`. Default: for a model of the shipped parts, rendered scenes.",
+    show_default=False,
+)
+HoursOption = typer.Option(None, "--hours", min=0.0, metavar="H", help="How long. Default: 72 hours.")
+MinutesOption = typer.Option(None, "--minutes", min=0.0, metavar="M", help="How long, in minutes.")
+FaultsOption = typer.Option(
+    None,
+    "--faults",
+    metavar="SCHEDULE",
+    help="Faults of the camera: `standard`, or such as `drop=100,stall=5000,seed=3`: one of 100 frames is "
+    "dropped. Also late, corrupt, resize and disconnect.",
+)
+ResumeOption = typer.Option(False, "--resume", help="Go on with a soak that was interrupted.")
+SoakOption = typer.Option(
+    None, "-o", "--output", metavar="DIR", help="Where the report goes. Default: `FOLDER/soak`."
+)
 MinScoreOption = typer.Option(
     _MIN_SCORE, "--min-score", min=0.0, max=1.0, help="Show detections with at least this score."
 )
@@ -354,6 +384,27 @@ AgainstBackendOption = typer.Option(
 )
 AgainstPrecisionOption = typer.Option(
     None, "--against-precision", help="The reference's precision. Default: fp32.", show_default=False
+)
+OptionalFolderArgument = typer.Argument(
+    _OUT / "parts", metavar="FOLDER", help="A model folder that `odtrt run` wrote."
+)
+SourceArgument = typer.Argument(
+    None,
+    metavar="SOURCE",
+    help="A picture, a folder of pictures, a video file, a camera such as `0` or `csi:0`, or an address such "
+    "as `rtsp://HOST/PATH`. Default: rendered scenes.",
+    show_default=False,
+)
+FramesOption = typer.Option(200, "--frames", min=2, metavar="N", help="How many frames are recorded.")
+DrawOption = typer.Option(True, "--draw/--no-draw", help="Whether boxes are drawn into each frame.")
+SwitchesOption = typer.Option(
+    None,
+    "--switches",
+    metavar="MEMORY/PREPROCESS/LAUNCH/POSTPROCESS",
+    help="How a plan is run, such as `mapped/gpu/graph/gpu`. Default: the simplest way.",
+)
+TraceOption = typer.Option(
+    None, "--trace", metavar="FILE", help="Write all frames for https://ui.perfetto.dev to this file."
 )
 ZooNameArgument = typer.Argument(
     ..., metavar="NAME", help="A name from `odtrt zoo list`.", show_default=False
@@ -1152,6 +1203,130 @@ def _say_drop(drop: MapDrop, verdict: Optional[Verdict]) -> Dict[str, Any]:
 
 
 @app.command()
+def profile(
+    folder: Path = OptionalFolderArgument,
+    source: Optional[str] = SourceArgument,
+    frames: int = FramesOption,
+    draw: bool = DrawOption,
+    backend: BackendName = BackendOption,
+    plugin: Optional[Path] = PlanPluginOption,
+    switches: Optional[str] = SwitchesOption,
+    trace: Optional[Path] = TraceOption,
+) -> None:
+    """Chapter 7: where the time of a frame goes, and what of it can be avoided.
+
+    **Reads** the model folder and the source. **Writes** latency/profile.html into the model folder: a
+    picture of the frame, its steps, and the engine's layers.
+
+    Prints the steps and one sentence: the largest cost that can be avoided, and how. It is measured with and
+    without; where that cannot be done here, the sentence says `at most`.
+
+    **Example:** `odtrt profile out/parts street.mp4 --trace frames.json`
+    """
+    from odtrt_lib import written_files
+    from odtrt_lib.detector import Detector
+    from odtrt_lib.latency import profile as profiling
+    from odtrt_lib.latency import timeline
+
+    require_folder(folder)
+    wanted = _parse_switches(switches)
+    if trace is not None:
+        inputs = [Path(source)] if source is not None else []
+        written_files.require_no_input(trace, [*inputs, *written_files.model_files(folder)])
+    open_source, said = _source_to_profile(source)
+
+    def open_with(one: Switches) -> Detector:
+        return Detector.open(folder, backend.value, plugin=plugin, switches=one)
+
+    with _progress("profile"), open_with(wanted) as detector:
+        is_plan = detector.status.plan is not None
+        found = profiling.profile(
+            detector,
+            open_source,
+            frames=frames,
+            draws=draw,
+            reopen=open_with if is_plan else None,
+            switches=wanted,
+        )
+    page = timeline.write_page(folder, detector.spec.name, said, found)
+    if trace is not None:
+        written_files.write_json(trace, timeline.chrome_trace(found))
+    _print_profile(found)
+    _say(profiling.sentence(found))
+    _say(found.description, style="dim")
+    _say(f"{said}; see {page}" + (f" and, in https://ui.perfetto.dev, {trace}" if trace else ""))
+
+
+def _parse_switches(text: Optional[str]) -> Switches:
+    from odtrt_lib.engine.pipeline import Switches
+
+    parts = [] if text is None else text.split("/")
+    if len(parts) not in (0, 4):
+        raise InputError(f"--switches {text}: expected four of them, such as mapped/gpu/graph/gpu")
+    return Switches(*parts)
+
+
+def _source_to_profile(place: Optional[str]) -> Tuple[Callable[[], Source], str]:
+    """What opens the source, and its description. Where no scenes can be rendered, pictures of noise do."""
+    import numpy as np
+
+    from odtrt_lib import sources
+
+    if place is not None:
+        name = sources.open_source(place)
+        name.close()
+        waits = ", with the wait for its frames in `capture`" if name.is_live else ""
+        return lambda: sources.open_source(str(place)), f"source {name.name}{waits}"
+    try:
+        from odtrt_lib.scenes import TEST_SEEDS, render_scene
+
+        images = [render_scene(seed).image for seed in TEST_SEEDS[:_PROFILED_SCENES]]
+        said = "rendered scenes of 640x480 pixels in memory"
+    except ImportError:
+        rng = np.random.default_rng(0)
+        images = [rng.integers(0, 256, (480, 640, 3), dtype=np.uint8) for _ in range(_PROFILED_SCENES)]
+        said = "noise of 640x480 pixels in memory (scenes need OpenCV and a workstation)"
+
+    def open_them() -> Source:
+        remaining = iter(images)
+        return sources.Source(said, lambda: next(remaining, None))
+
+    return open_them, said
+
+
+def _print_profile(found: Profile) -> None:
+    from odtrt_lib.latency.profile import MIN_SHARE, calls_of_a_frame, duration, table
+    from odtrt_lib.latency.timeline import cost_figure
+
+    steps = Table("step", *("p50", "p95", "p99", "p99.9"), "share", highlight=False)
+    frame = found.frame
+    for name, timing, share in (
+        *((row.step, row.timing, row.share) for row in table(found.frames)),
+        ("frame", frame, 1.0),
+    ):
+        times = (timing.p50_us, timing.p95_us, timing.p99_us, timing.p999_us)
+        steps.add_row(name, *map(duration, times), f"{share:.1%}")
+    _out().print(steps)
+    _say(
+        f"{frame.runs} frames; p99/p50 {frame.p99_us / max(frame.p50_us, 1e-3):.2f}; jitter "
+        f"{duration(found.jitter_us)} from frame to frame; p50 {duration(found.plain.p50_us)} without the "
+        "recorder"
+    )
+    counts = {
+        kind: sum(row.count for row in calls_of_a_frame(found) if row.call.kind == kind)
+        for kind in ("copy", "wait", "allocation")
+    }
+    if any(counts.values()):
+        _say("a frame makes " + ", ".join(f"{count:g} x {kind}" for kind, count in counts.items()))
+    shown = [cost for cost in found.costs if cost.us >= MIN_SHARE * frame.p50_us]
+    if len(shown) > 1:
+        costs = Table("can be avoided", "how", "a frame", highlight=False)
+        for cost in shown:
+            costs.add_row(escape(cost.what), escape(cost.remedy), cost_figure(cost.us, cost.is_measured))
+        _out().print(costs)
+
+
+@app.command()
 def doctor() -> None:
     """What is installed here, what works, and the command that installs what is missing.
 
@@ -1186,6 +1361,96 @@ def doctor() -> None:
         of_chapters.add_row(chapter.title, verdict, escape("; ".join(chapter.install) or chapter.note))
     for table in (of_machine, of_packages, of_chapters):
         _out().print(table)
+
+
+@app.command()
+def soak(
+    folder: Path = SoakFolderArgument,
+    source: Optional[str] = CameraArgument,
+    hours: Optional[float] = HoursOption,
+    minutes: Optional[float] = MinutesOption,
+    faults: Optional[str] = FaultsOption,
+    resume: bool = ResumeOption,
+    output: Optional[Path] = SoakOption,
+    backend: BackendName = BackendOption,
+    plugin: Optional[Path] = PlanPluginOption,
+) -> None:
+    """Chapter 7: the detector on a camera for days: does memory grow, do results drift, does anything stall?
+
+    **Reads** the model folder and the source. **Writes** report.html and soak.json, and while it runs a
+    checkpoint each minute, from which `--resume` goes on.
+
+    The detector runs in a process of its own, which is started again if it hangs or dies. The exit status is
+    1 unless the verdict is `steady`.
+
+    **Example:** `odtrt soak out/parts --minutes 20 --faults standard`, or `odtrt soak out/parts csi:0`
+    """
+    from odtrt_lib.latency import soak as soaking
+    from odtrt_lib.latency.soak_report import write_soak
+    from odtrt_lib.latency.verdict import checks_of, overall
+
+    require_folder(folder)
+    seconds = _soak_seconds(hours, minutes)
+    output = output or folder / "soak"
+    job = _soak_job(folder, source, faults, output, backend.value, plugin)
+    settings = {
+        "model": folder.resolve().name,
+        "source": source or "rendered scenes",
+        "faults": faults or "",
+        "backend": backend.value,
+    }
+    with _build_progress("soak") as progress:
+        tools = soaking.Tools(progress=progress, say=_say)
+        record = soaking.soak(job, output, seconds, settings, resume=resume, tools=tools)
+    page = write_soak(record, output)
+    checks = checks_of(record)
+    table = Table("judged", "verdict", "figures", title_justify="left", highlight=False)
+    for one in checks:
+        table.add_row(
+            one.name, f"[{_VERDICT_COLOURS.get(one.verdict, 'red')}]{one.verdict}[/]", escape(one.text)
+        )
+    _out().print(table)
+    _say(record.description, style="dim")
+    verdict = overall(checks)
+    _say(f"{verdict}; report: {page}")
+    if verdict != "steady":
+        raise typer.Exit(1)
+
+
+def _soak_seconds(hours: Optional[float], minutes: Optional[float]) -> float:
+    if hours is not None and minutes is not None:
+        raise InputError("--hours and --minutes: expected one of the two")
+    seconds = 60 * minutes if minutes is not None else 3600 * (_SOAK_HOURS if hours is None else hours)
+    if not seconds:
+        raise InputError("0 minutes: expected more")
+    return seconds
+
+
+def _soak_job(
+    folder: Path,
+    source: Optional[str],
+    faults: Optional[str],
+    output: Path,
+    backend: str,
+    plugin: Optional[Path],
+) -> Job:
+    """What the soak's worker process does; pictures are rendered if no source is named."""
+    from odtrt_lib.app import demonstration
+    from odtrt_lib.detector import Detector
+    from odtrt_lib.latency import belt
+    from odtrt_lib.latency.soak import CANARY
+    from odtrt_lib.latency.worker import Job
+
+    schedule = None if faults is None else belt.parse_faults(faults)
+    if source is None:
+        scenes = demonstration.unseen_scenes(folder, _SOAK_SCENES) if _is_workstation() else []
+        if not scenes:
+            raise InputError(
+                "no source; name a folder of pictures, a camera such as 0 or csi:0, or rtsp://..."
+            )
+        source = str(demonstration.keep(output, scenes))
+    recipe = functools.partial(Detector.open, folder, backend, plugin=plugin)
+    return Job(recipe, belt.source_of(source), output / CANARY, faults=schedule)
 
 
 @zoo_app.command(name="list")
@@ -1229,7 +1494,14 @@ def zoo_get(
     _say_next(f"odtrt run {shell_word(download.path)}")
 
 
-_VERDICT_COLOURS = {"ok": "green", "rebuild": "yellow", "not here": "yellow", "refuse": "red"}
+_VERDICT_COLOURS = {
+    "steady": "green",
+    "undecided": "yellow",
+    "ok": "green",
+    "rebuild": "yellow",
+    "not here": "yellow",
+    "refuse": "red",
+}
 _METRICS = {
     "map": "mAP (IoU 0.50:0.95)",
     "map50": "mAP at IoU 0.50",
@@ -1320,9 +1592,13 @@ def _printable_usage_errors() -> Iterator[None]:
         raise
 
 
+def _is_workstation() -> bool:
+    return (Path(IMPORT_PATH) / "odtrt_lib" / "export").is_dir()
+
+
 def _require_workstation() -> None:
     package = Path(IMPORT_PATH) / "odtrt_lib"
-    if not (package / "export").is_dir():
+    if not _is_workstation():
         raise MissingDependencyError(
             f"{package}: the device side of odtrt, without export, convert and qat: run them on a "
             "workstation, from a checkout of odtrt; build, detect and eval work here"

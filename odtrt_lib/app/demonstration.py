@@ -50,14 +50,14 @@ def read_pictures(paths: Sequence[Path]) -> List[Picture]:
     return [Picture(path.name, load_image(path), folders.sha256(path), None) for path in paths]
 
 
-def unseen_scenes(folder: Path) -> List[Picture]:
+def unseen_scenes(folder: Path, count: int = _SCENES) -> List[Picture]:
     """Scenes that the shipped detector was not trained on; none if the model has other classes."""
     from odtrt_lib.scenes import PARTS_CLASSES, TEST_SEEDS, render_scene
 
     if tuple(label.name for label in load_spec(folder / "spec.json").labels) != PARTS_CLASSES:
         return []
     scenes = []
-    for seed in TEST_SEEDS[:_SCENES]:
+    for seed in TEST_SEEDS[:count]:
         scene = render_scene(seed)
         digest = hashlib.sha256(scene.image.tobytes()).hexdigest()
         scenes.append(Picture(f"scene {seed}", scene.image, digest, truth_of(scene, seed)))

@@ -27,6 +27,7 @@ from odtrt_lib.engine.runtime import Network
 from odtrt_lib.errors import InputError, UnsupportedError, one_line
 from odtrt_lib.nms import Postprocessed, postprocess
 from odtrt_lib.preprocess import Frame, check_image, frame_of, preprocess
+from odtrt_lib.spans import listener, span
 from odtrt_lib.spec import DetectorSpec
 from odtrt_lib.tensors import CLIP_WINDOWS, DETECTIONS, Tensor, detector_tensors, has_clip_windows
 
@@ -201,6 +202,10 @@ class Pipeline:
         """Runs the network on what its input buffers hold, and waits for it. For benchmarks."""
         self._in_turn(self._again)
 
+    def layer_times(self) -> List[Tuple[str, float]]:
+        """Each layer's name and median time in microseconds, see :meth:`Network.layer_times`."""
+        return self._in_turn(self._network.layer_times, self.stream)
+
     def close(self) -> None:
         """Frees all memory as soon as the running call has ended. Later calls raise RunError."""
         self._release()
@@ -279,10 +284,12 @@ class Pipeline:
     def _found(self, batch: _Batch) -> Dict[str, np.ndarray]:
         if self.is_fused or self._postprocesses_on_gpu:
             fields = DETECTIONS if self.is_fused else _FIELDS
-            return {name: self._results.array(name).copy() for name in fields}
+            with span("download"):
+                return {name: self._results.array(name).copy() for name in fields}
         heads = self._spec.heads
         encodings, logits = (self._results.array(name) for name in (heads.box_encodings, heads.class_logits))
-        found = postprocess(encodings, logits, self._anchors, self._spec, batch.clip_windows())
+        with span("postprocess"):
+            found = postprocess(encodings, logits, self._anchors, self._spec, batch.clip_windows())
         return {name: getattr(found, name) for name in _FIELDS}
 
     def _arrange(self, images: Sequence[np.ndarray], size: int) -> _Batch:
@@ -292,12 +299,14 @@ class Pipeline:
         self._make_room(batch)
         if self.switches.preprocess == "cpu":
             network_input = buffers.input.array(spec.input.name)
-            for image, out in zip(images, network_input):
-                preprocess(image, spec.input, out=out)
-            network_input[len(images) :] = network_input[len(images) - 1]
+            with span("preprocess"):
+                for image, out in zip(images, network_input):
+                    preprocess(image, spec.input, out=out)
+                network_input[len(images) :] = network_input[len(images) - 1]
         else:
-            for i, image in enumerate(images):
-                np.copyto(buffers.frames.array(str(i)), image)
+            with span("upload"):
+                for i, image in enumerate(images):
+                    np.copyto(buffers.frames.array(str(i)), image)
         if self._takes_windows:
             buffers.windows.array(CLIP_WINDOWS)[:] = batch.clip_windows()
         return batch
@@ -331,16 +340,18 @@ class Pipeline:
         """Runs all steps of a batch, and waits until they are done."""
         buffers, is_pageable = self._buffers, self.switches.memory == "pageable"
         graph = buffers.graphs.get(batch.key)
-        if is_pageable:
-            self._upload()
-        if graph is None:
-            self._enqueue(batch)
-        else:
-            buffers.graphs.move_to_end(batch.key)
-            graph.launch(buffers.stream)
-        if is_pageable:
-            self._results.download(buffers.stream)
-        buffers.stream.synchronize()
+        with span("launch"):
+            if is_pageable:
+                self._upload()
+            if graph is None:
+                self._enqueue(batch)
+            else:
+                buffers.graphs.move_to_end(batch.key)
+                graph.launch(buffers.stream)
+            if is_pageable:
+                self._download()
+        with span("wait"):
+            buffers.stream.synchronize()
         if graph is None and self.switches.launch == "graph" and buffers.is_again(batch.key):
             self._record(batch)
 
@@ -350,18 +361,26 @@ class Pipeline:
         if not is_pageable:
             self._upload()
         if self.switches.preprocess == "gpu":
-            self._enqueue_preprocess(batch)
-        self._network.enqueue(stream)
+            with span("preprocess", stream):
+                self._enqueue_preprocess(batch)
+        with span("engine", stream):
+            self._network.enqueue(stream)
         if self._postprocesses_on_gpu:
-            self._enqueue_postprocess(batch.size)
+            with span("postprocess", stream):
+                self._enqueue_postprocess(batch.size)
         if not is_pageable:
-            self._results.download(stream)
+            self._download()
 
     def _upload(self) -> None:
         buffers = self._buffers
-        (buffers.input if self.switches.preprocess == "cpu" else buffers.frames).upload(buffers.stream)
-        if self._takes_windows:
-            buffers.windows.upload(buffers.stream)
+        with span("upload", buffers.stream):
+            (buffers.input if self.switches.preprocess == "cpu" else buffers.frames).upload(buffers.stream)
+            if self._takes_windows:
+                buffers.windows.upload(buffers.stream)
+
+    def _download(self) -> None:
+        with span("download", self._buffers.stream):
+            self._results.download(self._buffers.stream)
 
     def _enqueue_preprocess(self, batch: _Batch) -> None:
         buffers, network_input = self._buffers, self._spec.input
@@ -410,8 +429,9 @@ class Pipeline:
             buffers.overwrite(self.switches)
             graph.launch(buffers.stream)
             if self.switches.memory == "pageable":
-                self._results.download(buffers.stream)
-            buffers.stream.synchronize()
+                self._download()
+            with span("wait"):
+                buffers.stream.synchronize()
             if self._results.content() != expected:
                 raise self._network.error("finds something else in a CUDA graph than without one")
         except Exception as error:  # TensorRT's Python raises what it likes
@@ -469,8 +489,8 @@ class _Batch:
 
     @property
     def key(self) -> Any:
-        """Batches with the same key can use the same graph."""
-        return self.size, *self.image_sizes
+        """Batches with the same key can use the same graph. One that a recorder hears has its events."""
+        return self.size, listener() is not None, *self.image_sizes
 
     def clip_windows(self) -> np.ndarray:
         """The clip windows of all pictures, float32 [size, 4]."""

@@ -17,9 +17,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import statistics
 import threading
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
 from odtrt_lib import cuda
 from odtrt_lib.engine.bindings import TrtMessages, import_library, load_plugin, trt_messages
@@ -33,6 +34,7 @@ from odtrt_lib.variants import RUNTIME_LIBRARIES, form_of
 
 _LOADING = threading.Lock()
 _SHA256_BYTES = 32
+PROFILED_RUNS = 10
 
 
 class RunError(OdtrtError):
@@ -85,6 +87,7 @@ class Network:
         self._kernel_cache: Any = None
         self._kernels_path: Optional[Path] = None
         self._context: Any = None
+        self._bound: Tuple[int, Dict[str, int]] = (0, {})
 
     def deserialize(self, data: bytes, folder: Path, plugin: Union[str, Path, None]) -> None:
         """Deserialises the plan, and checks its tensors."""
@@ -101,10 +104,7 @@ class Network:
         if self._engine is None:
             raise self.error("cannot load it")
         self._offer_kernels(folder)
-        if self._kernel_cache is None:
-            self._context = self._engine.create_execution_context()
-        else:
-            self._context = self._engine.create_execution_context(self._config)
+        self._context = self._new_context()
         if self._context is None:
             raise self.error("cannot load it")
         self._context.error_recorder = self._messages.recorder
@@ -118,6 +118,11 @@ class Network:
         )
         self.min_batch, self.usual_batch, self.max_batch = profile
 
+    def _new_context(self) -> Any:
+        if self._kernel_cache is None:
+            return self._engine.create_execution_context()
+        return self._engine.create_execution_context(self._config)
+
     def keep_kernels(self) -> None:
         """Stores the kernels that TensorRT-RTX has compiled beside the plan, for the next start."""
         if self._kernels_path is not None:
@@ -128,13 +133,16 @@ class Network:
 
         Raises CheckError if the plan's outputs have other shapes than ``spec.json`` says.
         """
-        context = self._context
+        self._bind(self._context, batch, addresses)
+        self._bound = batch, dict(addresses)
+
+    def _bind(self, context: Any, batch: int, addresses: Dict[str, int]) -> None:
         for tensor in self.tensors.inputs:
             shape = tensor.with_batch(batch)
             if not context.set_input_shape(tensor.name, shape):
                 raise self.error(f"does not take `{tensor.name}` {list(shape)}")
         for tensor in self.tensors.outputs:
-            self._check_shape(tensor, tensor.with_batch(batch))
+            self._check_shape(context, tensor, tensor.with_batch(batch))
         for tensor in self.tensors.all:
             if not context.set_tensor_address(tensor.name, addresses[tensor.name]):
                 raise self.error(f"does not take the address of `{tensor.name}`")
@@ -143,6 +151,25 @@ class Network:
         """Enqueues the network on the bound tensors."""
         if not self._context.execute_async_v3(stream.handle):
             raise self.error("cannot run it")
+
+    def layer_times(self, stream: cuda.Stream) -> List[Tuple[str, float]]:
+        """Runs the network :data:`PROFILED_RUNS` times on the bound tensors, and gives each layer's name and
+        median time in microseconds. Their sum exceeds the network's time: layers that are timed do not
+        overlap. A context of its own runs them, which needs as much memory again; nothing if that is not
+        there, or if the runtime does not tell."""
+        context = self._new_context()
+        if context is None or not hasattr(self._trt, "IProfiler") or not hasattr(context, "profiler"):
+            return []
+        context.error_recorder = self._messages.recorder
+        times: Dict[str, List[float]] = {}
+        profiler = _layer_profiler(self._trt, times)
+        context.profiler = profiler
+        self._bind(context, *self._bound)
+        for _ in range(PROFILED_RUNS + 1):
+            if not context.execute_async_v3(stream.handle):
+                raise self.error("cannot run it")
+            stream.synchronize()
+        return [(name, statistics.median(one[1:])) for name, one in times.items() if len(one) > 1]
 
     def close(self) -> None:
         """Frees context, engine and runtime, in the order that TensorRT needs. No work of it may be
@@ -216,13 +243,24 @@ class Network:
                     f"{self.who}: `{tensor.name}` is {found}, expected {dtype}; run `odtrt build` again"
                 )
 
-    def _check_shape(self, tensor: Tensor, shape: Tuple[int, ...]) -> None:
-        found = tuple(self._context.get_tensor_shape(tensor.name))
+    def _check_shape(self, context: Any, tensor: Tensor, shape: Tuple[int, ...]) -> None:
+        found = tuple(context.get_tensor_shape(tensor.name))
         if found != shape:
             raise CheckError(
                 f"{self.who}: `{tensor.name}` is {list(found)}, expected {list(shape)} as spec.json says; "
                 "run `odtrt build` again"
             )
+
+
+def _layer_profiler(trt: Any, times: Dict[str, List[float]]) -> Any:
+    class Profiler(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            times.setdefault(layer_name, []).append(1e3 * ms)
+
+    return Profiler()
 
 
 # ---- Kernels that TensorRT-RTX compiled -------------------------------------------------------------------

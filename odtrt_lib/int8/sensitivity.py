@@ -171,7 +171,7 @@ def heads_of(
     threads: see :func:`odtrt_lib.onnx_model.session`.
     """
     # Above this level its kernels round in another way, by as much as INT8 does.
-    session = onnx_model.session(model.SerializeToString(), "ORT_ENABLE_BASIC", threads)
+    session = onnx_model.session(model.SerializeToString(), "ORT_ENABLE_BASIC", threads=threads)
     (name,) = [value.name for value in session.get_inputs()]
     return [tuple(session.run(None, {name: image})) for image in images]
 
