@@ -102,17 +102,24 @@ def quantise(
     onnx_model.require_valid(folder / MODEL.file, result)
     if target and pictures:
         target["box_sqnr_db"] = _box_sqnr_db(model, result, list(network_inputs(pictures, spec.input)))
-    with folders.staging(folder) as staged:
+    record = _write(stage, result, found, {**_checks(where, in_float, found), **target})
+    return folders.StageResult(record, is_up_to_date=False, note=_note(found))
+
+
+def _write(
+    stage: folders.Stage, result: onnx.ModelProto, found: Calibration, checks: Mapping[str, Any]
+) -> Dict[str, Any]:
+    """Writes the model, its ranges and the record, which it returns."""
+    with folders.staging(stage.folder) as staged:
         (staged / MODEL.file).write_bytes(result.SerializeToString(deterministic=True))
         (staged / CALIBRATION).parent.mkdir()
         (staged / CALIBRATION).write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
-        record = stage.record(
+        return stage.record(
             staged,
             outputs=[MODEL.file],
             versions={each: importlib.metadata.version(each) for each in ("onnx", "onnxruntime")},
-            checks={**_checks(where, in_float, found), **target},
+            checks=checks,
         )
-    return folders.StageResult(record, is_up_to_date=False, note=_note(found))
 
 
 def calibrated(
