@@ -14,7 +14,9 @@ counts on an idle machine only. Strategies:
 
 * ``every convolution``: as `odtrt quantise` has it. ``without the stem``: the first convolution stays in
   floating point; ``without the worst 4`` and so on: those that lose most when they alone are quantised
-  (:mod:`odtrt_lib.int8.sensitivity`).
+  (:mod:`odtrt_lib.int8.sensitivity`). ``backbone only``, ``neck and heads only``: only these are in INT8
+  (:mod:`odtrt_lib.int8.blocks`). ``predicted_box_sqnr_db``: what the noises of single convolutions, on the
+  4 scenes that rank them, add up to.
 * ``one scale a kernel``: instead of one for each output channel.
 * ``calibrated on 16 scenes`` and so on: as ``every convolution``, with ranges of so many scenes.
 * ``corrected biases``: each bias makes up for the mean error that rounding leaves in its channel, from the
@@ -53,6 +55,7 @@ from odtrt_lib.detector import Detector
 from odtrt_lib.evaluate import coco_results, map_drop
 from odtrt_lib.folder import seal
 from odtrt_lib.int8 import calibrate, qat, qdq, sensitivity
+from odtrt_lib.int8.blocks import BACKBONE, blocks
 from odtrt_lib.int8.stage import network_inputs
 from odtrt_lib.preprocess import load_image
 from odtrt_lib.results import write_results
@@ -62,6 +65,7 @@ from odtrt_lib.spec import load_spec
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "int8.cpu.json"
 EVERY, STEM, KERNEL = "every convolution", "without the stem", "one scale a kernel"
+BACKBONE_ONLY, REST_ONLY = "backbone only", "neck and heads only"
 APART = "naive: batch normalisation apart"
 CORRECTED, TRAINED, SIZES = "corrected biases", "trained", (16, 256, 512)
 ORT, BLACK, UNSCALED = "naive: every operation", "naive: a black picture", "naive: pixels from 0 to 255"
@@ -70,6 +74,8 @@ ROWS: Tuple[Tuple[str, str], ...] = (
     *((EVERY, rule) for rule in calibrate.RULES),
     (STEM, "mse"),
     *((f"without the worst {count}", "mse") for count in (4, 12, 24, 48)),
+    (BACKBONE_ONLY, "mse"),
+    (REST_ONLY, "mse"),
     (KERNEL, "mse"),
     *((f"calibrated on {size} scenes", "mse") for size in SIZES),
     (CORRECTED, "mse"),
@@ -242,7 +248,7 @@ class Networks:
         self.images = self.inputs(HELD_OUT)
         self.wanted = sensitivity.heads_of(self.model, self.images)
         self._histograms: Dict[int, Any] = {}
-        self._worst: List[str] = []
+        self._ranking: List[sensitivity.Sensitivity] = []
 
     def inputs(self, numbers: Iterable[int]) -> List[np.ndarray]:
         return list(network_inputs(self.subject.training(numbers), self.spec.input))
@@ -254,15 +260,24 @@ class Networks:
             self._histograms[size] = found
         return {tensor: calibrate.amax(one, rule) for tensor, one in self._histograms[size].items()}
 
-    def worst(self, count: int) -> List[str]:
-        if not self._worst:
-            order = sensitivity.ranked(self.model, self.ranges("mse"), self.inputs(SENSITIVE))
-            self._worst = [one.conv for one in order]
-        return self._worst[:count]
+    def ranking(self) -> List[sensitivity.Sensitivity]:
+        if not self._ranking:
+            self._ranking = sensitivity.ranked(self.model, self.ranges("mse"), self.inputs(SENSITIVE))
+        return self._ranking
+
+    def left_in_float(self, strategy: str) -> List[str]:
+        if strategy == STEM:
+            return [self.convs[0]]
+        if strategy in (BACKBONE_ONLY, REST_ONLY):
+            of = blocks(self.model)
+            return [conv for conv in self.convs if (of[conv] == BACKBONE) == (strategy == REST_ONLY)]
+        if strategy.startswith("without the worst"):
+            return [one.conv for one in self.ranking()[: int(strategy.split()[-1])]]
+        return []
 
     def made(self, strategy: str, rule: str) -> Tuple[onnx.ModelProto, Row]:
         """The network, and the figures that need no detections."""
-        in_float: List[str] = []
+        in_float = self.left_in_float(strategy)
         if strategy == ORT:
             model = self.by_onnxruntime()
         elif strategy in (BLACK, UNSCALED):
@@ -276,17 +291,18 @@ class Networks:
         elif strategy.startswith("calibrated on"):
             model = qdq.quantised(self.model, self.where, self.ranges(rule, int(strategy.split()[2])))
         else:
-            if strategy == STEM:
-                in_float = [self.convs[0]]
-            elif strategy.startswith("without the worst"):
-                in_float = self.worst(int(strategy.split()[-1]))
             where = qdq.placement(self.model, in_float)
             model = qdq.quantised(self.model, where, self.ranges(rule), per_channel=strategy != KERNEL)
         boxes, classes = sensitivity.noise(self.wanted, sensitivity.heads_of(model, self.images))
+        predicted = {}
+        if in_float:
+            left = sum(one.box_noise for one in self.ranking() if one.conv not in in_float)
+            predicted = {"predicted_box_sqnr_db": round(sensitivity.sqnr_db(left), 2)}
         return model, {
             "int8_convolutions": len(self.convs) - len(in_float),
             "in_float": "; ".join(in_float),
             "box_sqnr_db": round(sensitivity.sqnr_db(boxes), 2),
+            **predicted,
             "class_sqnr_db": round(sensitivity.sqnr_db(classes), 2),
             "model_mb": round(model.ByteSize() / 1e6, 2),
         }

@@ -195,6 +195,7 @@ class Detector:
         plugin: Union[str, Path, None] = None,
         precision: Optional[str] = None,
         switches: Optional[Switches] = None,
+        threads: Optional[int] = None,
     ) -> Detector:
         """Opens a model folder.
 
@@ -203,8 +204,8 @@ class Detector:
         ``auto`` a plan that no longer fits (another library, GPU, ONNX file or spec.json) starts one process
         that rebuilds it in the background; :attr:`status` says so, and the other backends never do. plugin:
         ``libodtrt_tensorrt.so``; with it a fused plan is preferred to a split one, without it not looked at.
-        precision: only plans of this one (ONNX Runtime has int8 and fp32); None: of any. switches: how a plan
-        gets its pictures and gives its detections back, see :class:`odtrt_lib.engine.pipeline.Switches`.
+        precision: only plans of this one (ONNX Runtime has int8 and fp32); None: of any. switches: of a plan,
+        see :class:`odtrt_lib.engine.pipeline.Switches`. threads: see :func:`odtrt_lib.onnx_model.session`.
 
         Close it, or use it in a ``with`` block, to give the GPU's memory back::
 
@@ -220,12 +221,11 @@ class Detector:
         folder = Path(folder)
         _check_choices(backend, plugin, precision)
         if backend == "onnxruntime":
-            return cls(*_open_onnxruntime(folder, precision))
+            return cls(*_open_onnxruntime(folder, precision, threads))
         here = _here(backend, plugin)
         if here is None:
-            has_plans = any((folder / PLANS).glob("*.json"))
-            detector = cls(*_open_onnxruntime(folder, precision))
-            detector._serving.reasons = (_NO_GPU,) if has_plans else ()
+            detector = cls(*_open_onnxruntime(folder, precision, threads))
+            detector._serving.reasons = (_NO_GPU,) if any((folder / PLANS).glob("*.json")) else ()
             return detector
         wanted = _Wanted(folder, here, plugin, precision, switches)
         spec, anchors = _read_contract(folder)
@@ -242,7 +242,7 @@ class Detector:
         if found.backend is not None:
             detector = cls(spec, anchors, found.backend)
         else:
-            detector = cls(*_open_onnxruntime_instead(folder, precision, found.reasons))
+            detector = cls(*_open_onnxruntime_instead(folder, precision, threads, found.reasons))
         detector._serving.reasons = found.reasons
         if found.stale is not None:
             _watch_rebuild(detector, wanted, found.stale, is_started)
@@ -387,28 +387,32 @@ def _is_contract_of(folder: Path, spec: DetectorSpec, anchors: np.ndarray) -> bo
     return found[0] == spec and np.array_equal(found[1], anchors)
 
 
-def _open_onnxruntime(folder: Path, precision: Optional[str]) -> Tuple[DetectorSpec, np.ndarray, Backend]:
+def _open_onnxruntime(
+    folder: Path, precision: Optional[str], threads: Optional[int]
+) -> Tuple[DetectorSpec, np.ndarray, Backend]:
     """Opens ONNX Runtime, with all files from one model: another process may replace it in the meantime."""
     model = Variant(precision or "fp32", "heads").file
     files = sealed(folder, "spec.json", "anchors.npy", model)
     spec = load_spec(folder / "spec.json", files["spec.json"])
     anchors = load_anchors(folder / "anchors.npy", spec, files["anchors.npy"])
-    return spec, anchors, _run_by_onnxruntime(folder / model, spec, anchors, files[model])
+    return spec, anchors, _run_by_onnxruntime(folder / model, spec, anchors, files[model], threads)
 
 
 def _open_onnxruntime_instead(
-    folder: Path, precision: Optional[str], reasons: Sequence[str]
+    folder: Path, precision: Optional[str], threads: Optional[int], reasons: Sequence[str]
 ) -> Tuple[DetectorSpec, np.ndarray, Backend]:
     """Opens ONNX Runtime because no plan can be used. reasons: why not, for the error if this fails too."""
     try:
-        return _open_onnxruntime(folder, precision)
+        return _open_onnxruntime(folder, precision, threads)
     except MissingDependencyError as error:
         raise MissingDependencyError(f"{error}; {'; '.join(reasons)}") from error
 
 
-def _run_by_onnxruntime(path: Path, spec: DetectorSpec, anchors: np.ndarray, model: bytes) -> Backend:
+def _run_by_onnxruntime(
+    path: Path, spec: DetectorSpec, anchors: np.ndarray, model: bytes, threads: Optional[int]
+) -> Backend:
     try:
-        session = onnx_model.session(model)
+        session = onnx_model.session(model, threads=threads)
     except MissingDependencyError as error:
         raise MissingDependencyError(f"{error}, or choose another backend") from error
     except Exception as error:

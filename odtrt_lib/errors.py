@@ -35,6 +35,10 @@ class CudaError(OdtrtError):
         self.number = number
 
 
+class ClusterError(OdtrtError):
+    """A Ray cluster cannot be reached, or lost a task more often than it is started again."""
+
+
 class BuildError(OdtrtError):
     """TensorRT refused or failed to build an engine."""
 

@@ -5,7 +5,8 @@ Detections are in COCO's results form, one ``dict`` each: ``image_id``, ``catego
 
 Evaluation can be divided into shards. :func:`detect_shard` takes a :class:`Recipe` and some pictures, both
 picklable, so it can run in any process on any machine that has the folder and the pictures. :func:`merge`
-joins the results. On one machine: ``merge(detect_shard(recipe, shard) for shard in shards(coco, 3))``.
+joins the results. On one machine: ``merge(detect_shard(recipe, shard) for shard in shards(coco, 3))``; on a
+cluster by :func:`odtrt_lib.distribute.mapped`.
 
 A loss of mAP is measured on a sample of images, so it has an error of its own. :func:`map_drop` gives it with
 its 95 % interval, and :func:`check_limit` says whether it is shown to be within a limit.
@@ -86,18 +87,29 @@ Picture = Tuple[Identity, Path]  # the picture's id in the annotations, and its 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The arguments of ``Detector.open``, with which any process can open the same detector."""
+    """The arguments of ``Detector.open``, with which any process can open the same detector.
+
+    With one thread ONNX Runtime finds the same bits on machines with other numbers of cores, if their
+    processors are of one kind.
+    """
 
     folder: Path
     backend: str = "auto"
     plugin: Optional[Path] = None
     precision: Optional[str] = None
+    threads: Optional[int] = None
 
     def open(self) -> Detector:
         """Opens the detector. Raises what ``Detector.open`` raises."""
         from odtrt_lib.detector import Detector
 
-        return Detector.open(self.folder, self.backend, plugin=self.plugin, precision=self.precision)
+        return Detector.open(
+            self.folder,
+            self.backend,
+            plugin=self.plugin,
+            precision=self.precision,
+            threads=self.threads,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +251,11 @@ def detect_shard(recipe: Recipe, pictures: Sequence[Picture]) -> List[PictureRes
     """
     with recipe.open() as detector:
         return list(detect_pictures(detector, pictures))
+
+
+def detect_item(item: Tuple[Recipe, Sequence[Picture]]) -> List[PictureResult]:
+    """:func:`detect_shard` of a pair, for :func:`odtrt_lib.distribute.mapped`."""
+    return detect_shard(*item)
 
 
 def detect_pictures(

@@ -50,13 +50,17 @@ def require_valid(path: Path, model: Union[onnx.ModelProto, Path]) -> None:
 
 
 def session(
-    model: Union[bytes, str], optimisation: str = "ORT_ENABLE_EXTENDED", profile: Optional[str] = None
+    model: Union[bytes, str],
+    optimisation: str = "ORT_ENABLE_EXTENDED",
+    profile: Optional[str] = None,
+    threads: Optional[int] = None,
 ) -> Any:
     """An ``onnxruntime.InferenceSession`` on the CPU, for the bytes or the file name of a model.
 
     optimisation: a name of ``GraphOptimizationLevel``. At ``ORT_ENABLE_ALL``, ONNX Runtime's blocked
     convolutions round 15 to 20 times as coarsely as TensorFlow (EfficientDet-D0). profile: the start of the
-    name of a file for the times of all nodes.
+    name of a file for the times of all nodes. threads: None: one for each core. The last bits of the outputs
+    depend on their number, because they divide the sums.
 
     Raises MissingDependencyError without ONNX Runtime, and what it raises itself for a model that it cannot
     read: its exceptions have no common base but Exception.
@@ -73,6 +77,7 @@ def session(
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, profile
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, optimisation)
+    options.intra_op_num_threads = threads or 0
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -261,6 +261,7 @@ def test_every_command_of_an_unpacked_bundle(tmp_path):
         (["convert", "model"], 1, "device side"),
         (["fuse", "model"], 1, "onnx"),
         (["quantise", "model", "--images", str(tmp_path)], 1, "onnx"),
+        (["sensitivity", "model", "--images", str(tmp_path)], 1, "onnx"),
         (["qat", "x", "model", "--images", str(tmp_path), "-o", str(tmp_path / "new")], 1, "device side"),
         (["build", "model"], 1, "TensorRT"),
         (["plans", "model"], 1, "no plan there"),

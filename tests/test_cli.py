@@ -692,7 +692,7 @@ class TestGate:
         models = SimpleNamespace(worse_every=1000, opened=[], plan="0123")
         (tmp_path / "other").mkdir()
 
-        def open_model(folder, backend="auto", *, plugin=None, precision=None):
+        def open_model(folder, backend="auto", *, plugin=None, precision=None, threads=None):
             is_plan = backend == "tensorrt"
             models.opened.append((str(folder), backend, precision))
 
@@ -861,7 +861,10 @@ class TestErrors:
 class TestSurroundings:
     @pytest.mark.parametrize(
         "command",
-        ["run", "export", "convert", "fuse", "build", "detect", "eval", "soak", "doctor", "zoo get"],
+        [
+            *("run", "export", "convert", "fuse", "build", "sensitivity", "detect", "eval", "soak", "doctor"),
+            "zoo get",
+        ],
     )
     def test_help_says_what_is_read_and_written_with_an_example(self, capsys, monkeypatch, command):
         monkeypatch.setenv("COLUMNS", "200")

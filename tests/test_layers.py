@@ -21,6 +21,7 @@ LAYERS = [
     "machine",
     "boards",
     "requirements",
+    "distribute",
     "spec",
     "folder",
     "anchors",

@@ -158,6 +158,8 @@ def coco_of_one_scene(folder: Path, names: dict[int, str]) -> Path:
 
 def test_no_command_and_no_module_reaches_the_network(parts, parts_folder, offline, tmp_path):
     """`odtrt run` did its work in `run_folder`; here are the others. Only `zoo get` may try the network."""
+    from tiny_model import model_folder
+
     from odtrt_lib.app import cli
 
     model, bundle = str(shutil.copytree(parts_folder, tmp_path / "parts")), str(tmp_path / "a.odtrt.zip")
@@ -172,6 +174,7 @@ def test_no_command_and_no_module_reaches_the_network(parts, parts_folder, offli
         ["convert", model],
         ["fuse", model],
         ["quantise", model, "--images", str(tmp_path / "pictures")],
+        ["sensitivity", str(model_folder(tmp_path / "tiny")), "--images", str(tmp_path / "pictures")],
         ["qat", str(parts), model, "--images", str(tmp_path / "pictures"), "-o", trained, "--steps", "1"],
         ["build", model],
         ["plans", model],

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from odtrt_lib.evaluate import MapDrop, Merged, Recipe, Verdict
     from odtrt_lib.evaluate import Picture as EvaluatedPicture
     from odtrt_lib.folder import StageResult
+    from odtrt_lib.int8.sensitivity import Report
     from odtrt_lib.latency.profile import Profile
     from odtrt_lib.latency.worker import Job
     from odtrt_lib.sources import Source
@@ -75,6 +76,8 @@ _OUT = Path("out")
 _MIN_SCORE = 0.3
 _PROFILED_SCENES = 4
 _MAX_UNREADABLE_NAMED = 10
+_MAX_CONVOLUTIONS_SHOWN = 20
+_PICTURES_A_TASK = 16
 _SOAK_HOURS, _SOAK_SCENES = 72.0, 16
 _INTERRUPTED = ("interrupted; nothing half-written is left", 130)
 _PYTHON_OF_TENSORFLOW = (3, 10)
@@ -209,6 +212,22 @@ RangesOption = typer.Option(
 CalibratorOption = typer.Option("mse", "--calibrator", help="How the ranges of activations are chosen.")
 InFloatOption = typer.Option(
     [], "--in-float", metavar="NAME", help="A convolution that stays in floating point; can be repeated."
+)
+MinBoxSqnrOption = typer.Option(
+    None,
+    "--min-box-sqnr",
+    metavar="DB",
+    help="Keep in floating point what disturbs the boxes most, until their signal over noise is that many "
+    "decibels; needs `odtrt sensitivity`.",
+)
+MeasuredOption = typer.Option(8, "--measured", min=1, help="Measure the noise on so many of these.")
+RayOption = typer.Option(False, "--ray", help="Divide the work among this machine's cores, by Ray.")
+RayAddressOption = typer.Option(
+    None,
+    "--ray-address",
+    metavar="HOST:PORT|auto",
+    help="Divide it among the machines of this Ray cluster; auto: the one that runs here.",
+    show_default=False,
 )
 CountOption = typer.Option(64, "--count", min=1, help="So many of the pictures, evenly spaced.")
 PluginOption = typer.Option(
@@ -591,6 +610,7 @@ def quantise(
     calibrator: Calibrator = CalibratorOption,
     ranges: Optional[Path] = RangesOption,
     in_float: List[str] = InFloatOption,
+    min_box_sqnr: Optional[float] = MinBoxSqnrOption,
     count: int = CountOption,
     force: bool = ForceOption,
 ) -> None:
@@ -609,11 +629,90 @@ def quantise(
     result = _work_on(
         "quantise",
         lambda: int8.quantise(
-            folder, pictures, rule=calibrator.value, in_float=in_float, ranges=ranges, force=force
+            folder,
+            pictures,
+            rule=calibrator.value,
+            in_float=in_float,
+            ranges=ranges,
+            min_box_sqnr_db=min_box_sqnr,
+            force=force,
         ),
     )
     _print_stages(folder, {"quantise": result})
+    if min_box_sqnr is not None:
+        checks = result.record["checks"]
+        found = f", {checks['box_sqnr_db']:.1f} dB measured" if "box_sqnr_db" in checks else ""
+        _say(
+            f"{_plural(checks['float_convolutions'], 'convolution')} in floating point; signal over noise of "
+            f"the boxes: {checks['predicted_box_sqnr_db']:.1f} dB predicted{found}"
+        )
     _say_next(f"odtrt build {shell_word(folder)} --precision int8")
+
+
+@app.command()
+def sensitivity(
+    folder: Path = FolderArgument,
+    images: Path = CalibrationOption,
+    calibrator: Calibrator = CalibratorOption,
+    count: int = CountOption,
+    measured: int = MeasuredOption,
+    ray: bool = RayOption,
+    ray_address: Optional[str] = RayAddressOption,
+    force: bool = ForceOption,
+) -> None:
+    """Chapter 6: which convolutions lose most in INT8.
+
+    **Reads** heads.onnx and spec.json of the model folder, and pictures. **Writes** int8/sensitivity.json:
+    the noise that each convolution adds when it alone is in INT8, and that of all but it.
+
+    **Example:** `odtrt sensitivity out/my_model --images pictures --ray`
+    """
+    from odtrt_lib import int8
+
+    cluster = _ray_address(ray, ray_address)
+    pictures = int8.pictures_in(images, count)
+    with _build_progress("sensitivity") as progress:
+        result = int8.measure_sensitivity(
+            folder,
+            pictures,
+            rule=calibrator.value,
+            measured=measured,
+            ray_address=cluster,
+            force=force,
+            progress=lambda done, total: progress(f"{done} of {total}", done / total),
+        )
+    _say_done("sensitivity", result)
+    report = int8.read_report(folder, result.record["inputs"]["heads.onnx"])
+    _print_ranking(report)
+    kept = [word for conv in report.halving() for word in ("--in-float", shell_word(conv))]
+    _say_next(" ".join(["odtrt quantise", shell_word(folder), "--images", shell_word(images), *kept]))
+
+
+def _ray_address(is_local: bool, address: Optional[str]) -> Optional[str]:
+    """As :func:`odtrt_lib.distribute.mapped` takes it. Refuses a cluster that does not work."""
+    from odtrt_lib.distribute import LOCAL, require_cluster
+
+    if address is None and not is_local:
+        return None
+    require_cluster(address or LOCAL)
+    return address or LOCAL
+
+
+def _print_ranking(report: Report) -> None:
+    from odtrt_lib.int8.sensitivity import sqnr_db
+
+    table = Table("block", "boxes", "classes", "boxes, all but it", "convolution", highlight=False)
+    for one in report.ranking[:_MAX_CONVOLUTIONS_SHOWN]:
+        decibels = [sqnr_db(noise) for noise in (one.alone.box, one.alone.classes, one.all_but.box)]
+        table.add_row(one.block, *(f"{figure:.1f} dB" for figure in decibels), escape(one.conv))
+    _out().print(table)
+    boxes, classes = sqnr_db(report.every.box), sqnr_db(report.every.classes)
+    shown = min(_MAX_CONVOLUTIONS_SHOWN, len(report.ranking))
+    _say(
+        f"signal over noise in INT8 on {_plural(report.measured_on, 'picture')}, the worst {shown} of "
+        f"{_plural(len(report.ranking), 'convolution')}; all of them in INT8: boxes {boxes:.1f} dB, "
+        f"classes {classes:.1f} dB"
+    )
 
 
 @app.command()
@@ -918,6 +1017,8 @@ def evaluate(
     against: Optional[Path] = AgainstOption,
     against_backend: Optional[BackendName] = AgainstBackendOption,
     against_precision: Optional[Precision] = AgainstPrecisionOption,
+    ray: bool = RayOption,
+    ray_address: Optional[str] = RayAddressOption,
 ) -> None:
     """Accuracy on a COCO data set: mAP and its relatives, by pycocotools; with `--gate`, what was lost.
 
@@ -928,17 +1029,20 @@ def evaluate(
 
     A picture that cannot be read is left out of the figures and named at the end; the exit status is then 1.
 
+    ONNX Runtime runs in one thread, so that the number of cores changes no figure; `--ray` uses all cores.
+
     **Example:** `odtrt eval out/my_model --annotations instances_val2017.json --images val2017 --limit 500`,
     or `odtrt eval out/my_model --annotations instances.json --backend tensorrt --precision fp16 --gate 0.5`
     """
     from odtrt_lib import written_files
     from odtrt_lib.coco import load_coco
-    from odtrt_lib.evaluate import Recipe, require_limit, require_objects, shards
+    from odtrt_lib.evaluate import Recipe, require_limit
 
-    recipes = [Recipe(folder, backend.value, plugin, _value(precision))]
+    cluster = _ray_address(ray, ray_address)
+    recipes = [Recipe(folder, backend.value, plugin, _value(precision), threads=1)]
     if (gate, against, against_backend, against_precision) != (None,) * 4:
-        by = _value(against_backend) or "onnxruntime"
-        recipes.append(Recipe(against or folder, by, plugin, _value(against_precision) or "fp32"))
+        by, of = _value(against_backend) or "onnxruntime", _value(against_precision) or "fp32"
+        recipes.append(Recipe(against or folder, by, plugin, of, threads=1))
     if gate is not None:
         require_limit(gate)
     for recipe in recipes:
@@ -947,14 +1051,10 @@ def evaluate(
     if json_file is not None:
         inputs = [file for recipe in recipes for file in written_files.model_files(recipe.folder)]
         written_files.require_no_input(json_file, [annotations, *coco.paths, *inputs])
-    pictures = [picture for part in shards(coco, 1, limit) for picture in part]
-    if not pictures:
-        raise InputError(f"{annotations}: lists no images; expected at least one to evaluate")
-    if len(recipes) > 1:
-        require_objects(coco.instances, [image_id for image_id, _ in pictures])
+    pictures = _pictures_of(coco, limit, is_compared=len(recipes) > 1)
     detectors = [recipe.open() for recipe in recipes]
-    _require_precisions(recipes, detectors)
-    found = _detect_by_each(detectors, pictures, coco)
+    _require_comparable(recipes, detectors, coco)
+    found = _detect_by_each(recipes, detectors, pictures, cluster)
     figures = _print_figures(found, detectors, coco)
     drop, verdict = _compare_maps(found, coco, gate) if len(found) > 1 else (None, None)
     if drop is not None:
@@ -966,13 +1066,24 @@ def evaluate(
         raise typer.Exit(1)
 
 
+def _pictures_of(coco: CocoFolder, limit: Optional[int], is_compared: bool) -> List[EvaluatedPicture]:
+    from odtrt_lib.evaluate import require_objects, shards
+
+    pictures = [picture for part in shards(coco, 1, limit) for picture in part]
+    if not pictures:
+        raise InputError(f"{coco.annotations}: lists no images; expected at least one to evaluate")
+    if is_compared:
+        require_objects(coco.instances, [image_id for image_id, _ in pictures])
+    return pictures
+
+
 def _value(choice: Optional[Enum]) -> Optional[str]:
     return None if choice is None else choice.value
 
 
-def _require_precisions(recipes: Sequence[Recipe], detectors: Sequence[Detector]) -> None:
-    """Refuses ONNX Runtime where another precision than its own was asked for, and a reference that is the
-    model itself: such a comparison would pass and mean nothing."""
+def _require_comparable(recipes: Sequence[Recipe], detectors: Sequence[Detector], coco: CocoFolder) -> None:
+    """Refuses annotations of other classes, ONNX Runtime where another precision than its own was asked for,
+    and a reference that is the model itself: such a comparison would pass and mean nothing."""
     for recipe, detector in zip(recipes, detectors):
         if detector.status.plan is None and recipe.precision == "fp16":
             raise InputError(
@@ -988,23 +1099,48 @@ def _require_precisions(recipes: Sequence[Recipe], detectors: Sequence[Detector]
             f"{recipes[0].folder}: would be compared with itself ({detectors[0].status.description}); name "
             "another backend, precision or --against folder"
         )
-
-
-def _detect_by_each(
-    detectors: Sequence[Detector], pictures: Sequence[EvaluatedPicture], coco: CocoFolder
-) -> List[Merged]:
-    """What each detector finds in the pictures."""
-    from odtrt_lib.evaluate import detect_pictures, merge
-
     names = [{label.id: label.name for label in detector.spec.labels} for detector in detectors]
     for own in names if names[0] != names[-1] else names[:1]:
         _compare_classes(own, coco.class_names, coco.annotations)
+
+
+def _detect_by_each(
+    recipes: Sequence[Recipe],
+    detectors: Sequence[Detector],
+    pictures: Sequence[EvaluatedPicture],
+    ray_address: Optional[str],
+) -> List[Merged]:
+    """What each detector finds in the pictures: here, or in Ray's workers, which open it again."""
+    from odtrt_lib.evaluate import detect_pictures, merge
+
+    if ray_address is not None:
+        # `auto` could choose something else on another machine.
+        same = [
+            dataclasses.replace(recipe, backend=detector.status.backend)
+            for recipe, detector in zip(recipes, detectors)
+        ]
+        found = _detect_by_ray(same, pictures, ray_address)
+        _require_some(_unreadable(found), len(pictures))
+        return found
     found = []
     for detector, title in zip(detectors, ("eval", "eval, reference")):
         with _progress(title, len(pictures)) as advance:
             found.append(merge([detect_pictures(detector, pictures, advance)]))
         _require_some(_unreadable(found), len(pictures))
     return found
+
+
+def _detect_by_ray(
+    recipes: Sequence[Recipe], pictures: Sequence[EvaluatedPicture], ray_address: str
+) -> List[Merged]:
+    from odtrt_lib.distribute import mapped
+    from odtrt_lib.evaluate import detect_item, merge
+
+    parts = [pictures[i : i + _PICTURES_A_TASK] for i in range(0, len(pictures), _PICTURES_A_TASK)]
+    items = [(recipe, part) for recipe in recipes for part in parts]
+    with _progress("eval", len(items)) as advance:
+        results = mapped(detect_item, items, ray_address, advance)
+    return [merge(results[i : i + len(parts)]) for i in range(0, len(items), len(parts))]
 
 
 def _unreadable(found: Sequence[Merged]) -> Dict[Path, str]:

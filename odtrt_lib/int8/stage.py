@@ -19,7 +19,7 @@ import numpy as np
 from odtrt_lib import folder as folders
 from odtrt_lib import onnx_model
 from odtrt_lib.errors import InputError, one_line
-from odtrt_lib.int8 import calibrate, drift, qdq
+from odtrt_lib.int8 import calibrate, drift, qdq, sensitivity
 from odtrt_lib.preprocess import load_image, preprocess
 from odtrt_lib.sources import PICTURE_SUFFIXES
 from odtrt_lib.spec import DetectorSpec, InputSpec, load_spec
@@ -55,15 +55,18 @@ def quantise(
     rule: str = "mse",
     in_float: Sequence[str] = (),
     ranges: Optional[Path] = None,
+    min_box_sqnr_db: Optional[float] = None,
     force: bool = False,
 ) -> folders.StageResult:
     """Writes ``heads_int8.onnx``: every convolution in INT8 but those named in ``in_float``.
 
     images: pictures as the detector will see them, as files or as uint8 ``[height, width, 3]``, RGB; 64 of
     them suffice, fewer than FEWEST_IMAGES are refused. rule: a key of :data:`calibrate.RULES`. ranges: a file
-    that has the ranges already, for which no images are needed (:func:`read_ranges`). force: write even if
-    the file is up to date. The same inputs give the same bytes on one machine. The result's note warns of
-    pictures that are far from those of the training.
+    that has the ranges already, for which no images are needed (:func:`read_ranges`). min_box_sqnr_db: more
+    convolutions stay in floating point, those first that disturb the boxes most according to
+    ``int8/sensitivity.json``, until the boxes' predicted signal over noise is that many decibels; the record
+    also has it as measured on the images. force: write even if the file is up to date. The same inputs give
+    the same bytes on one machine. The result's note warns of pictures that are far from training's.
 
     Raises InputError if a file of the model is missing or damaged, if it is quantised already, for too few or
     unreadable pictures, one that has one colour only, and a tensor that is not finite or always 0 on them;
@@ -74,34 +77,49 @@ def quantise(
     files = folders.sealed(folder, "heads.onnx", "spec.json")
     spec = load_spec(folder / "spec.json", files["spec.json"])
     model = onnx_model.load(folder / "heads.onnx", files["heads.onnx"], "quantise")
+    target: Dict[str, Any] = {}
+    if min_box_sqnr_db is not None:
+        in_float, target = _quiet_enough(folder, files["heads.onnx"], min_box_sqnr_db, in_float)
     where = qdq.placement(model, in_float)
-    pictures = [pixels(one, number) for number, one in enumerate(images, 1)]
-    if ranges is None and len(pictures) < FEWEST_IMAGES:
-        raise InputError(f"{len(pictures)} calibration pictures; at least {FEWEST_IMAGES} are needed")
+    pictures = calibration_pictures(images, fewest=FEWEST_IMAGES if ranges is None else 0)
     given = None if ranges is None else read_ranges(ranges, where)
-    settings = {"rule": rule, "in_float": sorted(in_float), "images": _digest(pictures), "ranges": given}
+    settings: Dict[str, Any] = {
+        "rule": rule,
+        "in_float": sorted(in_float),
+        "images": digest(pictures),
+        "ranges": given,
+    }
+    settings = {**settings, **target}
     stage = folders.Stage(folder, MODEL.model.stage, folders.made_from(MODEL.file, files), settings)
     record = stage.finished(force)
     if record is not None:
         return folders.StageResult(record, is_up_to_date=True)
 
+    found = Calibration("given", given or {}, 0, None)
     if given is None:
         found = calibrated(model, spec, where, pictures, rule, _training_statistics(folder))
-    else:
-        found = Calibration("given", given, 0, None)
     result = qdq.quantised(model, where, found.ranges)
     onnx_model.require_valid(folder / MODEL.file, result)
-    with folders.staging(folder) as staged:
+    if target and pictures:
+        target["box_sqnr_db"] = _box_sqnr_db(model, result, list(network_inputs(pictures, spec.input)))
+    record = _write(stage, result, found, {**_checks(where, in_float, found), **target})
+    return folders.StageResult(record, is_up_to_date=False, note=_note(found))
+
+
+def _write(
+    stage: folders.Stage, result: onnx.ModelProto, found: Calibration, checks: Mapping[str, Any]
+) -> Dict[str, Any]:
+    """Writes the model, its ranges and the record, which it returns."""
+    with folders.staging(stage.folder) as staged:
         (staged / MODEL.file).write_bytes(result.SerializeToString(deterministic=True))
         (staged / CALIBRATION).parent.mkdir()
         (staged / CALIBRATION).write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
-        record = stage.record(
+        return stage.record(
             staged,
             outputs=[MODEL.file],
             versions={each: importlib.metadata.version(each) for each in ("onnx", "onnxruntime")},
-            checks=_checks(where, in_float, found),
+            checks=checks,
         )
-    return folders.StageResult(record, is_up_to_date=False, note=_note(found))
 
 
 def calibrated(
@@ -122,6 +140,20 @@ def calibrated(
     ranges = {tensor: calibrate.amax(histogram, rule) for tensor, histogram in found.items()}
     distance = drift.measured(model, statistics, network_inputs(pictures, spec.input))
     return Calibration(rule, ranges, len(pictures), distance)
+
+
+def _quiet_enough(
+    folder: Path, heads: bytes, min_box_sqnr_db: float, in_float: Sequence[str]
+) -> Tuple[List[str], Dict[str, Any]]:
+    """What stays in floating point, and the prediction for the record."""
+    report = sensitivity.read_report(folder, hashlib.sha256(heads).hexdigest())
+    kept = report.quiet_enough(min_box_sqnr_db, in_float)
+    return kept, {"predicted_box_sqnr_db": sensitivity.sqnr_db(report.predicted(kept).box)}
+
+
+def _box_sqnr_db(model: onnx.ModelProto, result: onnx.ModelProto, inputs: Sequence[np.ndarray]) -> float:
+    wanted = sensitivity.heads_of(model, inputs)
+    return sensitivity.sqnr_db(sensitivity.noise(wanted, sensitivity.heads_of(result, inputs))[0])
 
 
 def network_inputs(pictures: Sequence[np.ndarray], spec: InputSpec) -> Iterator[np.ndarray]:
@@ -232,6 +264,14 @@ def _training_statistics(folder: Path) -> Dict[str, drift.Channels]:
     return drift.training_statistics(load_frozen(folder / FROZEN, content))
 
 
+def calibration_pictures(images: Sequence[Picture], fewest: int = FEWEST_IMAGES) -> List[np.ndarray]:
+    """Each uint8 ``[height, width, 3]``, RGB. Raises InputError for too few, and as :func:`quantise` says."""
+    pictures = [pixels(one, number) for number, one in enumerate(images, 1)]
+    if len(pictures) < fewest:
+        raise InputError(f"{len(pictures)} calibration pictures; at least {fewest} are needed")
+    return pictures
+
+
 def pixels(picture: Picture, number: int) -> np.ndarray:
     """The picture as uint8 ``[height, width, 3]``. number: its place, for the error's text.
 
@@ -244,11 +284,12 @@ def pixels(picture: Picture, number: int) -> np.ndarray:
     return found
 
 
-def _digest(pictures: Sequence[np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def digest(pictures: Sequence[np.ndarray]) -> str:
+    """The SHA-256 of their pixels."""
+    found = hashlib.sha256()
     for picture in pictures:
-        digest.update(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes())
-    return digest.hexdigest()
+        found.update(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes())
+    return found.hexdigest()
 
 
 def pictures_in(folder: Path, count: Optional[int] = None) -> List[Path]:
