@@ -1,6 +1,6 @@
 """What INT8 costs in mAP, by strategy and calibrator, with ONNX Runtime on this CPU.
 
-    python benchmarks/int8.py [--model parts] [NUMBER ...]      writes results/int8.cpu.json, row by row
+    python benchmarks/int8.py [--model parts] [--timed] [NUMBER ...]   writes results/int8.cpu.json, row by row
 
 Models: ``parts`` (models/parts) on 500 unseen scenes (TEST_SEEDS); ``coco_ssd_mnv1`` of the corpus (the
 folder that ODTRT_CORPUS names) on its 128 pictures of val2017. NUMBER: rows of :data:`ROWS`, unasked all that
@@ -9,8 +9,8 @@ fit the model; rows that are there already stay. Calibration: the first 64 train
 mAP: pycocotools. ``map_drop_points``: against single precision on the same pictures, from ``drop_low`` to
 ``drop_high`` with 95 % confidence (:func:`odtrt_lib.evaluate.map_drop`). ``box_sqnr_db``, ``class_sqnr_db``:
 signal over noise of the raw heads on 24 other training pictures. ``int8_convolutions``: of ``convolutions``;
-``in_float``: the names of the rest. ``p50_ms``: of ``Detector.detect`` while the pictures are measured; it
-counts on an idle machine only. Strategies:
+``in_float``: the names of the rest. ``p50_ms``: of ``Detector.detect`` while the pictures are measured, with
+``--timed``, for which the machine must be idle. Strategies:
 
 * ``every convolution``: as `odtrt quantise` has it. ``without the stem``: the first convolution stays in
   floating point; ``without the worst 4`` and so on: those that lose most when they alone are quantised
@@ -164,6 +164,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=SUBJECTS, default="parts")
+    parser.add_argument("--timed", action="store_true", help="p50_ms, on an idle machine")
     parser.add_argument("rows", nargs="*", type=int, metavar="NUMBER")
     options = parser.parse_args()
     subject = SUBJECTS[options.model]()
@@ -173,7 +174,8 @@ def main() -> None:
     fitting = [one for one in ROWS if subject.name == "parts" or one[0] not in FOR_PARTS_ONLY]
     wanted = [ROWS[number] for number in options.rows] or fitting
     known = {(row["model"], row["strategy"], row["calibrator"]) for row in rows}
-    for row in measured(subject, [one for one in wanted if (subject.name, *one) not in known]):
+    missing = [one for one in wanted if (subject.name, *one) not in known]
+    for row in measured(subject, missing, options.timed):
         print(json.dumps(row), flush=True)
         rows = sorted([*rows, row], key=place_of)
         write_results(RESULTS, "int8", "python benchmarks/int8.py", rows)
@@ -189,7 +191,7 @@ def make_folder(source: Path, folder: Path) -> None:
     subprocess.run([*odtrt, "convert", str(folder)], check=True)
 
 
-def measured(subject: Subject, wanted: Sequence[Tuple[str, str]]) -> Iterator[Row]:
+def measured(subject: Subject, wanted: Sequence[Tuple[str, str]], is_timed: bool) -> Iterator[Row]:
     """The rows, in turn; single precision is measured first whether or not it is wanted."""
     heads = Networks(subject)
     exact, exact_ms = detections(subject.folder, "fp32", subject)
@@ -215,7 +217,7 @@ def measured(subject: Subject, wanted: Sequence[Tuple[str, str]]) -> Iterator[Ro
             "drop_high": round(drop.high, 2),
             **figures,
             "convolutions": len(heads.convs),
-            "p50_ms": round(p50, 2),
+            **({"p50_ms": round(p50, 2)} if is_timed else {}),
             "runtime": "ONNX Runtime",
             "date": datetime.now(timezone.utc).date().isoformat(),
         }

@@ -100,7 +100,7 @@ def train(
         raise InputError("no pictures to train with")
     settings = {
         "checkpoint": spec.source.checkpoint_sha256,
-        "int8": hashlib.sha256(files[MODEL.file]).hexdigest(),
+        "ranges": hashlib.sha256(repr([*where.convs, *ranges.items()]).encode()).hexdigest(),
         "steps": steps,
         "batch": batch,
         "learning_rate": learning_rate,
