@@ -1,6 +1,6 @@
 """What INT8 costs in mAP, by strategy and calibrator, with ONNX Runtime on this CPU.
 
-    python benchmarks/int8.py [--model parts] [--timed] [NUMBER ...]   writes results/int8.cpu.json, row by row
+    python benchmarks/int8.py [--model parts] [--timed] [NUMBER ...]  writes results/int8.cpu.json by rows
 
 Models: ``parts`` (models/parts) on 500 unseen scenes (TEST_SEEDS); ``coco_ssd_mnv1`` of the corpus (the
 folder that ODTRT_CORPUS names) on its 128 pictures of val2017. NUMBER: rows of :data:`ROWS`, unasked all that

@@ -108,6 +108,28 @@ TABLES = {
             Column("from / to", "drop_low", ".2f", beside="drop_high"),
         ),
     ),
+    "latency_cpu": Table(
+        "latency.cpu.json",
+        (
+            Column("model", "model"),
+            Column("frame p50 / p99, ms", "detect_p50_us", ".1f", 1000, beside="detect_p99_us"),
+            Column("before and after the network", "around_share", ".1%"),
+        ),
+    ),
+    "roofline_published": Table(
+        "roofline.cpu.json",
+        (
+            Column("network", "network"),
+            Column("precision", "precision"),
+            Column("measured, ms", "published_ms", ".1f"),
+            Column("bound, ms", "bound_ms", ".2f"),
+            Column("times", "times_bound", ".1f"),
+            Column("measured by", "source"),
+        ),
+        only={"row": ("published",), "board": ("Nano",)},
+        made="Computed",
+        names_packages=False,
+    ),
     "agreement": Table(
         "agreement.cpu.json",
         (

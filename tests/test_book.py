@@ -115,7 +115,10 @@ def test_a_message_that_the_library_does_not_have_is_caught():
     assert unknown_messages(page, library_text()) == ["the checkpoint is unhappy"]
 
 
-DECISION_PAGES = ("ch01_export", "ch02_convert", "ch03_engine", "ch04_nms", "ch05_portability", "ch06_int8")
+DECISION_PAGES = (
+    *("ch01_export", "ch02_convert", "ch03_engine", "ch04_nms", "ch05_portability", "ch06_int8"),
+    "ch07_latency",
+)
 MOST_WORDS = 1200
 
 

@@ -23,11 +23,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from odtrt_lib import IMPORT_PATH, cuda, spans
+from odtrt_lib import cuda, spans
 
 GPU = "GPU"
 
-PACKAGE = str(Path(IMPORT_PATH, "odtrt_lib")) + "/"
 _KINDS = {
     "cudaMemcpyAsync": "copy",
     "cudaStreamSynchronize": "wait",
@@ -257,7 +256,8 @@ def caller() -> str:
 
 
 def is_of_odtrt(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(PACKAGE)
+    """Not by the file's name: a compiled module has that of where it was compiled."""
+    return str(frame.f_globals.get("__package__")).partition(".")[0] == "odtrt_lib"
 
 
 def line_of(frame: FrameType) -> str:
