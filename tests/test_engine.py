@@ -158,13 +158,14 @@ def build_in(folder, limit):
 
 @needs_tensorrt_rtx
 def test_single_precision_is_given_up_only_where_that_is_allowed(bulky, tmp_path):
-    """Half precision takes less, its writing into the ONNX included."""
+    """Half precision takes less, its writing into the ONNX included: 240 MiB, and the least of the other steps
+    277; 28 MiB more were seen now and then. The limit is between them."""
     folder = tmp_path / "bulky"
     shutil.copytree(bulky, folder)
     engine.build(folder, precision="fp16")
     conversion = passport.passports(folder)[0].attempts[0]["peak_rss_mb"]
-    limit = f"{int(conversion) + 10}MiB"
-    with pytest.raises(BuildError, match=f"memory of {int(conversion) + 10} MiB"):
+    limit = f"{int(conversion) + 25}MiB"
+    with pytest.raises(BuildError, match=f"memory of {int(conversion) + 25} MiB"):
         engine.build(folder, memory=limit, force=True)
     record = build_in(folder, limit)
     assert (
