@@ -158,8 +158,8 @@ def build_in(folder, limit):
 
 @needs_tensorrt_rtx
 def test_single_precision_is_given_up_only_where_that_is_allowed(bulky, tmp_path):
-    """Half precision takes less, its writing into the ONNX included: 240 MiB, and the least of the other steps
-    277; 28 MiB more were seen now and then. The limit is between them."""
+    """Half precision takes less, its writing into the ONNX included: 240 MiB, the least of the other steps
+    277. Now and then 28 MiB more were seen. The limit is between them."""
     folder = tmp_path / "bulky"
     shutil.copytree(bulky, folder)
     engine.build(folder, precision="fp16")
