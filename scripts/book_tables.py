@@ -100,7 +100,29 @@ TABLES = {
         (
             Column("in INT8", "strategy"),
             Column("calibrator", "calibrator"),
-            Column("scenes", "scenes"),
+            Column("mAP", "map", ".3f"),
+            Column("drop", "map_drop_points", ".2f"),
+            Column("from / to", "drop_low", ".2f", beside="drop_high"),
+        ),
+        only={
+            "model": ("parts",),
+            "strategy": (
+                "single precision",
+                "every convolution",
+                "without the worst 4",
+                "trained",
+                "naive: batch normalisation apart",
+                "naive: a black picture",
+            ),
+        },
+    ),
+    "int8_cpu_all": Table(
+        "int8.cpu.json",
+        (
+            Column("model", "model"),
+            Column("in INT8", "strategy"),
+            Column("calibrator", "calibrator"),
+            Column("pictures", "scenes"),
             Column("convolutions", "int8_convolutions"),
             Column("boxes / classes, dB", "box_sqnr_db", ".1f", is_optional=True, beside="class_sqnr_db"),
             Column("mAP", "map", ".3f"),
