@@ -145,29 +145,31 @@ def test_an_rlimit_that_the_first_steps_meet(bulky, tmp_path):
     ]
 
 
-def build_in(folder, limit):
-    """The record of a build that may give up single precision, which is tried three times.
+def build_in(folder, mebibytes):
+    """The record of a build that may give up single precision, and its limit, at least that many MiB.
 
-    Its peak is noisy: 28 MiB more were seen, once in ten runs.
+    Half precision takes 240 MiB, but now and then 270, in every try of a process. The least of the other
+    steps takes 272. So the limit rises until the build gets by.
     """
-    for _ in range(2):
+    for extra in (0, 7, 14):
         with contextlib.suppress(BuildError):
-            return engine.build(folder, memory=limit, allow=("fp32",), force=True).record
-    return engine.build(folder, memory=limit, allow=("fp32",), force=True).record
+            limit = f"{mebibytes + extra}MiB"
+            return engine.build(folder, memory=limit, allow=("fp32",), force=True).record, limit
+    limit = f"{mebibytes + 21}MiB"
+    return engine.build(folder, memory=limit, allow=("fp32",), force=True).record, limit
 
 
 @needs_tensorrt_rtx
 def test_single_precision_is_given_up_only_where_that_is_allowed(bulky, tmp_path):
-    """Half precision takes less, its writing into the ONNX included: 240 MiB, the least of the other steps
-    277. Now and then 28 MiB more were seen. The limit is between them."""
+    """Half precision takes less, its writing into the ONNX included."""
     folder = tmp_path / "bulky"
     shutil.copytree(bulky, folder)
     engine.build(folder, precision="fp16")
     conversion = passport.passports(folder)[0].attempts[0]["peak_rss_mb"]
-    limit = f"{int(conversion) + 25}MiB"
-    with pytest.raises(BuildError, match=f"memory of {int(conversion) + 25} MiB"):
-        engine.build(folder, memory=limit, force=True)
-    record = build_in(folder, limit)
+    least = int(conversion) + 10
+    with pytest.raises(BuildError, match=f"memory of {least} MiB"):
+        engine.build(folder, memory=f"{least}MiB", force=True)
+    record, limit = build_in(folder, least)
     assert (
         record["settings"]["precision"] == "fp16" and record["settings"]["fallback_step"] == "half precision"
     )
