@@ -47,7 +47,7 @@ from unittest import mock
 import numpy as np
 import onnx
 
-from odtrt_lib import int8, onnx_model
+from odtrt_lib import int8
 from odtrt_lib.app.demonstration import truth_of
 from odtrt_lib.convert.rewrite import to_onnx
 from odtrt_lib.convert.stage import load_frozen
@@ -376,16 +376,11 @@ def channel_means(
 ) -> Dict[str, np.ndarray]:
     """The mean of each output channel of the convolutions, float64 ``[channels]``."""
     outputs = {node.output[0]: node.name for node in model.graph.node if node.name in set(convs)}
-    shown = onnx.ModelProto()
-    shown.CopyFrom(model)
-    del shown.graph.output[:]
-    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-    session = onnx_model.session(shown.SerializeToString(), "ORT_ENABLE_BASIC")
-    (given,) = [value.name for value in session.get_inputs()]
-    sums = [session.run(list(outputs), {given: image}) for image in images]
+    read = calibrate.reader_of(model, list(outputs))
+    values_of_images = [read(image) for image in images]
     return {
         conv: np.mean([values.mean(axis=(0, 2, 3), dtype=np.float64) for values in column], axis=0)
-        for conv, column in zip(outputs.values(), zip(*sums, strict=True), strict=True)
+        for conv, column in zip(outputs.values(), zip(*values_of_images, strict=True), strict=True)
     }
 
 

@@ -56,7 +56,7 @@ def histograms(
 
     Raises InputError if there is no input, and if a tensor holds NaN or an infinity, or nothing but zeros.
     """
-    run = _runner(model, tensors)
+    run = reader_of(model, tensors)
     largest = np.zeros(len(tensors))
     count = 0
     for count, image in enumerate(inputs(), 1):
@@ -80,9 +80,11 @@ def histograms(
     return {tensor: Histogram(float(top), found) for tensor, top, found in zip(tensors, largest, counts)}
 
 
-def _runner(model: onnx.ModelProto, tensors: Sequence[str]) -> Callable[[np.ndarray], List[np.ndarray]]:
-    """A function from the network's input to the tensors. ONNX Runtime does not optimise the network, so that
-    each of them exists."""
+def reader_of(model: onnx.ModelProto, tensors: Sequence[str]) -> Callable[[np.ndarray], List[np.ndarray]]:
+    """A function from the network's input to the values of tensors inside the network.
+
+    ONNX Runtime does not optimise the network, so that each of them exists.
+    """
     import onnx
 
     shown = onnx.ModelProto()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, Mapping, Optional, Tuple
 
 import numpy as np
 
-from odtrt_lib import onnx_model
+from odtrt_lib.int8 import calibrate
 
 if TYPE_CHECKING:
     import onnx
@@ -64,8 +64,6 @@ def measured(
     model: ``heads.onnx``. inputs: network inputs ``[batch, 3, height, width]``. None if no convolution of the
     model has statistics.
     """
-    import onnx
-
     # What a BatchNorm that is still a node of its own reads is not yet normalised.
     raw = {node.input[0] for node in model.graph.node if node.op_type == "BatchNormalization"}
     tensors = [
@@ -77,16 +75,11 @@ def measured(
     ]
     if not tensors:
         return None
-    shown = onnx.ModelProto()
-    shown.CopyFrom(model)
-    del shown.graph.output[:]
-    shown.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
-    session = onnx_model.session(shown.SerializeToString(), "ORT_DISABLE_ALL")
-    (given,) = [value.name for value in session.get_inputs()]
+    read = calibrate.reader_of(model, tensors)
     sums = [np.zeros(len(statistics[name][0])) for name in tensors]
     counts = np.zeros(len(tensors))
     for image in inputs:
-        for number, values in enumerate(session.run(tensors, {given: image})):
+        for number, values in enumerate(read(image)):
             sums[number] += values.sum(axis=(0, 2, 3), dtype=np.float64)
             counts[number] += values.size / values.shape[1]
     distances = []
